@@ -1,0 +1,195 @@
+"""A module under FSDP2: process group, sharding, gradient accumulation, optimizer, state.
+
+No Ray and no losses here: critic.py and policy.py hand in per-micro-batch losses.
+Every rank calls every method in the same order.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import get_scheduler
+
+from dvpo_service.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of one pool meet."""
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+    timeout_s: float
+
+
+def init_process_group(meet: Rendezvous) -> torch.device:
+    """Join the pool's process group (NCCL with a GPU, gloo without) and return this rank's device."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{meet.address}:{meet.port}",
+        rank=meet.rank,
+        world_size=meet.world_size,
+        timeout=datetime.timedelta(seconds=meet.timeout_s),
+    )
+    return device
+
+
+def shard(module: nn.Module, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> nn.Module:
+    """Shard ``module`` in place: one FSDP unit per decoder layer, one for the rest.
+
+    Parameters stay float32 (they are the optimizer's); with ``bfloat16`` the compute is bf16
+    and the gradient reduction float32.
+    """
+    module.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    backbone = getattr(module, "backbone", module)
+    if checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in decoder_layers(backbone):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if hasattr(module, "value"):  # the critic's heads compute in float32
+        fully_shard(module.value, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def decoder_layers(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks of a Hugging Face decoder: the longest ModuleList in it."""
+    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
+    if lists:
+        yield from max(lists, key=len)
+
+
+@dataclass
+class StepReport:
+    """What one call of ``Trainer.step`` did. A step with a non-finite loss or gradient is skipped."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+class Trainer:
+    """Optimizer steps on a sharded module."""
+
+    def __init__(self, module: nn.Module, config: OptimConfig, *, total_steps: int):
+        self.module = module
+        self.config = config
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        self.schedule = get_scheduler(
+            name, self.optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
+        )
+
+    def step(self, losses: Iterable[Callable[[], Tensor]]) -> StepReport:
+        """Accumulate the gradients of the micro-batches' losses and step once.
+
+        Each loss is already divided by the global token count, so the gradient wanted is the plain
+        sum over micro-batches and ranks; FSDP averages over ranks, hence the factor.
+        """
+        world, total, pending = dist.get_world_size(), 0.0, list(losses)
+        for i, compute in enumerate(pending):
+            self._reduce_gradients(i == len(pending) - 1)
+            loss = compute()
+            (loss * world).backward()
+            total += float(loss.detach())
+        total = float(all_reduce(torch.tensor(total, dtype=torch.float64), self.device))
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        finite = math.isfinite(total) and math.isfinite(grad_norm)
+        if finite:
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepReport(total, grad_norm, skipped=not finite)
+
+    @property
+    def lr(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def _reduce_gradients(self, last: bool) -> None:
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+
+    # State. Tensors go to sharded safetensors files (nothing is unpickled from disk), each rank
+    # its own, and come back at any world size.
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and schedule below ``folder``. Collective."""
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(self._tensors(*self._state()), storage_writer=writer)
+
+    def load(self, folder: Path) -> None:
+        """Restore what ``save`` wrote, at any world size. Collective."""
+        model, optim = self._state()
+        tensors = self._tensors(model, optim)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict={k: tensors[f"model.{k}"] for k in model},
+            optim_state_dict={k: tensors.get(f"optim.{k}", v) for k, v in optim.items()},
+            options=StateDictOptions(flatten_optimizer_state_dict=True),
+        )
+        self._set_schedule(int(tensors["schedule"]))
+
+    def _set_schedule(self, steps_done: int) -> None:
+        self.schedule.last_epoch = steps_done
+        lrs = [base * f(steps_done) for base, f in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)]
+        self.schedule._last_lr = lrs
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        model, optim = get_state_dict(self.module, self.optimizer, options=options)
+        return dict(model), dict(optim)
+
+    def _tensors(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, Tensor]:
+        """What changes in training. Hyper-parameters are the config's, not the checkpoint's."""
+        tensors = {f"model.{k}": v for k, v in model.items()}
+        tensors |= {f"optim.{k}": v for k, v in optim.items() if k.startswith("state.")}
+        tensors["schedule"] = torch.tensor(self.schedule.last_epoch)
+        return tensors
+
+
+def all_reduce(value: Tensor, device: torch.device) -> Tensor:
+    """Sum over the pool's ranks, returned on the CPU."""
+    value = value.to(device)
+    dist.all_reduce(value)
+    return value.cpu()
+
+
+def all_reduce_sums(sums: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Sum a dict of scalars over the ranks in one call; every rank has the same keys."""
+    keys = sorted(sums)
+    total = all_reduce(torch.stack([sums[k].detach().double().cpu() for k in keys]), device)
+    return dict(zip(keys, total, strict=True))

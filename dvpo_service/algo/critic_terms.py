@@ -1,0 +1,143 @@
+"""The critic's loss terms, one pure function per equation of arXiv 2512.03847 (LOSSES section 2).
+
+``heads [..., H, M]`` are the predicted atoms, ``q [..., M]`` their mean over heads, ``y [..., K]`` the
+target atoms; the tail functions want ``q`` and ``y`` sorted ascending along the last axis. Every function
+returns one number per token, [...], in the dtype of its inputs (float32 or better, please). Gradient
+flows to the prediction; the caller detaches ``y``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dvpo_service.algo.quantiles import (
+    lower_tail_mean,
+    lower_tail_variance,
+    tail_size,
+    tail_weights,
+    upper_tail_mean,
+    upper_tail_variance,
+)
+
+TailTarget = Literal["tail_mean", "pseudo_outcome"]
+ShiftOver = Literal["token", "batch"]
+Curvature = Literal["pointwise", "block"]
+
+
+def quantile_regression(losses: Tensor) -> Tensor:
+    """Eq. 3: ``mean_i l_i``, also over heads; ``losses [..., H, M]`` come from ``quantile_huber``."""
+    return losses.mean((-2, -1))
+
+
+def risk_weights(levels: Tensor, eta: float) -> Tensor:
+    """Eq. 4: ``w_i = exp(-eta tau_i) / mean_k exp(-eta tau_k)``, [M], mean 1, larger for lower quantiles.
+
+    eta = 0 gives ones. Computed as a softmax: no eta overflows.
+    """
+    return torch.softmax(-eta * levels, dim=-1) * levels.shape[-1]
+
+
+def risk_weighted(losses: Tensor, levels: Tensor, eta: float) -> Tensor:
+    """Eq. 4: ``mean_i w_i l_i``, also over heads; ``losses [..., H, M]``, ``levels [M]``."""
+    return (losses * risk_weights(levels.to(losses), eta)).mean((-2, -1))
+
+
+def cvar(q: Tensor, y: Tensor, alpha: float, target: TailTarget) -> Tensor:
+    """Eq. 5: ``(lower tail mean of q - t)^2``.
+
+    "tail_mean": ``t`` is the tail mean of ``y``, as in the paper; biased when ``y`` is a sample.
+    "pseudo_outcome": ``t = v - mean_j (v - y_j)_+ / alpha``, whose expectation is the tail mean of the law
+    that ``y`` is drawn from when ``v`` is its alpha-quantile (Rockafellar and Uryasev 2000).
+    """
+    if target == "tail_mean":
+        t = lower_tail_mean(y, alpha)
+    elif target == "pseudo_outcome":
+        t = _pseudo_outcome(q.detach(), y, alpha)
+    else:
+        raise ValueError(f"tail target is 'tail_mean' or 'pseudo_outcome', got {target!r}")
+    return (lower_tail_mean(q, alpha) - t).square()
+
+
+def upper_gain(q: Tensor, y: Tensor, beta: float, target: TailTarget) -> Tensor:
+    """Eq. 6: Eq. 5 at the top, ``t = v + mean_j (y_j - v)_+ / beta``. Computed on the mirrored atoms."""
+    return cvar(-q.flip(-1), -y.flip(-1), beta, target)
+
+
+def mean_shift(q: Tensor, y: Tensor, over: ShiftOver) -> Tensor:
+    """Eq. 7: ``relu(mean_j y_j - mean_j q_j)`` ("token").
+
+    With "batch" the relu goes around the mean over all tokens, which is the caller's to take: this returns
+    the bare difference.
+    """
+    gap = y.mean(-1) - q.mean(-1)
+    if over == "token":
+        return gap.relu()
+    if over == "batch":
+        return gap
+    raise ValueError(f"the mean shift is over 'token' or 'batch', got {over!r}")
+
+
+def tail_shape(q: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
+    """Eq. 8: ``relu(var_low(q) - var_low(y)) + relu(var_high(y) - var_high(q))``; 0 for tails of one atom."""
+    low = lower_tail_variance(q, alpha) - lower_tail_variance(y, alpha)
+    high = upper_tail_variance(y, beta) - upper_tail_variance(q, beta)
+    return low.relu() + high.relu()
+
+
+def tail_curvature(q: Tensor, alpha: float, beta: float, kind: Curvature) -> Tensor:
+    """Eq. 9: ``relu(-c_low) + relu(-c_high)``: contracts the lower tail, extends the upper one.
+
+    A long lower tail has negative second differences, a long upper one positive.
+    "pointwise": ``c`` is the mean second difference over the tail; 0 with fewer than 3 atoms in all.
+    "block": ``c = b3 - 2 b2 + b1`` from the means of the tail's three thirds, the outermost atoms kept;
+    0 with fewer than 3 atoms in the tail.
+    """
+    if kind == "pointwise":
+        low, high = _mean_second_difference(q, alpha), _mean_second_difference(q.flip(-1), beta)
+    elif kind == "block":
+        low, high = _block_difference(q, alpha), _block_difference(q.flip(-1), beta)
+    else:
+        raise ValueError(f"curvature is 'pointwise' or 'block', got {kind!r}")
+    return (-low).relu() + (-high).relu()
+
+
+def head_consistency(heads: Tensor) -> Tensor:
+    """Eq. 10: squared difference, mean over the H(H-1)/2 head pairs and the atoms; [..., H, M] -> [...].
+
+    Equals twice the unbiased variance over heads (not summed over M); 0 for one head.
+    """
+    if heads.shape[-2] < 2:
+        return torch.zeros_like(heads[..., 0, 0])
+    return 2 * heads.var(-2, unbiased=True).mean(-1)
+
+
+def _pseudo_outcome(q: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """``v - mean_j (v - y_j)_+ / a`` with a = k/M and v half-way across the edge of the k lowest atoms.
+
+    k = round(alpha M) within [1, M] (Python's round: halves to even); where k = M, v is the last atom.
+    """
+    m = q.shape[-1]
+    k = round(tail_size(m, alpha))
+    v = q[..., -1] if k == m else (q[..., k - 1] + q[..., k]) / 2
+    return v - (v.unsqueeze(-1) - y).relu().mean(-1) * (m / k)
+
+
+def _mean_second_difference(q: Tensor, fraction: float) -> Tensor:
+    """Mean of ``q_{i+2} - 2 q_{i+1} + q_i`` from the first atom inwards, tail weights over the M - 2."""
+    if q.shape[-1] < 3:
+        return torch.zeros_like(q[..., 0])
+    second = q.diff(n=2, dim=-1)
+    weights = tail_weights(second.shape[-1], fraction, device=q.device, dtype=q.dtype)
+    return (second * weights).sum(-1)
+
+
+def _block_difference(q: Tensor, fraction: float) -> Tensor:
+    """``b3 - 2 b2 + b1`` of blocks of ``round(k) // 3`` atoms from the first atom inwards."""
+    size = round(tail_size(q.shape[-1], fraction)) // 3
+    if size == 0:
+        return torch.zeros_like(q[..., 0])
+    b1, b2, b3 = (block.mean(-1) for block in q[..., : 3 * size].split(size, dim=-1))
+    return b3 - 2 * b2 + b1

@@ -1,0 +1,37 @@
+"""The configuration: a strict pydantic tree, read from YAML with dotted overrides."""
+
+from dvpo_service.config.load import load_config, shipped_configs, to_yaml
+from dvpo_service.config.schema import (
+    AlgorithmConfig,
+    ClusterConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrackingConfig,
+    TrainerConfig,
+    WarmstartConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "ClusterConfig",
+    "Config",
+    "CriticConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PolicyConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TrackingConfig",
+    "TrainerConfig",
+    "WarmstartConfig",
+    "load_config",
+    "shipped_configs",
+    "to_yaml",
+]

@@ -1,0 +1,114 @@
+"""YAML + dotted overrides -> ``Config``, with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dvpo_service.config.schema import Config
+from dvpo_service.errors import ConfigError
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name to file of every config that comes with the package."""
+    folder = Path(str(resources.files("dvpo_service"))) / "configs"
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+    """A shipped name or a YAML path, then ``key.sub=value`` overrides (values are YAML).
+
+    Raises ConfigError: no such config, bad YAML, unknown key (with the nearest known one),
+    ill-typed value. All problems are listed, one line each.
+    """
+    path = _find(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
+    tree = {"name": path.stem} | tree
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"config {name_or_path}: " + "; ".join(lines)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config: feeding it back gives the same run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(name_or_path: str) -> Path:
+    shipped = shipped_configs()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name_or_path, shipped, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"no config {name_or_path!r}: neither a file nor a shipped name ({', '.join(shipped)}){hint}"
+    )
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: write it as key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string; every user means the number.
+        try:
+            value = float(value) if "e" in value.lower() else value
+        except ValueError:
+            pass
+    for part in parts[:-1]:
+        child = tree.get(part)
+        if not isinstance(child, dict):
+            child = tree[part] = {}
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    loc = [str(part) for part in error["loc"]]
+    dotted = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = list(known_keys())
+        siblings = [k for k in known if k.rpartition(".")[0] == ".".join(loc[:-1])]
+        close = (
+            difflib.get_close_matches(dotted, siblings, n=1)
+            or [k for k in known if k.rpartition(".")[2] == loc[-1]]
+            or difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
+        )
+        return f"unknown key {dotted!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{dotted}: missing, and it has no default"
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
+    return f"{dotted}: {message}{given}" if dotted else message
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterable[str]:
+    """Every dotted key of the tree."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, f"{prefix}{name}.")

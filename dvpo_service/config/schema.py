@@ -1,0 +1,250 @@
+"""The whole configuration tree. Every key a run can have stands here or in algorithm.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dvpo_service.config.algorithm import AlgorithmConfig
+from dvpo_service.config.base import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+)
+
+
+class WarmstartConfig(Section):
+    """A small causal LM made and trained supervised, where no pretrained model is at hand."""
+
+    hidden_size: Positive = 128
+    num_layers: Positive = 3
+    num_heads: Positive = 4
+    max_positions: Positive = 1024
+    steps: Positive = 600
+    batch_size: Positive = 128
+    lr: PositiveFloat = 1e-3
+    world_size: Positive = 1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class ModelConfig(Section):
+    """``path``: a Hugging Face folder or hub name. Without it, ``warmstart`` makes the model."""
+
+    path: str | None = None
+    warmstart: WarmstartConfig | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.warmstart is None):
+            raise ValueError("give exactly one of path (a folder or hub name) and warmstart (make one here)")
+        return self
+
+
+class DataConfig(Section):
+    """Files are JSONL or Parquet. ``val_files``: split name to files; a bare path names its own split."""
+
+    train_files: list[str] = Field(min_length=1)
+    val_files: dict[str, list[str]] = Field(min_length=1)
+    gsm8k_mode: Literal["question", "calculation"] = "question"
+    operators: str = Field("+-", pattern=r"^[-+*/]+$")
+    max_operands: Annotated[int, Field(ge=2)] = 2
+    max_digits: Positive = 4
+    chat_template: bool = True
+    max_prompt_tokens: Positive = 64
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    val_limit: Positive | None = None
+
+    @field_validator("train_files", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("val_files", mode="before")
+    @classmethod
+    def _named_splits(cls, value: Any) -> Any:
+        if isinstance(value, str | list):
+            files = [value] if isinstance(value, str) else value
+            return {Path(str(f)).stem: [f] for f in files}
+        if isinstance(value, dict):
+            return {k: [v] if isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+
+class RolloutConfig(Section):
+    num_engines: Positive = 1
+    tensor_parallel_size: Positive = 1
+    prompts_per_step: Positive = 32
+    n: Positive = 8
+    temperature: PositiveFloat = 1.0
+    top_p: Fraction = 1.0
+    top_k: int = -1
+    max_new_tokens: Positive = 16
+    max_staleness: Annotated[int, Field(ge=0, le=0)] = 0
+    max_num_seqs: Positive = 256
+    enforce_eager: bool = False
+    kv_cache_gib: PositiveFloat = 1.0
+    gpu_memory_utilization: Fraction = 0.5
+    weight_transfer: Literal["auto", "safetensors", "nccl", "ipc"] = "auto"
+    importance_correction: Literal["none", "truncated"] = "none"
+    importance_cap: PositiveFloat = 2.0
+    start_timeout_s: PositiveFloat = 600.0
+    generate_timeout_s: PositiveFloat = 600.0
+    sync_timeout_s: PositiveFloat = 300.0
+
+
+class NoiseConfig(Section):
+    """``flip`` turns an outcome r in [0, 1] into 1 - r with probability ``p``; ``gaussian`` adds
+    N(0, ``sd``); ``majority_vote`` scores against the group's most frequent answer."""
+
+    kind: Literal["none", "flip", "gaussian", "majority_vote"] = "none"
+    p: Probability = 0.0
+    sd: NonNegativeFloat = 0.0
+
+
+class RewardConfig(Section):
+    """``function``: exact_match, gsm8k, math_verify or ``module:function``."""
+
+    function: str = "exact_match"
+    num_workers: Positive = 1
+    timeout_s: PositiveFloat = 30.0
+    noise: NoiseConfig = NoiseConfig()
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class TrainerPool(Section):
+    """What critic and policy pools share. Batch sizes count sequences: ``mini_batch_size`` per
+    optimizer step over all ranks (the whole batch when absent), ``micro_batch_size`` per forward
+    pass of one rank."""
+
+    world_size: Positive = 1
+    epochs: Positive = 1
+    mini_batch_size: Positive | None = None
+    micro_batch_size: Positive = 64
+    gradient_checkpointing: bool = False
+    step_timeout_s: PositiveFloat = 1800.0
+
+
+class CriticConfig(TrainerPool):
+    optim: OptimConfig = OptimConfig(lr=5e-4)
+    init_from_policy: bool = True
+
+
+class KLConfig(Section):
+    """KL to the frozen reference policy; ``coef`` 0 turns it off and loads no reference."""
+
+    coef: NonNegativeFloat = 0.0
+    kind: Literal["k1", "k2", "k3"] = "k3"
+    where: Literal["reward", "loss"] = "loss"
+
+
+class PolicyConfig(TrainerPool):
+    optim: OptimConfig = OptimConfig(lr=1e-4)
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    entropy_coef: float = 0.0
+    kl: KLConfig = KLConfig()
+
+
+class TrainerConfig(Section):
+    num_steps: Positive = 100
+    seed: int = 0
+    run_dir: str | None = None
+    resume: Literal["auto", "never"] = "auto"
+    critic_warmup: NonNegative = 0
+    eval_every: NonNegative = 25
+    eval_samples: Positive = 4
+    save_every: NonNegative = 50
+    keep_checkpoints: Positive = 2
+    max_bad_steps: Positive = 3
+
+
+class TrackingConfig(Section):
+    """``mlflow_uri``: any MLflow tracking URI; by default a SQLite file beside the runs."""
+
+    mlflow: bool = True
+    mlflow_uri: str | None = None
+    experiment: str = "dvpo"
+    run_name: str | None = None
+    sample_rows: NonNegative = 16
+    fan_prompts: NonNegative = 3
+    tags: dict[str, str] = {}
+
+
+class ClusterConfig(Section):
+    """``address`` of a running Ray cluster, or null to start one here. Resources are per actor."""
+
+    address: str | None = None
+    num_cpus: Positive | None = None
+    cpus_per_trainer: PositiveFloat = 1.0
+    cpus_per_engine: PositiveFloat = 1.0
+    cpus_per_reward_worker: PositiveFloat = 0.5
+    gpus_per_trainer: NonNegativeFloat = 0.0
+    gpus_per_engine: NonNegativeFloat = 0.0
+    placement_timeout_s: PositiveFloat = 60.0
+
+
+class Config(Section):
+    name: str = "run"
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig.model_validate({}))
+    critic: CriticConfig = CriticConfig()
+    policy: PolicyConfig = PolicyConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def batch_size(self) -> int:
+        """Responses per step."""
+        return self.rollout.prompts_per_step * self.rollout.n
+
+    @property
+    def max_model_len(self) -> int:
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        for name, pool in (("critic", self.critic), ("policy", self.policy)):
+            mini = pool.mini_batch_size or self.batch_size
+            if self.batch_size % mini or mini % pool.world_size:
+                raise ValueError(
+                    f"{name}: the batch of prompts_per_step x n = {self.batch_size} responses must divide into "
+                    f"mini-batches of {mini}, and those over world_size = {pool.world_size} ranks"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _model_holds_the_sequence(self) -> Self:
+        warm = self.model.warmstart
+        if warm and warm.max_positions < self.max_model_len:
+            raise ValueError(
+                f"max_prompt_tokens + max_new_tokens = {self.max_model_len} is longer than "
+                f"model.warmstart.max_positions = {warm.max_positions}"
+            )
+        return self

@@ -1,0 +1,130 @@
+"""Data files to a ``Dataset`` of prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dvpo_service.data import gsm8k
+from dvpo_service.data.badrow import BadRow
+from dvpo_service.data.formats import Example, parse_row
+from dvpo_service.data.readers import expand_files, read_rows
+from dvpo_service.errors import ConfigError, DataError
+from dvpo_service.types import Prompt
+
+OnBadRow = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``prompts[i].index == i``; ``origins[i]`` says which file and row prompt ``i`` was made from."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    origins: tuple[str, ...]
+    skipped_by_reason: Mapping[str, int] = field(default_factory=dict)  # bad rows
+    excluded: int = 0  # rows (or calculations) left out because another split has their prompt
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def skipped(self) -> int:
+        """Bad rows that were passed over."""
+        return sum(self.skipped_by_reason.values())
+
+    def keys(self) -> frozenset[str]:
+        """The prompts' texts: what ``load_prompts(exclude=...)`` of another split takes."""
+        return frozenset(prompt_key(p) for p in self.prompts)
+
+
+def prompt_key(prompt: Prompt | Example) -> str:
+    """The text by which prompts count as the same."""
+    return "\n".join(message["content"] for message in prompt.messages)
+
+
+def load_prompts(
+    files: Sequence[str | Path],
+    *,
+    name: str,
+    gsm8k_mode: gsm8k.Mode = "question",
+    operators: str = "+-",
+    max_operands: int = 2,
+    max_digits: int = 4,
+    on_bad_row: OnBadRow = "stop",
+    limit: int | None = None,
+    exclude: Set[str] | None = None,
+) -> Dataset:
+    """The prompts of the files (globs allowed), in file order.
+
+    ``operators``, ``max_operands`` and ``max_digits`` choose GSM8K calculations, which are
+    deduplicated; in other modes a repeated row is kept, as a row can be repeated on purpose.
+    ``limit`` counts prompts kept. Prompts whose ``prompt_key`` is in ``exclude`` are left out.
+    Raises ``DataError`` for files that cannot be used, a bad row under ``stop``, or no prompt at all.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the limit of prompts for {name!r} is {limit}; set at least 1, or null for all")
+    options = gsm8k.Options(gsm8k_mode, operators, max_operands, max_digits)
+    taken = set(exclude or ())
+    kept: list[tuple[str, Example]] = []
+    bad = BadRows(on_bad_row)
+    excluded = 0
+    paths = expand_files(files)
+    for where, example in _examples(paths, name, options, bad):
+        key = prompt_key(example)
+        if key in taken:
+            excluded += exclude is not None and key in exclude
+            continue
+        if gsm8k_mode == "calculation":
+            taken.add(key)
+        kept.append((where, example))
+        if len(kept) == limit:
+            break
+    if not kept:
+        why = f"; {bad.total} bad rows skipped {dict(bad.counts)}" if bad.total else ""
+        why += f"; {excluded} left out because they are in another split" if excluded else ""
+        raise DataError(f"{', '.join(map(str, paths))}: no prompts for {name!r}{why}; check the files")
+    prompts = tuple(Prompt(i, ex.messages, ex.answer, ex.source) for i, (_, ex) in enumerate(kept))
+    return Dataset(name, prompts, tuple(where for where, _ in kept), bad.counts, excluded)
+
+
+def _examples(
+    paths: list[Path], name: str, options: gsm8k.Options, bad: BadRows
+) -> Iterator[tuple[str, Example]]:
+    for path in paths:
+        rows = 0
+        for where, row in read_rows(path):
+            rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                examples = parse_row(row, source=name, options=options)
+            except BadRow as problem:
+                bad.add(where, problem)
+                continue
+            yield from ((where, example) for example in examples)
+        if not rows:
+            raise DataError(f"{path}: the file is empty; it needs at least one row")
+
+
+class BadRows:
+    """Stops at the first bad row, or counts them by reason."""
+
+    def __init__(self, on_bad_row: OnBadRow, counts: Mapping[str, int] | None = None) -> None:
+        self.on_bad_row = on_bad_row
+        self.counts: Counter[str] = Counter(counts or {})
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def add(self, where: str, problem: BadRow) -> None:
+        """Raises ``DataError`` under ``stop``."""
+        if self.on_bad_row == "stop":
+            raise DataError(
+                f"{where}: {problem.what}. Mend the row, or pass over such rows with data.on_bad_row=skip"
+            ) from problem
+        self.counts[problem.reason] += 1

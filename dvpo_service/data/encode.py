@@ -1,0 +1,77 @@
+"""Prompts to token ids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from dvpo_service.data.badrow import BadRow
+from dvpo_service.data.dataset import BadRows, Dataset, OnBadRow
+from dvpo_service.errors import ConfigError, DataError
+from dvpo_service.types import Prompt
+
+if TYPE_CHECKING:  # slow to import, and only named here
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_prompts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: bool,
+    max_prompt_tokens: int,
+    on_bad_row: OnBadRow = "stop",
+) -> Dataset:
+    """The dataset with ``token_ids`` filled; under ``skip`` without the prompts that do not fit, renumbered.
+
+    With ``chat_template`` the ids end in the template's generation prompt; without it the
+    messages' texts are joined as they stand. Raises ``DataError`` for a prompt of no tokens or
+    of more than ``max_prompt_tokens`` under ``stop``, or when none is left; ``ConfigError`` for
+    a tokenizer without a template.
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise ConfigError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: has no chat template; set data.chat_template=false"
+        )
+    bad = BadRows(on_bad_row, dataset.skipped_by_reason)
+    prompts: list[Prompt] = []
+    origins: list[str] = []
+    for where, prompt in zip(dataset.origins, dataset.prompts, strict=True):
+        try:
+            ids = _checked_ids(prompt, tokenizer, chat_template, max_prompt_tokens)
+        except BadRow as problem:
+            bad.add(where, problem)
+            continue
+        prompts.append(replace(prompt, index=len(prompts), token_ids=ids))
+        origins.append(where)
+    if not prompts:
+        raise DataError(f"{dataset.name}: no prompts are left; bad rows skipped: {dict(bad.counts)}")
+    return replace(dataset, prompts=tuple(prompts), origins=tuple(origins), skipped_by_reason=bad.counts)
+
+
+def _checked_ids(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool, limit: int
+) -> tuple[int, ...]:
+    try:
+        ids = _ids(prompt, tokenizer, chat_template)
+    except jinja2.TemplateError as error:  # e.g. a template that wants user and assistant to alternate
+        message = str(error).partition("\n")[0]
+        raise BadRow("chat template", f"the chat template refuses the messages: {message}") from error
+    if not ids:
+        raise BadRow("empty prompt", "the prompt has no tokens with this tokenizer")
+    if len(ids) > limit:
+        raise BadRow("prompt too long", f"the prompt has {len(ids)} tokens, data.max_prompt_tokens={limit}")
+    return ids
+
+
+def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> tuple[int, ...]:
+    if not chat_template:
+        return tuple(tokenizer("".join(m["content"] for m in prompt.messages))["input_ids"])
+    messages = [{"role": m["role"], "content": m["content"]} for m in prompt.messages]
+    # return_dict is stated because its default changed in transformers 5.
+    encoding: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return tuple(encoding["input_ids"])

@@ -1,0 +1,84 @@
+"""The distributional critic: a causal LM backbone and H heads of M return quantiles per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class QuantileHeads(nn.Module):
+    """Hidden states [..., D] -> atoms [..., H, M]: a shared two-layer encoder, then H linear heads.
+
+    Computed in float32 whatever the backbone's precision: atoms are differences of returns,
+    and bfloat16 has no room for them.
+    """
+
+    def __init__(self, hidden_size: int, *, width: int, num_heads: int, num_quantiles: int):
+        super().__init__()
+        self.shape = (num_heads, num_quantiles)
+        self.encoder = nn.Sequential(
+            nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        )
+        self.heads = nn.Linear(width, num_heads * num_quantiles)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.heads(self.encoder(hidden)).unflatten(-1, self.shape)
+
+
+class DistributionalCritic(nn.Module):
+    """Per response token, the distribution of the return that follows it.
+
+    Args:
+        backbone: a Hugging Face model that returns ``last_hidden_state``.
+        seed: of the heads' initialisation; heads differ only by it, so disagreement starts there.
+    """
+
+    def __init__(self, backbone: nn.Module, *, width: int, num_heads: int, num_quantiles: int, seed: int):
+        super().__init__()
+        self.backbone = backbone
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.value = QuantileHeads(
+                backbone.config.hidden_size,  # type: ignore[union-attr, arg-type]
+                width=width,
+                num_heads=num_heads,
+                num_quantiles=num_quantiles,
+            )
+
+    def forward(self, tokens: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
+        """Atoms at chosen positions.
+
+        Args:
+            tokens: [B, S] right-padded.
+            lengths: [B] valid tokens.
+            positions: [B, T] indices into S.
+
+        Returns:
+            [B, T, H, M]: entry t is Z after reading ``tokens[:, : positions[t] + 1]``.
+        """
+        hidden = self.backbone(
+            input_ids=tokens, attention_mask=length_mask(lengths, tokens.shape[1])
+        ).last_hidden_state
+        hidden = gather_positions(hidden, positions)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value(hidden.float())
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """[B] -> [B, size] int64, 1 on valid tokens."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, None]).long()
+
+
+def response_positions(prompt_lens: Tensor, num_tokens: int, size: int) -> Tensor:
+    """[B, num_tokens]: where the state before response token t is read, ``prompt_len - 1 + t``.
+
+    Column ``response_len`` is the state after the last token. Past the padded size it is clamped;
+    those entries are masked by the caller.
+    """
+    steps = torch.arange(num_tokens, device=prompt_lens.device)
+    return (prompt_lens[:, None] - 1 + steps).clamp(max=size - 1)
+
+
+def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """[B, S, D] at [B, T] -> [B, T, D]."""
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))

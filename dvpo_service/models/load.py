@@ -1,0 +1,56 @@
+"""Hugging Face models by folder or hub name, with errors that say which folder and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from dvpo_service.errors import CheckpointError
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+def check_model_folder(path: str) -> None:
+    """Raise CheckpointError when ``path`` is a folder that is no loadable model.
+
+    A path that does not exist is taken for a hub name unless it looks like a file path.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise CheckpointError(f"model.path {path}: no such folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model.path {path}: no config.json, so this is no Hugging Face model folder")
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise CheckpointError(
+            f"model.path {path}: config.json is there but no weights; expected *.safetensors "
+            "(save with model.save_pretrained)"
+        )
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    return _load(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+
+
+def load_causal_lm(path: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """The policy, float32 (the optimizer's precision; compute precision is the trainer's affair)."""
+    return _load(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """The same network without its language-model head: what a critic reads hidden states from."""
+    return _load(AutoModel, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def _load(auto: Any, path: str, **kwargs: Any) -> Any:
+    check_model_folder(path)
+    try:
+        return auto.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load a model from {path}: {reason}") from error

@@ -1,0 +1,45 @@
+"""The policy as the trainer sees it: log-probs and entropy of given responses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dvpo_service.algo.policy_loss import entropy, token_logprobs
+from dvpo_service.models.critic import length_mask
+
+
+class PolicyModel(nn.Module):
+    """A Hugging Face causal LM whose forward pass scores responses."""
+
+    def __init__(self, lm: nn.Module, *, temperature: float):
+        super().__init__()
+        self.backbone = lm
+        self.temperature = temperature
+
+    def forward(
+        self, tokens: Tensor, prompt_lens: Tensor, lengths: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Score response tokens under the sampling temperature.
+
+        Args:
+            tokens: [B, S] prompt then response, right-padded.
+            prompt_lens, lengths: [B] prompt tokens, and prompt + response tokens.
+            num_tokens: T, the longest response.
+
+        Returns:
+            log-probs and entropies, both [B, T] float32; undefined past a response's end.
+        """
+        # Logits are large: ask for none before the first response position of the batch.
+        first = int(prompt_lens.min()) - 1
+        logits = self.backbone(
+            input_ids=tokens,
+            attention_mask=length_mask(lengths, tokens.shape[1]),
+            logits_to_keep=tokens.shape[1] - first,
+            use_cache=False,
+        ).logits[:, :-1]
+        logits = logits.float() / self.temperature
+        columns = prompt_lens[:, None] - 1 - first + torch.arange(num_tokens, device=tokens.device)
+        columns = columns.clamp(max=logits.shape[1] - 1)
+        logprobs = token_logprobs(logits, tokens[:, first + 1 :])
+        return logprobs.gather(1, columns), entropy(logits).gather(1, columns)

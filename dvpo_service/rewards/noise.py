@@ -1,0 +1,110 @@
+"""Scores of a group, with noise that is the same for the same seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, get_args
+
+from dvpo_service.errors import ConfigError
+from dvpo_service.rewards import exact_match
+from dvpo_service.rewards.scoring import ScoreFn
+from dvpo_service.types import Score
+
+NoiseKind = Literal["none", "flip", "gaussian", "majority_vote"]
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """``p``: probability of a ``flip``; ``sd``: standard deviation of ``gaussian``, in units of reward."""
+
+    kind: NoiseKind = "none"
+    p: float = 0.0
+    sd: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(NoiseKind):
+            raise ConfigError(f"noise kind {self.kind!r}: use one of {', '.join(get_args(NoiseKind))}")
+        if not 0 <= self.p <= 1:
+            raise ConfigError(f"noise p={self.p}: a probability is from 0 to 1")
+        if not 0 <= self.sd < math.inf:
+            raise ConfigError(f"noise sd={self.sd}: a standard deviation is finite and not negative")
+
+
+def sample_seed(run_seed: int, epoch_or_step: int, prompt_index: int, sample_index: int) -> int:
+    """A seed in 0..2**63-1, the same on every machine and in every process."""
+    text = f"{run_seed}:{epoch_or_step}:{prompt_index}:{sample_index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def score_group(
+    responses: Sequence[str], answer: str, *, score: ScoreFn, noise: NoiseSpec, seeds: Sequence[int]
+) -> list[Score]:
+    """One ``Score`` per response of one prompt; ``clean`` beside the noisy ``reward``.
+
+    A scoring function that raises, or returns what is not a finite number, gives NaN and an
+    ``error``, never 0. ``majority_vote`` takes the group's most frequent answer for the right
+    one (ties by ``seeds[0]``); failed samples do not vote.
+    """
+    if len(responses) != len(seeds):
+        raise ValueError(f"{len(responses)} responses but {len(seeds)} seeds")
+    scores = [_clean(score, response, answer) for response in responses]
+    if noise.kind == "majority_vote":
+        extract: Callable[[str], str | None] = getattr(score, "extract", exact_match.extract)
+        return _majority_vote(responses, scores, extract, seeds)
+    return [_noisy(clean, noise, seed) for clean, seed in zip(scores, seeds, strict=True)]
+
+
+def _failed(error: str) -> Score:
+    return Score(math.nan, math.nan, error)
+
+
+def _clean(score: ScoreFn, response: str, answer: str) -> Score:
+    try:
+        value = score(response, answer)
+        if isinstance(value, Real) and math.isfinite(value):
+            return Score(float(value), float(value))
+        return _failed(f"the scoring function returned {value!r:.80}, not a finite number")
+    except Exception as error:  # noqa: BLE001 - it is a person's code; what it raises is recorded
+        return _failed(f"{type(error).__name__}: {error}")
+
+
+def _noisy(score: Score, noise: NoiseSpec, seed: int) -> Score:
+    if score.error or noise.kind == "none":
+        return score
+    rng = random.Random(seed)
+    if noise.kind == "gaussian":
+        return Score(score.clean + rng.gauss(0.0, noise.sd), score.clean)
+    if not 0 <= score.clean <= 1:
+        return _failed(f"flip noise needs an outcome from 0 to 1, got {score.clean}")
+    return Score(1 - score.clean if rng.random() < noise.p else score.clean, score.clean)
+
+
+def _majority_vote(
+    responses: Sequence[str],
+    scores: Sequence[Score],
+    extract: Callable[[str], str | None],
+    seeds: Sequence[int],
+) -> list[Score]:
+    answers: list[str | None] = [None] * len(responses)
+    scores = list(scores)
+    for i, response in enumerate(responses):
+        if scores[i].error:
+            continue
+        try:
+            answers[i] = extract(response)
+        except Exception as error:  # noqa: BLE001 - as in _clean
+            scores[i] = _failed(f"{type(error).__name__}: {error}")
+    votes = Counter(a for a in answers if a is not None)
+    most = max(votes.values(), default=0)
+    tied = sorted(a for a, count in votes.items() if count == most)
+    label = random.Random(seeds[0]).choice(tied) if tied else None
+    return [
+        s if s.error else Score(float(a is not None and a == label), s.clean)
+        for a, s in zip(answers, scores, strict=True)
+    ]

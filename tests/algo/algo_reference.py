@@ -1,0 +1,165 @@
+"""A second implementation of LOSSES.md, written to be read: float64, loops, one token at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec
+
+
+def paper_spec(**changes: Any) -> CriticLossSpec:
+    settings: dict[str, Any] = {
+        "alpha": 0.1,
+        "beta": 0.1,
+        "risk_eta": 1.0,
+        "quantile_levels": "endpoint",
+        "huber_unit": False,
+        "sort_atoms": True,
+        "qr_over": "ensemble",
+        "tail_target": "tail_mean",
+        "shift_over": "token",
+        "curvature": "pointwise",
+        "weights": dict.fromkeys(TERMS, 1.0),
+    }
+    return CriticLossSpec(**(settings | changes))
+
+
+def calibrated_spec(**changes: Any) -> CriticLossSpec:
+    settings: dict[str, Any] = {
+        "quantile_levels": "midpoint",
+        "huber_unit": True,
+        "qr_over": "heads",
+        "tail_target": "pseudo_outcome",
+        "shift_over": "batch",
+        "curvature": "block",
+        "weights": dict.fromkeys(TERMS, 0.1) | {"qr": 1.0, "risk": 1.0, "consist": 0.01},
+    }
+    return paper_spec(**(settings | changes))
+
+
+def quantile_huber_naive(
+    z: Tensor, y: Tensor, levels: Tensor, delta: float, unit: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairwise Eq. 3: per-atom losses [..., H, M], their slopes in z, and the same loss without the tilt
+    |tau - 1{y < z}|: the scale that rounding is to be judged by.
+    """
+    u = y[..., None, None, :] - z[..., None]
+    tilt = (levels[:, None] - (u < 0).to(u.dtype)).abs()
+    huber = torch.where(u.abs() <= delta, u * u / 2, delta * (u.abs() - delta / 2))
+    scale = delta if unit else 1.0
+    return (
+        (tilt * huber).mean(-1) / scale,
+        -(tilt * u.clamp(-delta, delta)).mean(-1) / scale,
+        huber.mean(-1) / scale,
+    )
+
+
+def mean(xs: list[float]) -> float:
+    return math.fsum(xs) / len(xs)
+
+
+def tail(xs: list[float], fraction: float) -> list[tuple[float, float]]:
+    """(atom, weight) of the tail that starts at xs[0]."""
+    k = min(max(fraction * len(xs), 1.0), len(xs))
+    return [(x, min(max(k - i, 0.0), 1.0) / k) for i, x in enumerate(xs)]
+
+
+def tail_mean(xs: list[float], fraction: float) -> float:
+    return math.fsum(x * w for x, w in tail(xs, fraction))
+
+
+def tail_variance(xs: list[float], fraction: float) -> float:
+    centre = tail_mean(xs, fraction)
+    return math.fsum(w * (x - centre) ** 2 for x, w in tail(xs, fraction))
+
+
+def per_atom(atoms: list[float], y: list[float], taus: list[float], delta: float, unit: bool) -> list[float]:
+    losses = []
+    for a, tau in zip(atoms, taus, strict=True):
+        total = 0.0
+        for target in y:
+            u = target - a
+            h = u * u / 2 if abs(u) <= delta else delta * (abs(u) - delta / 2)
+            total += abs(tau - (1.0 if target < a else 0.0)) * h
+        losses.append(total / len(y) / (delta if unit else 1.0))
+    return losses
+
+
+def pseudo_outcome_low(q: list[float], y: list[float], fraction: float) -> float:
+    m = len(q)
+    k = max(1, round(fraction * m))
+    v = q[-1] if k == m else (q[k - 1] + q[k]) / 2
+    return v - mean([max(v - t, 0.0) for t in y]) / (k / m)
+
+
+def curvature(q: list[float], fraction: float, kind: str) -> float:
+    """Second difference of the tail that starts at q[0]."""
+    if kind == "pointwise":
+        second = [q[i + 2] - 2 * q[i + 1] + q[i] for i in range(len(q) - 2)]
+        return tail_mean(second, fraction) if second else 0.0
+    size = round(min(max(fraction * len(q), 1.0), len(q))) // 3
+    if size == 0:
+        return 0.0
+    b1, b2, b3 = (mean(q[i * size : (i + 1) * size]) for i in range(3))
+    return b3 - 2 * b2 + b1
+
+
+def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
+    """All terms of one token: z [H, M], y [K]; "shift" before the relu when it is over the batch."""
+    heads: list[list[float]] = [sorted(h) if spec.sort_atoms else h for h in z.double().tolist()]
+    targets: list[float] = sorted(y.double().tolist())
+    m = len(heads[0])
+    q = [mean([h[j] for h in heads]) for j in range(m)]
+    tails = sorted(q)
+    taus = [(j + 1) / m if spec.quantile_levels == "endpoint" else (2 * j + 1) / (2 * m) for j in range(m)]
+    fitted = heads if spec.qr_over == "heads" else [q]
+    losses = [per_atom(f, targets, taus, delta, spec.huber_unit) for f in fitted]
+    risk = [math.exp(-spec.risk_eta * tau) for tau in taus]
+    risk = [w / mean(risk) for w in risk]
+    down, down_targets = [-x for x in reversed(tails)], [-x for x in reversed(targets)]
+    if spec.tail_target == "tail_mean":
+        low, high = tail_mean(targets, spec.alpha), tail_mean(down_targets, spec.beta)
+    else:
+        low = pseudo_outcome_low(tails, targets, spec.alpha)
+        high = pseudo_outcome_low(down, down_targets, spec.beta)
+    shift = mean(targets) - mean(q)
+    pairs = [(g, h) for i, g in enumerate(heads) for h in heads[i + 1 :]]
+    return {
+        "qr": mean([mean(x) for x in losses]),
+        "risk": mean([mean([w * x for w, x in zip(risk, xs, strict=True)]) for xs in losses]),
+        "cvar": (tail_mean(tails, spec.alpha) - low) ** 2,
+        "gain": (tail_mean(down, spec.beta) - high) ** 2,
+        "shift": max(shift, 0.0) if spec.shift_over == "token" else shift,
+        "shape": max(tail_variance(tails, spec.alpha) - tail_variance(targets, spec.alpha), 0.0)
+        + max(tail_variance(down_targets, spec.beta) - tail_variance(down, spec.beta), 0.0),
+        "curv": max(-curvature(tails, spec.alpha, spec.curvature), 0.0)
+        + max(-curvature(tails[::-1], spec.beta, spec.curvature), 0.0),
+        "consist": mean([mean([(a - b) ** 2 for a, b in zip(g, h, strict=True)]) for g, h in pairs])
+        if pairs
+        else 0.0,
+    }
+
+
+def reference_loss(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
+    """Every raw term over the batch, and "total"."""
+    tokens = [token_terms(z[b, t], y[b, t], spec, delta) for b, t in mask.nonzero().tolist()]
+    raw = {name: mean([token[name] for token in tokens]) for name in TERMS}
+    raw["shift"] = max(raw["shift"], 0.0)
+    return raw | {"total": math.fsum(spec.weights[name] * raw[name] for name in TERMS)}
+
+
+def reference_gae(
+    rewards: list[float], values: list[float], mask: list[bool], end: float, gamma: float, lam: float
+) -> list[float]:
+    """Advantages of one sequence and one atom as explicit sums of discounted deltas over valid tokens."""
+    steps = [t for t, valid in enumerate(mask) if valid]
+    following = [values[t] for t in steps[1:]] + [end]
+    deltas = [rewards[t] + gamma * v - values[t] for t, v in zip(steps, following, strict=True)]
+    out = [0.0] * len(mask)
+    for i, t in enumerate(steps):
+        out[t] = math.fsum((gamma * lam) ** n * d for n, d in enumerate(deltas[i:]))
+    return out

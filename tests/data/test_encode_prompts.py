@@ -1,0 +1,80 @@
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dvpo_service.data.dataset import load_prompts
+from dvpo_service.data.encode import encode_prompts
+from dvpo_service.errors import ConfigError, DataError
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    vocab = {c: i for i, c in enumerate("?0123456789+-=<>!")}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?", chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": "{p}", "answer": 1}}\n' for p in ("1+2=", "123456+2=", "3+4=")))
+    return load_prompts([path], name="train")
+
+
+def test_chat_template(data, tokenizer):
+    encoded = encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=12)
+    assert tokenizer.decode(encoded.prompts[0].token_ids).replace(" ", "") == "<1+2=>!"
+    assert all(type(i) is int for i in encoded.prompts[0].token_ids)
+    assert encoded.prompts[1].token_ids[-1] == tokenizer.convert_tokens_to_ids("!")
+
+
+def test_plain_text(data, tokenizer):
+    encoded = encode_prompts(data, tokenizer, chat_template=False, max_prompt_tokens=12)
+    assert encoded.prompts[0].token_ids == tuple(tokenizer.convert_tokens_to_ids(list("1+2=")))
+
+
+def test_too_long(data, tokenizer):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: the prompt has 12 tokens, data\.max_prompt_tokens=11\."
+    ):
+        encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)
+    encoded = encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11, on_bad_row="skip")
+    assert [(p.index, p.messages[0]["content"]) for p in encoded.prompts] == [(0, "1+2="), (1, "3+4=")]
+    assert encoded.skipped_by_reason == {"prompt too long": 1}
+    assert encoded.origins == (data.origins[0], data.origins[2])
+    assert data.skipped == 0
+    with pytest.raises(
+        DataError, match=r"train: no prompts are left; bad rows skipped: \{'prompt too long': 3\}"
+    ):
+        encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=1, on_bad_row="skip")
+
+
+def test_no_tokens(data, tokenizer):
+    tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the prompt has no tokens with this tokenizer"):
+        encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)
+
+
+def test_template_is_missing_or_refuses(tmp_path, data, tokenizer):
+    path = tmp_path / "b.jsonl"
+    path.write_text(
+        '{"prompt": [{"role": "system", "content": "1"}], "reward_model": {"ground_truth": 1}}\n'
+        '{"prompt": [{"role": "user", "content": "1"}], "reward_model": {"ground_truth": 1}}\n'
+    )
+    verl = load_prompts([path], name="train")
+    with pytest.raises(
+        DataError, match=r"b\.jsonl:1: the chat template refuses the messages: no system turn"
+    ):
+        encode_prompts(verl, tokenizer, chat_template=True, max_prompt_tokens=11)
+    assert (
+        len(encode_prompts(verl, tokenizer, chat_template=True, max_prompt_tokens=9, on_bad_row="skip")) == 1
+    )
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template=false"):
+        encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)
