@@ -1,4 +1,4 @@
-"""A module under FSDP2: process group, sharding, gradient accumulation, optimizer, state.
+"""Training a sharded module: process group, gradient accumulation, optimizer, state.
 
 No Ray and no losses here: critic.py and policy.py hand in per-micro-batch losses.
 Every rank calls every method in the same order.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from transformers import get_scheduler
 
 from dvpo_service.config import OptimConfig
@@ -50,34 +49,6 @@ def init_process_group(meet: Rendezvous) -> torch.device:
     return device
 
 
-def shard(module: nn.Module, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> nn.Module:
-    """Shard ``module`` in place: one FSDP unit per decoder layer, one for the rest.
-
-    Parameters stay float32 (they are the optimizer's); with ``bfloat16`` the compute is bf16
-    and the gradient reduction float32.
-    """
-    module.to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    backbone = getattr(module, "backbone", module)
-    if checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in decoder_layers(backbone):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    if hasattr(module, "value"):  # the critic's heads compute in float32
-        fully_shard(module.value, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    return fully_shard(module, mesh=mesh, mp_policy=policy)
-
-
-def decoder_layers(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a Hugging Face decoder: the longest ModuleList in it."""
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
-    if lists:
-        yield from max(lists, key=len)
-
-
 @dataclass
 class StepReport:
     """What one call of ``Trainer.step`` did. A step with a non-finite loss or gradient is skipped."""
@@ -104,6 +75,8 @@ class Trainer:
         self.schedule = get_scheduler(
             name, self.optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
         )
+        # Further tensors to save with the state, the same on every rank.
+        self.extra: dict[str, Tensor] = {}
 
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> StepReport:
         """Accumulate the gradients of the micro-batches' losses and step once.
@@ -159,6 +132,7 @@ class Trainer:
             optim_state_dict={k: tensors.get(f"optim.{k}", v) for k, v in optim.items()},
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
+        self.extra = {k: tensors[f"extra.{k}"] for k in self.extra}
         self._set_schedule(int(tensors["schedule"]))
 
     def _set_schedule(self, steps_done: int) -> None:
@@ -177,6 +151,7 @@ class Trainer:
         """What changes in training. Hyper-parameters are the config's, not the checkpoint's."""
         tensors = {f"model.{k}": v for k, v in model.items()}
         tensors |= {f"optim.{k}": v for k, v in optim.items() if k.startswith("state.")}
+        tensors |= {f"extra.{k}": v for k, v in self.extra.items()}
         tensors["schedule"] = torch.tensor(self.schedule.last_epoch)
         return tensors
 

@@ -9,9 +9,10 @@ tokens (right-padded, aligned so that column 0 is the first response token),
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 
-import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -97,6 +98,11 @@ class Rollouts:
     def with_(self, **changes: Tensor) -> Self:
         return replace(self, **changes)
 
+    def save(self, path: Path, **more: Tensor) -> None:
+        """Write every tensor to a safetensors file, for a look at a batch that went wrong."""
+        tensors = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        save_file({k: v.contiguous() for k, v in (tensors | more).items()}, path)
+
 
 @dataclass(frozen=True)
 class Advantages:
@@ -109,6 +115,10 @@ class Advantages:
 Metrics = dict[str, float]
 
 
-def stack_padded(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """1-D rows to one right-padded ``[len(rows), longest]`` tensor."""
-    return torch.nn.utils.rnn.pad_sequence([r.to(dtype) for r in rows], batch_first=True)
+@dataclass(frozen=True)
+class Generated:
+    """One batch from the stream: the tensors, what a person reads of them, and measurements."""
+
+    rollouts: Rollouts
+    rows: list[dict[str, Any]]
+    metrics: Metrics

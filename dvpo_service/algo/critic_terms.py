@@ -18,7 +18,6 @@ from dvpo_service.algo.quantiles import (
     lower_tail_variance,
     tail_size,
     tail_weights,
-    upper_tail_mean,
     upper_tail_variance,
 )
 

@@ -91,7 +91,12 @@ def rollout_kl_sums(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) ->
     """
     log_ratio = zero_masked(logprobs.double() - rollout_logprobs.double(), mask)
     weight = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    per_token = {"k1": -log_ratio, "k3": weight - 1.0 - log_ratio, "weight": weight, "weight_sq": weight.square()}
+    per_token = {
+        "k1": -log_ratio,
+        "k3": weight - 1.0 - log_ratio,
+        "weight": weight,
+        "weight_sq": weight.square(),
+    }
     return {"count": mask.sum().double(), **{name: masked_sum(x, mask) for name, x in per_token.items()}}
 
 

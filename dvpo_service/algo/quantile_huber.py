@@ -131,12 +131,13 @@ def _sums(a: Tensor, y: Tensor, tau: Tensor, d: float) -> tuple[Tensor, Tensor]:
 def _locate(a: Tensor, y: Tensor, near: Tensor, below: Tensor, d: float) -> Tensor:
     """Atoms in the shortened coordinates: exact against every target within d, farther than d from others.
 
-    Measured from the next target below if that is within d, else from the one above (at most 2 d away
-    from it: half a shortened gap, so that neither neighbour comes within d).
+    Measured from the next target below if that is within d, else from the one above. Distances are cut at
+    2 d, half of the longest gap, so that neither neighbour comes within d; beyond the first and the last
+    target too, so that no square overflows.
     """
     left, right = (below - 1).clamp_(min=0), below.clamp(max=y.shape[-1] - 1)
-    up = a - y.gather(-1, left)
-    down = (y.gather(-1, right) - a).clamp_(max=2 * d)
+    up = (a - y.gather(-1, left)).clamp_(-2 * d, 2 * d)
+    down = (y.gather(-1, right) - a).clamp_(-2 * d, 2 * d)
     return torch.where(up <= d, near.gather(-1, left) + up, near.gather(-1, right) - down)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -58,9 +59,7 @@ def _find(name_or_path: str) -> Path:
         return path
     close = difflib.get_close_matches(name_or_path, shipped, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(
-        f"no config {name_or_path!r}: neither a file nor a shipped name ({', '.join(shipped)}){hint}"
-    )
+    raise ConfigError(f"no config {name_or_path!r}: neither a file nor a shipped name ({', '.join(shipped)}){hint}")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -74,10 +73,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     if isinstance(value, str):
         # YAML 1.1 reads 1e-3 as a string; every user means the number.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value) if "e" in value.lower() else value
-        except ValueError:
-            pass
     for part in parts[:-1]:
         child = tree.get(part)
         if not isinstance(child, dict):

@@ -190,7 +190,7 @@ class TrackingConfig(Section):
     run_name: str | None = None
     sample_rows: NonNegative = 16
     fan_prompts: NonNegative = 3
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default_factory=dict)
 
 
 class ClusterConfig(Section):

@@ -16,9 +16,7 @@ class QuantileHeads(nn.Module):
     def __init__(self, hidden_size: int, *, width: int, num_heads: int, num_quantiles: int):
         super().__init__()
         self.shape = (num_heads, num_quantiles)
-        self.encoder = nn.Sequential(
-            nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
-        )
+        self.encoder = nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.heads = nn.Linear(width, num_heads * num_quantiles)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -56,9 +54,7 @@ class DistributionalCritic(nn.Module):
         Returns:
             [B, T, H, M]: entry t is Z after reading ``tokens[:, : positions[t] + 1]``.
         """
-        hidden = self.backbone(
-            input_ids=tokens, attention_mask=length_mask(lengths, tokens.shape[1])
-        ).last_hidden_state
+        hidden = self.backbone(input_ids=tokens, attention_mask=length_mask(lengths, tokens.shape[1])).last_hidden_state
         hidden = gather_positions(hidden, positions)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value(hidden.float())

@@ -17,9 +17,7 @@ class PolicyModel(nn.Module):
         self.backbone = lm
         self.temperature = temperature
 
-    def forward(
-        self, tokens: Tensor, prompt_lens: Tensor, lengths: Tensor, num_tokens: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, prompt_lens: Tensor, lengths: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Score response tokens under the sampling temperature.
 
         Args:

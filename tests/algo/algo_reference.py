@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,21 +41,23 @@ def calibrated_spec(**changes: Any) -> CriticLossSpec:
     return paper_spec(**(settings | changes))
 
 
+class NaiveHuber(NamedTuple):
+    loss: Tensor  # [..., H, M]
+    slope: Tensor  # its derivative in z
+    untilted_loss: Tensor  # both without |tau - 1{y < z}|: the scale that rounding is judged by
+    untilted_slope: Tensor
+
+
 def quantile_huber_naive(
     z: Tensor, y: Tensor, levels: Tensor, delta: float, unit: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairwise Eq. 3: per-atom losses [..., H, M], their slopes in z, and the same loss without the tilt
-    |tau - 1{y < z}|: the scale that rounding is to be judged by.
-    """
+) -> NaiveHuber:
+    """Eq. 3 over every pair of z [..., H, M] and y [..., K]."""
     u = y[..., None, None, :] - z[..., None]
     tilt = (levels[:, None] - (u < 0).to(u.dtype)).abs()
     huber = torch.where(u.abs() <= delta, u * u / 2, delta * (u.abs() - delta / 2))
-    scale = delta if unit else 1.0
-    return (
-        (tilt * huber).mean(-1) / scale,
-        -(tilt * u.clamp(-delta, delta)).mean(-1) / scale,
-        huber.mean(-1) / scale,
-    )
+    clipped = u.clamp(-delta, delta)
+    sums = (tilt * huber, -tilt * clipped, huber, clipped.abs())
+    return NaiveHuber(*(x.mean(-1) / (delta if unit else 1.0) for x in sums))
 
 
 def mean(xs: list[float]) -> float:
@@ -144,7 +146,9 @@ def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dic
     }
 
 
-def reference_loss(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
+def reference_loss(
+    z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float
+) -> dict[str, float]:
     """Every raw term over the batch, and "total"."""
     tokens = [token_terms(z[b, t], y[b, t], spec, delta) for b, t in mask.nonzero().tolist()]
     raw = {name: mean([token[name] for token in tokens]) for name in TERMS}

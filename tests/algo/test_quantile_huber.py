@@ -31,17 +31,15 @@ def draw(kind: str, generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def agree(z: Tensor, y: Tensor, tau: Tensor, delta: float, unit: bool, tolerance: float) -> None:
-    """Values and gradients agree to ``tolerance`` of the untilted loss and of its largest slope."""
+    """Values and gradients agree to ``tolerance`` of what they would be without the tilt |tau - 1|: a top
+    atom's tilted loss may be nearly 0 while its targets are far away.
+    """
     z = z.clone().requires_grad_()
     loss = quantile_huber(z, y, tau, delta, unit)
     (grad,) = torch.autograd.grad(loss.sum(), z)
-    args = (x.double() for x in (z.detach(), y, tau))
-    value, slope, scale = quantile_huber_naive(*args, delta, unit)
-    assert ((loss - value).abs() <= tolerance * scale + 1e-300).all()
-    assert ((grad - slope).abs() <= tolerance * (1.0 if unit else delta)).all() or (
-        # an atom's own mean |clipped distance| is the scale where no distance reaches delta
-        ((grad - slope).abs() <= tolerance * (y.double()[..., None, None, :] - z.detach()[..., None]).abs().mean(-1))
-    ).all()
+    exact = quantile_huber_naive(z.detach().double(), y.double(), tau.double(), delta, unit)
+    assert ((loss - exact.loss).abs() <= tolerance * exact.untilted_loss + 1e-38).all()
+    assert ((grad - exact.slope).abs() <= tolerance * exact.untilted_slope + 1e-38).all()
 
 
 @given(

@@ -1,6 +1,6 @@
 """Fast quantile Huber against a chunked pairwise loop, forward + backward, in one run. Prints JSON.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_quantile_huber.py [--tokens 8192 --heads 3 --quantiles 200]
+OMP_NUM_THREADS=1 python tests/bench/bench_quantile_huber.py [--tokens 8192 --heads 3 --quantiles 200]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ def pairwise(z: Tensor, y: Tensor, tau: Tensor, delta: float) -> Tensor:
     """The textbook loss on [N, H, M, K] temporaries; returns [N, H, M]."""
     u = y[:, None, None, :] - z[..., None]
     weight = (tau[:, None] - (u < 0).to(z.dtype)).abs()
-    return (weight * torch.nn.functional.huber_loss(u, torch.zeros_like(u), reduction="none", delta=delta)).mean(-1)
+    return (
+        weight * torch.nn.functional.huber_loss(u, torch.zeros_like(u), reduction="none", delta=delta)
+    ).mean(-1)
 
 
 def chunked_pairwise(z: Tensor, y: Tensor, tau: Tensor, delta: float, rows: int) -> Tensor:
@@ -67,9 +70,11 @@ def main() -> None:
     y = torch.randn(args.tokens, args.quantiles)
     tau = quantile_levels(args.quantiles, "endpoint")
 
-    t_fast, l_fast, g_fast = timed(lambda x: fast(x, y, tau, args.delta), z, args.repeats)
+    t_fast, l_fast, g_fast = timed(partial(fast, y=y, tau=tau, delta=args.delta), z, args.repeats)
     # Small chunks are the pairwise loop's best case on a CPU: its temporaries stay in cache.
-    candidates = {r: timed(lambda x, r=r: chunked_pairwise(x, y, tau, args.delta, r), z, 1) for r in (4, 32, 256)}
+    candidates = {}
+    for chunk in (4, 32, 256):
+        candidates[chunk] = timed(partial(chunked_pairwise, y=y, tau=tau, delta=args.delta, rows=chunk), z, 1)
     rows, (t_pair, l_pair, g_pair) = min(candidates.items(), key=lambda item: item[1][0])
     print(
         json.dumps(

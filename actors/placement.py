@@ -1,0 +1,117 @@
+"""What a run needs of the cluster, and whether the cluster has it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from dvpo_service.config import Config
+from dvpo_service.errors import ClusterError
+
+POOLS = ("policy", "critic", "rollout", "reward")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One actor's resources. ``index`` numbers the actors of a pool."""
+
+    pool: str
+    index: int
+    resources: Mapping[str, float]
+
+    def __str__(self) -> str:
+        needs = " + ".join(f"{v:g} {k}" for k, v in self.resources.items())
+        return f"{self.pool}[{self.index}] ({needs})"
+
+
+def plan_bundles(config: Config) -> list[Bundle]:
+    """Every actor of the run, in the order of ``POOLS``."""
+    cluster = config.cluster
+    trainer = {"CPU": cluster.cpus_per_trainer, "GPU": cluster.gpus_per_trainer}
+    engine = {"CPU": cluster.cpus_per_engine, "GPU": cluster.gpus_per_engine}
+    reward = {"CPU": cluster.cpus_per_reward_worker}
+    counts = {
+        "policy": (config.policy.world_size, trainer),
+        "critic": (config.critic.world_size, trainer),
+        "rollout": (config.rollout.num_engines, engine),
+        "reward": (config.reward.num_workers, reward),
+    }
+    return [
+        Bundle(pool, i, {k: v for k, v in resources.items() if v > 0})
+        for pool, (count, resources) in counts.items()
+        for i in range(count)
+    ]
+
+
+def local_cpus(bundles: Iterable[Bundle]) -> int:
+    """Logical CPUs to declare for a cluster on this machine.
+
+    Pools take turns, so a plan may hold more actors than there are cores; Ray would otherwise wait
+    for cores that never come.
+    """
+    return max(os.cpu_count() or 1, math.ceil(sum(b.resources.get("CPU", 0) for b in bundles)))
+
+
+def first_unplaceable(bundles: Iterable[Bundle], nodes: Iterable[Mapping[str, float]]) -> Bundle | None:
+    """The first bundle that no node has room for, filling the largest bundles first; None if all fit."""
+    free = [dict(n) for n in nodes]
+    for bundle in sorted(bundles, key=lambda b: sorted(b.resources.items(), reverse=True), reverse=True):
+        home = next((n for n in free if all(n.get(k, 0) >= v for k, v in bundle.resources.items())), None)
+        if home is None:
+            return bundle
+        for k, v in bundle.resources.items():
+            home[k] -= v
+    return None
+
+
+def check_plan(bundles: list[Bundle], nodes: list[Mapping[str, float]]) -> None:
+    """Raise ClusterError naming the bundle that does not fit."""
+    misfit = first_unplaceable(bundles, nodes)
+    if misfit is None:
+        return
+    have = "; ".join(" + ".join(f"{n.get(k, 0):g} {k}" for k in ("CPU", "GPU")) for n in nodes)
+    raise ClusterError(
+        f"the plan does not fit the cluster: no room for {misfit}. Nodes have: {have or 'none'}. "
+        f"Lower {misfit.pool}'s actor count or cluster.cpus_per_* / gpus_per_*, or add nodes"
+    )
+
+
+def alive_nodes() -> list[Mapping[str, float]]:
+    return [n["Resources"] for n in ray.nodes() if n["Alive"]]
+
+
+class Placement:
+    """A reserved placement group with one bundle per actor."""
+
+    def __init__(self, bundles: list[Bundle], *, timeout_s: float):
+        check_plan(bundles, alive_nodes())
+        self.bundles = bundles
+        self.group: PlacementGroup = placement_group([dict(b.resources) for b in bundles], strategy="PACK")
+        if not self.group.wait(timeout_seconds=timeout_s):
+            remove_placement_group(self.group)
+            raise ClusterError(
+                f"the cluster is large enough but did not free {len(bundles)} bundles within {timeout_s:g} s; "
+                "another job holds them (see `ray status`); wait, or raise cluster.placement_timeout_s"
+            )
+
+    def options(self, pool: str, index: int) -> dict[str, Any]:
+        """Options of a Ray actor that runs in the bundle of ``pool[index]``."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        position, bundle = next((i, b) for i, b in enumerate(self.bundles) if (b.pool, b.index) == (pool, index))
+        return {
+            "num_cpus": bundle.resources.get("CPU", 0),
+            "num_gpus": bundle.resources.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.group, placement_group_bundle_index=position, placement_group_capture_child_tasks=True
+            ),
+        }
+
+    def release(self) -> None:
+        remove_placement_group(self.group)

@@ -1,0 +1,187 @@
+"""One rank of the policy pool: log-probs, the clipped update, weights out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.fsdp import Rendezvous, Trainer, all_reduce, all_reduce_sums, init_process_group
+from dvpo_service.algo.batching import rank_micro_batches
+from dvpo_service.algo.masks import masked_mean
+from dvpo_service.algo.policy_loss import clipped_surrogate, importance_weights, kl_penalty
+from dvpo_service.config import Config
+from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.models.policy import PolicyModel
+from dvpo_service.models.sharding import shard
+from dvpo_service.types import Metrics, Rollouts
+
+
+@dataclass
+class RankLogprobs:
+    """``rows`` [b] of the batch; log-probs [b, T]."""
+
+    rows: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor | None
+
+
+class PolicyWorker:
+    """Scores and trains the policy on this rank's sequences."""
+
+    def __init__(self, config: Config, model_path: str, meet: Rendezvous):
+        self.config, self.meet, self.model_path = config, meet, model_path
+        self.device = init_process_group(meet)
+        torch.manual_seed(config.trainer.seed)
+        module = self._load()
+        minis = config.batch_size // (config.policy.mini_batch_size or config.batch_size)
+        self.trainer = Trainer(
+            module, config.policy.optim, total_steps=config.trainer.num_steps * config.policy.epochs * minis
+        )
+        self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
+        self.transfer: Any = None
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, step: int) -> RankLogprobs:
+        """Log-probs of the sampled tokens before the update, and under the reference if there is one."""
+        rows, found, ref = [], [], []
+        width = rollouts.response_mask.shape[1]
+        for mini in self._cut(len(rollouts), step):
+            for index in mini:
+                part = rollouts.select(index)
+                rows.append(index)
+                found.append(_widen(self._score(self.trainer.module, part)[0], part, width))
+                if self.reference is not None:
+                    ref.append(_widen(self._score(self.reference, part)[0], part, width))
+        return RankLogprobs(torch.cat(rows), torch.cat(found), torch.cat(ref) if ref else None)
+
+    def update(self, rollouts: Rollouts, advantages: Tensor, step: int) -> Metrics:
+        """PPO epochs over the batch. ``advantages`` [B, T] as the loss takes them."""
+        metrics: Metrics = {}
+        steps = skipped = 0
+        for _ in range(self.config.policy.epochs):
+            for mini in self._cut(len(rollouts), step):
+                found = self._step(rollouts, advantages, mini)
+                skipped += int(found.pop("skipped"))
+                steps += 1
+                metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
+        metrics = {f"policy/{k}": v / steps for k, v in metrics.items()}
+        return metrics | {"policy/skipped_steps": float(skipped), "policy/lr": self.trainer.lr}
+
+    def connect_engines(self, client: Any, backend: str) -> None:
+        """Join vLLM's weight transfer. Collective; the client is used on rank 0."""
+        from actors.weight_transfer import connect
+
+        self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank)
+
+    def send_weights(self) -> None:
+        """Push the current weights to the engines; returns when they hold them. Collective."""
+        self.transfer.send_weights()
+
+    def export(self, folder: str) -> None:
+        """Write the policy as a Hugging Face folder. Collective; rank 0 writes."""
+        state = {
+            name: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.cpu()
+            for name, p in self.trainer.module.backbone.state_dict().items()
+        }
+        if self.meet.rank == 0:
+            lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
+            lm.save_pretrained(folder, state_dict=state)
+            load_tokenizer(self.model_path).save_pretrained(folder)
+
+    def save(self, folder: str) -> None:
+        self.trainer.save(Path(folder))
+
+    def load(self, folder: str) -> None:
+        self.trainer.load(Path(folder))
+
+    def _load(self) -> Any:
+        lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
+        return shard(
+            PolicyModel(lm, temperature=self.config.rollout.temperature),
+            self.device,
+            bfloat16=self.config.model.dtype == "bfloat16",
+            checkpointing=self.config.policy.gradient_checkpointing,
+        )
+
+    def _cut(self, batch_size: int, step: int) -> list[list[Tensor]]:
+        policy = self.config.policy
+        return rank_micro_batches(
+            batch_size,
+            mini_size=policy.mini_batch_size or batch_size,
+            micro_size=policy.micro_batch_size,
+            rank=self.meet.rank,
+            world_size=self.meet.world_size,
+            seed=self.config.trainer.seed,
+            step=step,
+        )
+
+    def _score(self, module: Any, part: Rollouts) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
+            return module(
+                part.tokens.to(self.device),
+                part.prompt_lens.to(self.device),
+                (part.prompt_lens + part.response_lens).to(self.device),
+                part.response_mask.shape[1],
+            )
+
+    def _step(self, rollouts: Rollouts, advantages: Tensor, mini: list[Tensor]) -> dict[str, float]:
+        mine = sum(int(rollouts.response_mask[rows].sum()) for rows in mini)
+        denominator = max(1.0, float(all_reduce(torch.tensor(float(mine)), self.device)))
+        sums: dict[str, Tensor] = {}
+
+        def loss_of(rows: Tensor) -> Tensor:
+            part = rollouts.select(rows)
+            loss, parts = self._loss(part, advantages[rows, : part.response_mask.shape[1]], denominator)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
+            return loss
+
+        report = self.trainer.step(lambda rows=rows: loss_of(rows) for rows in mini)  # type: ignore[misc]
+        metrics = {k: float(v) for k, v in all_reduce_sums(sums, self.device).items()}
+        return metrics | {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "skipped": float(report.skipped),
+        }
+
+    def _loss(self, part: Rollouts, advantages: Tensor, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss of a micro-batch and its parts, each a sum over tokens / the global count."""
+        policy, rollout = self.config.policy, self.config.rollout
+        logprobs, entropy = self._score(self.trainer.module, part)
+        assert part.logprobs is not None, "policy.logprobs comes before policy.update"
+        mask, old = part.response_mask.to(self.device), part.logprobs.to(self.device)
+        logprobs = torch.where(mask, logprobs, old)
+        weights = None
+        if rollout.importance_correction == "truncated":
+            weights = importance_weights(old, part.rollout_logprobs.to(self.device), rollout.importance_cap)
+        surrogate, clipped = clipped_surrogate(
+            logprobs,
+            old,
+            advantages.to(self.device),
+            clip_low=policy.clip_low,
+            clip_high=policy.clip_high,
+            is_weights=weights,
+        )
+        parts = {
+            "surrogate": masked_mean(surrogate, mask, denominator),
+            "entropy": masked_mean(entropy, mask, denominator),
+            "clip_fraction": masked_mean(clipped.float(), mask, denominator),
+            "approx_kl": masked_mean(kl_penalty(logprobs.detach(), old, "k3"), mask, denominator),
+        }
+        loss = parts["surrogate"] - policy.entropy_coef * parts["entropy"]
+        if part.ref_logprobs is not None:
+            kl = masked_mean(kl_penalty(logprobs, part.ref_logprobs.to(self.device), policy.kl.kind), mask, denominator)
+            parts["ref_kl"] = kl
+            if policy.kl.where == "loss":
+                loss = loss + policy.kl.coef * kl
+        return loss, parts
+
+
+def _widen(x: Tensor, part: Rollouts, width: int) -> Tensor:
+    """[b, t] -> [b, width] on the CPU, 0 off the response mask."""
+    x = torch.where(part.response_mask, x.cpu(), 0.0)
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))

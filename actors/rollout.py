@@ -1,0 +1,150 @@
+"""A vLLM engine as an actor: sampling with log-probs, and weights from the trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from dvpo_service.config import Config
+from dvpo_service.types import Prompt, Sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. ``seeds``: one per prompt, so that a run can be repeated; None when greedy."""
+
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+
+
+class RolloutEngine:
+    """One ``AsyncLLM``. Its weights are those of ``weight_version``; -1 is the model folder's own."""
+
+    def __init__(self, config: Config, model_path: str, backend: str):
+        self.config, self.model_path, self.backend = config, model_path, backend
+        self.weight_version = -1
+        self.engine: Any = None
+
+    async def start(self) -> None:
+        """Load the model; returns when the engine can serve."""
+        # Read by vLLM when it is imported. The actor owns its thread count; vLLM must not pin cores.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        rollout, gib = self.config.rollout, 2**30
+        memory: dict[str, Any]
+        if self.backend == "safetensors":
+            memory = {"kv_cache_memory_bytes": int(rollout.kv_cache_gib * gib)}
+        else:
+            memory = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        args = AsyncEngineArgs(
+            model=self.model_path,
+            dtype=self.config.model.dtype,
+            trust_remote_code=self.config.model.trust_remote_code,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            max_model_len=self.config.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            enforce_eager=rollout.enforce_eager,
+            enable_prefix_caching=True,
+            # Log-probs of the distribution sampled from (after temperature), as the trainer computes them.
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=self.backend),
+            seed=self.config.trainer.seed,
+            disable_log_stats=True,
+            **memory,
+        )
+        self.engine = AsyncLLM.from_engine_args(args)
+
+    async def generate(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[list[Sample]]:
+        """``sampling.n`` samples for each prompt, in the prompts' order."""
+        return await asyncio.gather(*(self._one(p, sampling, s) for p, s in zip(prompts, seeds, strict=True)))
+
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probs of every token but the first of given sequences, under the engine's weights."""
+        from vllm import SamplingParams
+
+        # prompt_logprobs bypasses the prefix cache, so this reads the weights that are loaded now.
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
+
+        async def one(tokens: list[int]) -> list[float]:
+            output = await self._final({"prompt_token_ids": tokens}, params)
+            return [p[t].logprob for t, p in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+
+        return await asyncio.gather(*(one(tokens) for tokens in sequences))
+
+    # vLLM's weight-transfer control plane; the trainer's EngineClient calls these.
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def shutdown_weight_transfer_engine(self) -> None:
+        await self.engine.shutdown_weight_transfer_engine()
+
+    async def start_weight_update(self) -> None:
+        await self.engine.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self) -> None:
+        await self.engine.finish_weight_update()
+
+    async def set_version(self, version: int) -> int:
+        """Acknowledge weights ``version``: cached prefixes were computed with older ones."""
+        await self.engine.reset_prefix_cache()
+        self.weight_version = version
+        return version
+
+    async def stop(self) -> None:
+        """End the engine's own processes."""
+        if self.engine is not None:
+            self.engine.shutdown()
+            self.engine = None
+
+    async def _one(self, prompt: Prompt, sampling: Sampling, seed: int) -> list[Sample]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        greedy = sampling.temperature == 0
+        params = SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=None if greedy else seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        version = self.weight_version
+        output = await self._final({"prompt_token_ids": list(prompt.token_ids)}, params)
+        return [
+            Sample(
+                prompt_index=prompt.index,
+                sample_index=i,
+                token_ids=tuple(c.token_ids),
+                logprobs=tuple(lp[t].logprob for t, lp in zip(c.token_ids, c.logprobs, strict=True)),
+                text=c.text,
+                finish_reason="stop" if c.finish_reason == "stop" else "length",
+                weight_version=version,
+            )
+            for i, c in enumerate(sorted(output.outputs, key=lambda c: c.index))
+        ]
+
+    async def _final(self, prompt: dict[str, Any], params: Any) -> Any:
+        outputs = [o async for o in self.engine.generate(prompt, params, request_id=uuid.uuid4().hex)]
+        return outputs[-1]

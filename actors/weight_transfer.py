@@ -1,0 +1,90 @@
+"""Joining a trainer rank to vLLM's weight transfer: one call for CPU and GPU backends."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+import torch
+from torch import nn
+
+from actors import cpu_weight_transfer
+
+Backend = Literal["safetensors", "nccl", "ipc"]
+
+# tmpfs: a file there is memory, and the engine maps it without a copy through a socket.
+SHARED_MEMORY = "/dev/shm"
+
+
+def default_backend() -> Backend:
+    return "nccl" if torch.cuda.is_available() else "safetensors"
+
+
+@dataclass
+class EngineClient:
+    """vLLM's weight-sync control plane over rollout actors, with a deadline on every call.
+
+    ``workers_per_engine`` is the engines' tensor-parallel size: NCCL ranks are numbered through
+    all engines' workers.
+    """
+
+    engines: list[Any]
+    workers_per_engine: int
+    timeout_s: float
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        infos = [dict(init_info) for _ in self.engines]
+        if "rank_offset" in init_info:
+            for i, info in enumerate(infos):
+                info["rank_offset"] += i * self.workers_per_engine
+        self._wait([e.init_weight_transfer_engine.remote(i) for e, i in zip(self.engines, infos, strict=True)])
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self._wait([e.shutdown_weight_transfer_engine.remote() for e in self.engines])
+
+    def start_weight_update(self) -> None:
+        self._wait([e.start_weight_update.remote() for e in self.engines])
+
+    def update_weights(self, update_info: Any) -> None:
+        self._wait([e.update_weights.remote(update_info) for e in self.engines])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._wait([e.finish_weight_update.remote() for e in self.engines])
+
+    def _wait(self, refs: list[Any]) -> None:
+        ray.get(refs, timeout=self.timeout_s)
+
+
+def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int) -> Any:
+    """A vLLM ``TrainerWeightTransferEngine`` over ``module``'s parameters. Collective."""
+    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+
+    cpu_weight_transfer.register()
+    return WeightTransferTrainerFactory.trainer_init(
+        _init_info(backend, rank, client), client=client, source=ModuleSource(module)
+    )
+
+
+def _init_info(backend: Backend, rank: int, client: EngineClient) -> Any:
+    if backend == "safetensors":
+        return cpu_weight_transfer.TrainerInit(rank=rank, folder=SHARED_MEMORY)
+    if backend == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        return IPCTrainerInitInfo(rank=rank, packed=True)
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    return NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=ray.util.get_node_ip_address(),
+        master_port=free_port() if rank == 0 else 0,
+        world_size=1 + len(client.engines) * client.workers_per_engine,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,4 @@
+from dvpo_service.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The ``dvpo`` command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dvpo_service import __version__
+from dvpo_service.errors import UserError
+
+# Heavy imports (torch, ray, transformers) stand in the commands, so that --help is quick.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="DVPO: distributed RL post-training with a distributional critic.",
+)
+
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A shipped name or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, e.g. algorithm.dvpo_loss_weights.ablate_gain=true")
+]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Stack traces with errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if debug:
+        os.environ["DVPO_DEBUG"] = "1"
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")] = None,
+) -> None:
+    """Train a policy. The same command again continues a run that was cut off."""
+    from dvpo_service.config import load_config
+    from dvpo_service.launch import train as launch
+
+    resolved = load_config(config, overrides or [])
+    launch(resolved, _run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
+
+
+@app.command()
+def warmstart(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Its folder base-models/ holds the model.")] = None,
+) -> None:
+    """Make the base model of a config that asks for one, and print its folder."""
+    from dvpo_service.config import load_config
+    from dvpo_service.launch import base_model, connected, load_data
+
+    resolved = load_config(config, overrides or [])
+    data = load_data(resolved)
+    with connected(resolved):
+        typer.echo(base_model(resolved, data, _run_dir(run_dir, resolved.trainer.run_dir, resolved.name).parent))
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigOption,
+    model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder, e.g. runs/demo/policy.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
+) -> None:
+    """Held-out accuracy of a model on a config's splits, as a training run measures it."""
+    from dvpo_service.config import load_config
+    from dvpo_service.evaluate import evaluate_model
+
+    evaluate_model(load_config(config, overrides or []), model, output)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Also check that its plan fits.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check the machine, and with --config that the run would fit."""
+    from dvpo_service.config import load_config
+    from dvpo_service.doctor import examine
+
+    if not examine(load_config(config, overrides or []) if config else None):
+        raise typer.Exit(1)
+
+
+@app.command()
+def configs() -> None:
+    """List the shipped configs."""
+    from dvpo_service.config import shipped_configs
+
+    for name, path in shipped_configs().items():
+        first = path.read_text().splitlines()[0].removeprefix("#").strip()
+        typer.echo(f"{name:22} {first}")
+
+
+def _run_dir(option: Path | None, configured: str | None, name: str) -> Path:
+    return (option or Path(configured or f"runs/{name}")).absolute()
+
+
+def main() -> None:
+    """Entry point: an error a person can mend is one line and exit code 2, never a stack trace."""
+    from dvpo_service.failure import describe
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sys.path.insert(0, os.getcwd())  # so that module:function rewards beside the user are found
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command continues from the last checkpoint", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("DVPO_DEBUG"):
+            raise
+        message, code = describe(error)
+        typer.echo(f"error: {message}", err=True)
+        sys.exit(code)
+
+
+__all__ = ["UserError", "app", "main"]

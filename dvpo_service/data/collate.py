@@ -1,0 +1,81 @@
+"""Scored samples -> the padded tensors that trainers take, and their measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dvpo_service.types import Metrics, Prompt, Rollouts, Sample, Score
+
+
+def collate(
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]], scores: Sequence[Sequence[Score]]
+) -> Rollouts:
+    """``groups[i]`` are the samples of ``prompts[i]``, ``scores[i]`` their scores.
+
+    The outcome reward stands on the last response token. A sample whose scoring failed keeps its
+    row, with nothing valid in its mask: batch shapes stay, and it reaches no loss and no mean.
+    """
+    pairs = [(p, s) for p, group in zip(prompts, groups, strict=True) for s in group]
+    flat = [score for group in scores for score in group]
+    lens = torch.tensor([len(s.token_ids) for _, s in pairs])
+    outcome = torch.tensor([s.reward for s in flat], dtype=torch.float32)
+    scored = torch.tensor([s.error is None for s in flat])
+    steps = torch.arange(int(lens.max()))
+    mask = (steps < lens[:, None]) & scored[:, None]
+    rewards = torch.where(mask & (steps == lens[:, None] - 1), outcome[:, None], 0.0)
+    return Rollouts(
+        tokens=_pad([torch.tensor(p.token_ids + s.token_ids) for p, s in pairs]),
+        prompt_lens=torch.tensor([len(p.token_ids) for p, _ in pairs]),
+        response_lens=lens,
+        response_mask=mask,
+        rollout_logprobs=torch.where(mask, _pad([torch.tensor(s.logprobs) for _, s in pairs]), 0.0),
+        rewards=rewards,
+        scores=outcome,
+        clean_scores=torch.tensor([s.clean for s in flat], dtype=torch.float32),
+        finished=torch.tensor([s.finish_reason == "stop" for _, s in pairs]),
+        prompt_index=torch.tensor([p.index for p, _ in pairs]),
+        weight_version=torch.tensor([s.weight_version for _, s in pairs]),
+    )
+
+
+def rollout_metrics(rollouts: Rollouts, group_size: int, version: int) -> Metrics:
+    """Rewards over scored samples, lengths over all of them."""
+    groups = rollouts.scores.view(-1, group_size)
+    return {
+        "reward/mean": float(rollouts.scores.nanmean()),
+        "reward/clean_mean": float(rollouts.clean_scores.nanmean()),
+        "reward/failed": float(rollouts.scores.isnan().sum()),
+        "reward/groups_without_spread": float((groups == groups[:, :1]).all(1).float().mean()),
+        "rollout/response_length": float(rollouts.response_lens.float().mean()),
+        "rollout/truncated": float((~rollouts.finished).float().mean()),
+        "rollout/staleness": float((version - rollouts.weight_version).max()),
+        "rollout/tokens": float(rollouts.response_lens.sum()),
+    }
+
+
+def readable_rows(
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]], scores: Sequence[Sequence[Score]]
+) -> list[dict[str, Any]]:
+    """One dict a sample, as a person wants to read it."""
+    return [
+        {
+            "prompt": prompt.messages[-1]["content"],
+            "response": sample.text,
+            "answer": prompt.answer,
+            "reward": score.reward,
+            "clean_reward": score.clean,
+            "finish_reason": sample.finish_reason,
+            "error": score.error or "",
+        }
+        for prompt, group, row in zip(prompts, groups, scores, strict=True)
+        for sample, score in zip(group, row, strict=True)
+    ]
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True)

@@ -1,0 +1,64 @@
+"""The config's data: training prompts and held-out splits, tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from importlib import resources
+
+from transformers import PreTrainedTokenizerBase
+
+from dvpo_service.config import DataConfig
+from dvpo_service.data.dataset import Dataset, load_prompts
+from dvpo_service.data.encode import encode_prompts
+
+SHIPPED = "shipped:"
+
+
+def resolve_file(file: str) -> str:
+    """``shipped:NAME`` is a file that comes with the package; anything else is a path or glob."""
+    if not file.startswith(SHIPPED):
+        return file
+    return str(resources.files("dvpo_service") / "data" / "shipped" / file.removeprefix(SHIPPED))
+
+
+def load_train(config: DataConfig) -> Dataset:
+    return _load(config, config.train_files, "train")
+
+
+def load_splits(config: DataConfig, seen: Set[str]) -> dict[str, Dataset]:
+    """Held-out splits without the prompts in ``seen`` (those of the training data)."""
+    return {
+        name: _load(config, files, name, exclude=seen, limit=config.val_limit)
+        for name, files in config.val_files.items()
+    }
+
+
+def encode(config: DataConfig, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return encode_prompts(
+        data,
+        tokenizer,
+        chat_template=config.chat_template,
+        max_prompt_tokens=config.max_prompt_tokens,
+        on_bad_row=config.on_bad_row,
+    )
+
+
+def _load(
+    config: DataConfig,
+    files: list[str],
+    name: str,
+    *,
+    exclude: Set[str] | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    return load_prompts(
+        [resolve_file(f) for f in files],
+        name=name,
+        gsm8k_mode=config.gsm8k_mode,
+        operators=config.operators,
+        max_operands=config.max_operands,
+        max_digits=config.max_digits,
+        on_bad_row=config.on_bad_row,
+        limit=limit,
+        exclude=exclude,
+    )

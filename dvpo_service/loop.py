@@ -1,0 +1,151 @@
+"""The algorithm, read top to bottom. Everything heavy is behind the roles in roles.py.
+
+Step numbers: ``step`` is the number of updates done. Row 0 of the metrics is the evaluation
+before training; row k holds update k and, when it is due, the evaluation after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dvpo_service.checkpoint import Checkpoints
+from dvpo_service.config import TrainerConfig
+from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
+from dvpo_service.types import Advantages, Metrics, Rollouts
+
+
+@dataclass
+class TrainState:
+    """What the loop itself has to remember."""
+
+    step: int = 0
+    before: Metrics = field(default_factory=dict)
+    after: Metrics = field(default_factory=dict)
+    bad_steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Roles:
+    """Everything that the loop talks to. ``mismatch`` measures engine against trainer log-probs."""
+
+    stream: RolloutStream
+    policy: Policy
+    estimator: Estimator
+    weights: Weights
+    evaluator: Evaluator
+    observer: Observer
+    tracker: Tracker
+    mismatch: Callable[[Rollouts], Metrics]
+
+
+class TrainingStopped(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def train(config: TrainerConfig, roles: Roles, checkpoints: Checkpoints, state: TrainState) -> TrainState:
+    """Run to ``config.num_steps``, from ``state``."""
+    r, clock = roles, Clock()
+    r.weights.push(version=state.step)
+    if state.step == 0:
+        with clock("eval"):
+            state.before = state.after = r.evaluator.run(0)
+        r.tracker.log(0, state.before | clock.lap())
+    for step in range(state.step, config.num_steps):
+        started = time.perf_counter()
+        batch = r.stream.next(step)
+        with clock("logprobs"):
+            rollouts = r.policy.logprobs(batch.rollouts, step)
+        with clock("advantages"):
+            advantages, value_metrics = r.estimator.advantages(rollouts, step)
+        with clock("update"):
+            jobs = [r.estimator.update_async(rollouts, step)]
+            if step >= config.critic_warmup:
+                jobs.append(r.policy.update_async(rollouts, advantages, step))
+            updates = [job.result() for job in jobs]
+        with clock("sync"):
+            r.weights.push(version=step + 1)
+
+        state.step = step + 1
+        metrics = batch.metrics | value_metrics | r.mismatch(rollouts)
+        for update in updates:
+            metrics |= update
+        stop_if_diverging(metrics, state, config, rollouts, advantages, checkpoints.run_dir)
+        metrics |= clock.lap() | {"time/step": time.perf_counter() - started}
+        if due(config.eval_every, state.step, config.num_steps):
+            with clock("eval"):
+                state.after = r.evaluator.run(state.step)
+                r.observer.observe(state.step)
+            r.tracker.log_samples(state.step, batch.rows)
+            metrics |= state.after | clock.lap()
+        if due(config.save_every, state.step, config.num_steps):
+            with clock("checkpoint"):
+                save(checkpoints, roles, state)
+            metrics |= clock.lap()
+        state.seconds += time.perf_counter() - started
+        r.tracker.log(state.step, metrics)
+    return state
+
+
+def due(every: int, step: int, last: int) -> bool:
+    """Every ``every`` steps and at the end; 0 means at the end only."""
+    return step == last or bool(every and step % every == 0)
+
+
+def save(checkpoints: Checkpoints, roles: Roles, state: TrainState) -> None:
+    parts = {"policy": roles.policy.save, "estimator": roles.estimator.save}
+    checkpoints.save(state.step, parts, record(state, roles))
+
+
+def record(state: TrainState, roles: Roles) -> dict[str, Any]:
+    """The small part of a checkpoint, as JSON."""
+    return {
+        "state": state.__dict__,
+        "stream": roles.stream.state_dict(),
+        "mlflow_run_id": roles.tracker.run_id,
+    }
+
+
+def stop_if_diverging(
+    metrics: Metrics,
+    state: TrainState,
+    config: TrainerConfig,
+    rollouts: Rollouts,
+    advantages: Advantages,
+    run_dir: Path,
+) -> None:
+    """Count steps that a trainer skipped; after ``max_bad_steps`` in a row keep the batch and stop."""
+    skipped = metrics.get("policy/skipped_steps", 0) + metrics.get("critic/skipped_steps", 0)
+    state.bad_steps = state.bad_steps + 1 if skipped else 0
+    if state.bad_steps < config.max_bad_steps:
+        return
+    path = run_dir / f"bad-batch-{state.step:06d}.safetensors"
+    rollouts.save(path, advantages=advantages.advantages)
+    raise TrainingStopped(
+        f"{state.bad_steps} steps in a row had a non-finite loss or gradient; stopped at step {state.step}. "
+        f"The last batch is in {path}. Usual causes: learning rate too high, rewards of a huge scale. "
+        "The same command continues from the last checkpoint; give trainer.resume=never to start over"
+    )
+
+
+class Clock:
+    """Seconds per stage of a step, as ``time/<stage>``."""
+
+    def __init__(self) -> None:
+        self.seconds: Metrics = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/{stage}"] = time.perf_counter() - start
+
+    def lap(self) -> Metrics:
+        """What was measured since the last lap."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds

@@ -1,0 +1,41 @@
+"""FSDP2 sharding, the same for warm start, policy and critic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+def shard(module: nn.Module, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> nn.Module:
+    """Shard ``module`` in place: one FSDP unit per decoder layer, one for the rest.
+
+    Parameters stay float32 (they are the optimizer's); with ``bfloat16`` the compute is bf16
+    and the gradient reduction float32.
+    """
+    module.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    backbone = getattr(module, "backbone", module)
+    if checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in decoder_layers(backbone):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if hasattr(module, "value"):  # the critic's heads compute in float32
+        fully_shard(module.value, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def decoder_layers(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks of a Hugging Face decoder: the longest ModuleList in it."""
+    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
+    if lists:
+        yield from max(lists, key=len)

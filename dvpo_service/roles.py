@@ -1,0 +1,64 @@
+"""What loop.py talks to. The Ray pools implement these; tests/fakes.py does so in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from dvpo_service.types import Advantages, Generated, Metrics, Rollouts
+
+
+class Job(Protocol):
+    """Work under way elsewhere."""
+
+    def result(self) -> Metrics: ...
+
+
+class RolloutStream(Protocol):
+    """Scored rollouts, none older than the staleness bound."""
+
+    def next(self, step: int) -> Generated: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Policy(Protocol):
+    def logprobs(self, rollouts: Rollouts, step: int) -> Rollouts:
+        """Adds proximal and reference log-probs, and a KL penalty to the rewards if configured."""
+
+    def update_async(self, rollouts: Rollouts, advantages: Advantages, step: int) -> Job: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+    def export(self, folder: Path) -> None: ...
+
+
+class Estimator(Protocol):
+    """Advantages, and whatever learns to give them."""
+
+    def advantages(self, rollouts: Rollouts, step: int) -> tuple[Advantages, Metrics]: ...
+    def update_async(self, rollouts: Rollouts, step: int) -> Job: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+class Weights(Protocol):
+    def push(self, version: int) -> None:
+        """Returns when every engine has acknowledged ``version``."""
+
+
+class Evaluator(Protocol):
+    def run(self, step: int) -> Metrics:
+        """Held-out accuracy, ``eval/<split>/accuracy`` and ``eval/<split>/greedy``."""
+
+
+class Tracker(Protocol):
+    run_id: str | None
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None: ...
+
+
+class Observer(Protocol):
+    """Pictures of the critic, taken when the policy is evaluated."""
+
+    def observe(self, step: int) -> None: ...

@@ -1,0 +1,13 @@
+"""What a person sees: the plan, bars, the live table, the closing panel.
+
+On a terminal things redraw themselves; elsewhere (CI, ``ray job logs``) the same numbers come as
+plain lines, few enough to read. Colours follow NO_COLOR.
+"""
+
+from dvpo_service.terminal.closing import closing
+from dvpo_service.terminal.console import make_console
+from dvpo_service.terminal.plan import show_plan
+from dvpo_service.terminal.progress import Bar, progress
+from dvpo_service.terminal.training import TrainingDisplay
+
+__all__ = ["Bar", "TrainingDisplay", "closing", "make_console", "progress", "show_plan"]

@@ -1,0 +1,44 @@
+"""A bar for work with a known number of steps: the warm start, an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress
+
+from dvpo_service.terminal.console import can_redraw, make_bar, make_console, plain
+
+_PLAIN_LINES = 20
+
+
+class Bar:
+    """Made by ``progress``."""
+
+    def __init__(self, description: str, total: int, console: Console, bar: Progress | None) -> None:
+        self._description, self._total, self._console, self._bar = description, total, console, bar
+        self._task = bar.add_task(description, total=total, numbers="") if bar else None
+        self._every = max(1, math.ceil(total / _PLAIN_LINES))
+        self._told = 0
+
+    def update(self, done: int, **numbers: float) -> None:
+        """``done`` of ``total`` steps, with what was measured: ``update(20, loss=1.2, accuracy=0.4)``."""
+        text = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, numbers=text)
+        elif done >= self._total > self._told or done - self._told >= self._every:
+            self._told = done
+            plain(self._console, f"{self._description} {done}/{self._total} {text}".rstrip())
+
+
+@contextmanager
+def progress(description: str, total: int, console: Console | None = None) -> Iterator[Bar]:
+    """A bar with ETA; about 20 plain lines where there is no terminal."""
+    console = console or make_console()
+    if not can_redraw(console):
+        yield Bar(description, total, console, None)
+        return
+    with make_bar(console) as bar:
+        yield Bar(description, total, console, bar)

@@ -1,0 +1,56 @@
+"""Secrets out of what is shown: MLflow, logs and messages get the masked text only."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+MASK = "***"
+_SECRET_KEY = re.compile(r"token|password|passwd|secret|api[_-]?key|access[_-]?key|credential", re.IGNORECASE)
+# user:password@ of a URI; the greedy last part takes a password that itself holds an @.
+_URI_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
+_URI_QUERY = re.compile(r"([?&][^=&\s]*(?:token|password|secret|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+
+
+def mask(tree: Any, key: str = "") -> Any:
+    """A copy of a config tree in which no secret stands.
+
+    A string under a key that names a secret is masked whole; ``max_new_tokens: 16`` is a number
+    and stays. Credentials inside URIs are masked under any key.
+    """
+    if isinstance(tree, dict):
+        return {k: mask(v, f"{key}.{k}") for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [mask(v, key) for v in tree]
+    if not isinstance(tree, str):
+        return tree
+    return MASK if tree and _SECRET_KEY.search(key) else mask_uri(tree)
+
+
+def mask_uri(text: str) -> str:
+    """The text with ``user:password@`` and secret query parameters of its URIs replaced."""
+    return _URI_QUERY.sub(rf"\1{MASK}", _URI_LOGIN.sub(f"{MASK}@", text))
+
+
+def mask_message(text: str, uri: str) -> str:
+    """A library's error text about ``uri``, without its password, however the library wrote it."""
+    try:
+        password = urlsplit(uri).password
+    except ValueError:  # not a URI that has one
+        password = None
+    for secret in {password, unquote(password)} if password else ():
+        text = text.replace(secret, MASK)
+    return mask_uri(text)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys to text; lists as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list | tuple | dict) else str(value)
+    return flat

@@ -1,0 +1,204 @@
+"""One MLflow run: parameters once, then metrics, figures and sample tables as they come."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dvpo_service.errors import TrackingError
+from dvpo_service.tracking.masking import flatten, mask, mask_message
+from dvpo_service.tracking.outbox import Outbox
+from dvpo_service.tracking.store import artifact_root, open_store, reaching
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+# The step of the newest metrics in the store, readable in one look-up when a run resumes.
+STEP_METRIC = "trainer/step"
+SAMPLES = "samples.json"
+_NAME_LIMIT, _VALUE_LIMIT, _BATCH, _METRIC_BATCH = 250, 6000, 100, 1000
+_UNSAFE = re.compile(r"[^\w\-. /]")
+
+
+class MlflowSink:
+    """Start (or continue ``run_id``) in the constructor, which raises TrackingError; after that no
+    failure of MLflow reaches the caller: everything goes through an ``Outbox``.
+
+    ``last_step`` is the newest step whose metrics the store already has, -1 for none. Steps up to
+    it are not sent again, since MLflow cannot take points back.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        config: Mapping[str, Any],
+        config_yaml: str,
+        *,
+        run_id: str | None = None,
+        resume_step: int = 0,
+        tags: Mapping[str, str] | None = None,
+        description: str = "",
+        warn: Callable[[str], None],
+    ) -> None:
+        self.uri = uri
+        self._client: MlflowClient = open_store(uri)
+        with reaching(uri):
+            old = _find_run(self._client, run_id, warn) if run_id else None
+            self.run_id = old.info.run_id if old else self._create(experiment, run_name)
+            self.last_step = int(old.data.metrics.get(STEP_METRIC, -1)) if old else -1
+            self._log_config(dict(config), config_yaml, old, resume_step)
+            notes = dict(mask(dict(tags or {}))) | {"mlflow.note.content": description}
+            for key, value in notes.items():
+                self._client.set_tag(self.run_id, key, value)
+            if old:
+                self._client.update_run(self.run_id, status="RUNNING")
+                _drop_samples_from(self._client, self.run_id, resume_step)
+        self.outbox = Outbox(lambda text: warn(mask_message(text, uri)), _hopeless)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float], now: float | None = None) -> None:
+        """All metrics of a step, in one call; sent again in order after an outage."""
+        from mlflow.entities import Metric
+
+        if step <= self.last_step:
+            return
+        self.last_step = step
+        at = int((time.time() if now is None else now) * 1000)
+        # MLflow stores infinity as 1.8e308, which flattens its charts; NaN leaves a gap.
+        rows = [
+            Metric(_safe(name), float(value) if math.isfinite(value) else math.nan, at, step)
+            for name, value in {**metrics, **self._outages(), STEP_METRIC: step}.items()
+        ]
+
+        def send() -> None:
+            for i in range(0, len(rows), _METRIC_BATCH):
+                self._client.log_batch(self.run_id, metrics=rows[i : i + _METRIC_BATCH])
+
+        self.outbox.put(f"metrics of step {step}", send, keep=True)
+
+    def _outages(self) -> dict[str, float]:
+        failures = self.outbox.failures
+        return {"tracking/mlflow_failures": failures} if failures else {}
+
+    def log_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
+        """``figures/<name>/step-000100.png``. ``draw`` runs on the sending thread."""
+        path = f"figures/{name}/step-{step:06d}.png"
+        self.outbox.put(f"figure {path}", lambda: self._client.log_figure(self.run_id, draw(), path))
+
+    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Appends the rows, with a ``step`` column, to the run's sample table."""
+        columns = ["step", *dict.fromkeys(key for row in rows for key in row if key != "step")]
+        table = {key: [step if key == "step" else row.get(key) for row in rows] for key in columns}
+        if rows:
+            self.outbox.put(f"samples of step {step}", lambda: self._client.log_table(self.run_id, table, SAMPLES))
+
+    def finish(
+        self,
+        status: RunStatus,
+        summary: Mapping[str, Any] | None,
+        deadline_s: float,
+    ) -> int:
+        """Close the run; the number of calls that could not be made before the deadline."""
+        if summary is not None:
+            final = mask(dict(summary))
+            self.outbox.put("summary", lambda: self._log_summary(final), keep=True)
+        self.outbox.put("run status", lambda: self._client.set_terminated(self.run_id, status=status), keep=True)
+        return self.outbox.close(deadline_s)
+
+    def _log_summary(self, summary: dict[str, Any]) -> None:
+        for key, by_split in summary.items():
+            # held_out_greedy_after: {"val": 0.6}  ->  metric held_out/greedy_after/val
+            if key.startswith("held_out_") and isinstance(by_split, dict):
+                for split, value in by_split.items():
+                    name = _safe(f"held_out/{key.removeprefix('held_out_')}/{split}")
+                    self._client.log_metric(self.run_id, name, float(value), step=max(self.last_step, 0))
+        self._client.log_dict(self.run_id, summary, "summary.json")
+
+    def _create(self, experiment: str, run_name: str) -> str:
+        return self._client.create_run(
+            _experiment_id(self._client, experiment, self.uri), run_name=run_name
+        ).info.run_id
+
+    def _log_config(self, config: dict[str, Any], text: str, old: Run | None, resume_step: int) -> None:
+        """Parameters cannot change in MLflow: what a resumed run changed is told in a tag."""
+        from mlflow.entities import Param
+
+        params = {key[:_NAME_LIMIT]: value[:_VALUE_LIMIT] for key, value in flatten(mask(config)).items()}
+        known = old.data.params if old else {}
+        changed = [f"{k}: {known[k]} -> {v}" for k, v in params.items() if known.get(k, v) != v]
+        fresh = [Param(k, v) for k, v in params.items() if k not in known]
+        for i in range(0, len(fresh), _BATCH):
+            self._client.log_batch(self.run_id, params=fresh[i : i + _BATCH])
+        if changed:
+            what = "; ".join(changed)[:_VALUE_LIMIT]
+            self._client.set_tag(self.run_id, f"changed_at_step_{resume_step}", what)
+        name = f"config-step-{resume_step:06d}.yaml" if changed else "config.yaml"
+        self._client.log_text(self.run_id, text, name)
+
+
+def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifact_root(uri))
+        except MlflowException as error:  # another trial of a sweep was faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"MLflow experiment {name!r} was deleted: restore it (mlflow experiments restore) "
+            "or give another one: tracking.experiment=NAME"
+        )
+    return found.experiment_id
+
+
+def _find_run(client: MlflowClient, run_id: str, warn: Callable[[str], None]) -> Run | None:
+    """The run to continue; None, and a warning, where this store does not have it any more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        run = None
+    if run is None or run.info.lifecycle_stage == "deleted":
+        warn(f"MLflow run {run_id} is not in this store any more: a new run gets all metrics so far")
+        return None
+    return run
+
+
+def _drop_samples_from(client: MlflowClient, run_id: str, step: int) -> None:
+    """Steps from ``step`` on are done again: their rows leave the sample table."""
+    if SAMPLES not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(client.download_artifacts(run_id, SAMPLES, folder))
+        table = json.loads(path.read_text(encoding="utf-8"))
+    at = table["columns"].index("step")
+    kept = [row for row in table["data"] if row[at] < step]
+    if len(kept) < len(table["data"]):
+        client.log_text(run_id, json.dumps(table | {"data": kept}), SAMPLES)
+
+
+def _safe(name: str) -> str:
+    """A name that every MLflow store takes: plain characters, no empty, ``.`` or ``..`` part."""
+    parts = [part for part in _UNSAFE.sub("_", name).split("/") if part]
+    return "/".join("_" if part.strip(".") == "" else part for part in parts)[:_NAME_LIMIT]
+
+
+def _hopeless(error: Exception) -> bool:
+    return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}

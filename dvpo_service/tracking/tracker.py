@@ -1,0 +1,141 @@
+"""What the loop talks to: one ``log`` per step, into the file, MLflow and the terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvpo_service.config.schema import Config
+from dvpo_service.tracking.figures import FanData, calibration_plot, fan_chart
+from dvpo_service.tracking.jsonl import MetricsFile
+from dvpo_service.tracking.masking import mask
+from dvpo_service.tracking.mlflow_sink import MlflowSink, RunStatus
+from dvpo_service.tracking.store import default_tracking_uri
+
+if TYPE_CHECKING:
+    from dvpo_service.terminal import TrainingDisplay
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Metrics are in ``metrics.jsonl`` when ``log`` returns; MLflow gets them on another thread.
+
+    Raises TrackingError when MLflow is on and cannot be reached at the start. Give ``run_id`` and
+    ``resume_step`` to continue a run: the same MLflow run goes on, steps from ``resume_step`` on
+    leave the file, and what the file has and MLflow missed is sent.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        run_id: str | None = None,
+        resume_step: int = 0,
+        display: TrainingDisplay | None = None,
+    ) -> None:
+        self._display = display
+        self._file = MetricsFile(run_dir / "metrics.jsonl", resume_step)
+        self.tracking_uri: str | None = None
+        self._sink: MlflowSink | None = None
+        if config.tracking.mlflow:
+            self.tracking_uri = config.tracking.mlflow_uri or default_tracking_uri(run_dir)
+            self._sink = _open_sink(self.tracking_uri, run_dir, config, run_id, resume_step, self._warn)
+            self._send_missed(self._sink)
+        self._file.rows.clear()
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, for the checkpoint; None without MLflow."""
+        return self._sink.run_id if self._sink else None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Everything measured at a step, evaluations too, in one call."""
+        now = time.time()
+        self._file.write(step, metrics, now)
+        if self._sink:
+            self._sink.log_metrics(step, metrics, now)
+        if self._display:
+            self._display.update(step, metrics)
+
+    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Sample rollouts, one row each, for MLflow's table view."""
+        if self._sink:
+            self._sink.log_samples(step, rows)
+
+    def log_fan(self, step: int, charts: list[FanData]) -> None:
+        """The value distribution along fixed responses."""
+        if self._sink and charts:
+            self._sink.log_figure(step, "value_fan", lambda: fan_chart(charts, step))
+
+    def log_calibration(self, step: int, coverage: Mapping[float, float]) -> None:
+        """Quantile level to the share of returns at or below the predicted quantile."""
+        if self._sink and coverage:
+            self._sink.log_figure(step, "calibration", lambda: calibration_plot(dict(coverage), step))
+
+    def finish(
+        self,
+        status: RunStatus,
+        summary: dict[str, Any] | None,
+        deadline_s: float = 30.0,
+    ) -> None:
+        """Flush and close the file and the MLflow run. Never raises for MLflow's sake."""
+        self._file.close()
+        if self._sink and (unsent := self._sink.finish(status, summary, deadline_s)):
+            self._warn(
+                f"MLflow did not get the last {unsent} calls; every metric is in {self._file.path}, "
+                "and resuming the run sends them"
+            )
+
+    def _send_missed(self, sink: MlflowSink) -> None:
+        for row in self._file.rows:
+            values = {k: math.nan if v is None else v for k, v in row.items() if k not in ("step", "time")}
+            sink.log_metrics(row["step"], values, row.get("time"))
+
+    def _warn(self, text: str) -> None:
+        if self._display:
+            self._display.note(text)
+        else:
+            logger.warning("%s", text)
+
+
+def _open_sink(uri: str, run_dir: Path, config: Config, run_id: str | None, resume_step: int, warn: Any) -> MlflowSink:
+    import yaml
+
+    tree = mask(config.model_dump(mode="json"))
+    return MlflowSink(
+        uri,
+        config.tracking.experiment,
+        config.tracking.run_name or config.name,
+        tree,
+        yaml.safe_dump(tree, sort_keys=False),
+        run_id=run_id,
+        resume_step=resume_step,
+        tags=config.tracking.tags,
+        description=_description(config, run_dir),
+        warn=warn,
+    )
+
+
+def _description(config: Config, run_dir: Path) -> str:
+    a, r, noise = config.algorithm, config.rollout, config.reward.noise
+    model = config.model.path or "a small model made by `dvpo warmstart`"
+    off = [name for name, weight in a.dvpo_loss_weights.effective().items() if weight == 0]
+    lines = [
+        f"**{config.name}**: `{a.adv_estimator}` ({a.form} form) on {model}.",
+        "",
+        f"- {config.trainer.num_steps} steps of {r.prompts_per_step} prompts x {r.n} responses",
+        f"- critic: {a.n_heads} heads x {a.n_quantiles} quantiles; terms off: {', '.join(off) or 'none'}",
+        f"- reward `{config.reward.function}`, noise {noise.kind}",
+        f"- data: {', '.join(config.data.train_files)}",
+        f"- run folder: `{run_dir.absolute()}`",
+        "",
+        "Charts: `critic/loss/*` has every term, also the removed ones. Artifacts: `figures/value_fan`, "
+        "`samples.json`, `config.yaml`.",
+    ]
+    return "\n".join(lines)

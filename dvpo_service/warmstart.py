@@ -1,0 +1,179 @@
+"""A base model where none can be downloaded: a small LM, trained supervised on the training answers.
+
+Runs on Ray Train's TorchTrainer with FSDP2. The result is a Hugging Face folder, cached by
+everything that went into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from dvpo_service.config import Config, WarmstartConfig
+from dvpo_service.data.splits import resolve_file
+from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.models.sharding import shard
+from dvpo_service.models.small import save_small_model
+from dvpo_service.types import Prompt
+
+IGNORE = -100
+REPORT_EVERY = 10
+DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template")
+
+
+def base_model_folder(config: Config, cache: Path) -> Path:
+    """Where the base model of this config is cached: named by its settings and the data's content."""
+    assert config.model.warmstart is not None
+    digest = hashlib.sha256(config.model.warmstart.model_dump_json().encode())
+    data = config.data.model_dump(include=set(DATA_KEYS))
+    digest.update(json.dumps(data, sort_keys=True).encode())
+    for file in config.data.train_files:
+        path = Path(resolve_file(file))
+        digest.update(path.read_bytes() if path.is_file() else file.encode())
+    return cache / f"base-{digest.hexdigest()[:12]}"
+
+
+def make_base_model(
+    config: Config,
+    folder: Path,
+    encode: Callable[[PreTrainedTokenizerBase], Sequence[Prompt]],
+    on_progress: Callable[[int, float], None],
+) -> None:
+    """Make and train the model in ``folder``; it appears there only when it is whole.
+
+    Args:
+        encode: tokenizes the training prompts with the new model's tokenizer.
+        on_progress: called with (steps done, loss) as training goes.
+    """
+    warm = config.model.warmstart
+    assert warm is not None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_small_model(
+            work / "model",
+            hidden_size=warm.hidden_size,
+            num_layers=warm.num_layers,
+            num_heads=warm.num_heads,
+            max_positions=warm.max_positions,
+            seed=warm.seed,
+        )
+        tokenizer = load_tokenizer(str(work / "model"))
+        examples = [
+            (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id]) for p in encode(tokenizer)
+        ]
+        with _Follow(work / "progress.jsonl", on_progress):
+            _fit(config, warm, work, examples)
+        shutil.rmtree(folder, ignore_errors=True)
+        (work / "model").rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fit(config: Config, warm: WarmstartConfig, work: Path, examples: list[Any]) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = config.cluster.gpus_per_trainer > 0
+    TorchTrainer(
+        train_loop,
+        train_loop_config={"warm": warm.model_dump(), "folder": str(work), "examples": examples},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=warm.world_size,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_trainer},
+        ),
+        run_config=RunConfig(name="ray_train", storage_path=str(work)),
+    ).fit()
+
+
+def train_loop(args: dict[str, Any]) -> None:
+    """One rank: cross-entropy on the answer tokens, cosine schedule, seeded batches."""
+    import ray.train
+    import ray.train.torch
+
+    warm, folder = WarmstartConfig(**args["warm"]), Path(args["folder"])
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = load_causal_lm(str(folder / "model"))
+    shard(model, ray.train.torch.get_device(), bfloat16=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=max(1, warm.steps // 20), num_training_steps=warm.steps
+    )
+    generator = torch.Generator().manual_seed(warm.seed)
+    for step in range(1, warm.steps + 1):
+        rows = torch.randint(len(args["examples"]), (warm.batch_size,), generator=generator)
+        batch = [args["examples"][i] for i in rows.tolist()]
+        count = sum(len(answer) for _, answer in batch)
+        loss = _loss(model, batch[rank::world]) / count
+        (loss * world).backward()  # FSDP averages over ranks; the sum is wanted
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % REPORT_EVERY == 0 or step == warm.steps:
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            if rank == 0:
+                with (folder / "progress.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": step, "loss": float(total)}) + "\n")
+    state = {k: v.full_tensor().cpu() for k, v in model.state_dict().items()}
+    if rank == 0:
+        plain = load_causal_lm(str(folder / "model"))
+        plain.save_pretrained(folder / "model", state_dict=state)  # type: ignore[operator]
+    ray.train.report({"loss": float(total)})
+
+
+def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]]) -> Tensor:
+    """Summed cross-entropy of the answer tokens."""
+    if not batch:
+        batch = [([0], [IGNORE])]  # keeps in step with the other ranks' collectives
+    device = next(model.parameters()).device
+    tokens = [torch.tensor(prompt + answer) for prompt, answer in batch]
+    labels = [torch.tensor([IGNORE] * len(prompt) + answer) for prompt, answer in batch]
+    inputs = pad_sequence(tokens, batch_first=True).to(device)
+    wanted = pad_sequence(labels, batch_first=True, padding_value=IGNORE).to(device)
+    logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+class _Follow:
+    """Reads the progress file that rank 0 appends to, wherever that rank runs."""
+
+    def __init__(self, path: Path, on_progress: Callable[[int, float], None]):
+        self.path, self.on_progress = path, on_progress
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.seen = 0
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.done.set()
+        self.thread.join(timeout=5)
+
+    def _run(self) -> None:
+        finished = False
+        while not finished:
+            finished = self.done.wait(0.3)
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            for line in lines[self.seen :]:
+                entry = json.loads(line)
+                self.on_progress(entry["step"], entry["loss"])
+            self.seen = len(lines)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvpo_service.algo.diagnostics import critic_metrics, critic_sums, rollout_kl_metrics, rollout_kl_sums
+from dvpo_service.algo.quantiles import quantile_levels
+
+LEVELS = quantile_levels(100, "midpoint")
+
+
+def added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+
+
+def test_a_calibrated_critic_is_seen_as_such() -> None:
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    centre = torch.randn(1, n, 1, 1, generator=generator)
+    z = (centre + torch.distributions.Normal(0.0, 0.5).icdf(LEVELS)).expand(1, n, 2, 100)
+    returns = centre[..., 0, 0] + 0.5 * torch.randn(1, n, generator=generator)
+    mask = torch.ones(1, n, dtype=torch.bool)
+    metrics = critic_metrics(critic_sums(z, returns, mask, LEVELS, 0.1, 0.1))
+    for level in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert metrics[f"critic/coverage/{level}"] == pytest.approx(level, abs=0.015)
+    assert metrics["critic/explained_variance"] == pytest.approx(0.8, abs=0.02)
+    assert metrics["critic/head_disagreement"] == 0
+    assert metrics["critic/crossing_rate"] == 0
+    tail = metrics["critic/quantile_mean"] - metrics["critic/lower_tail_mean"]
+    assert tail == pytest.approx(0.5 * 1.755, abs=0.02)
+    assert metrics["critic/upper_tail_mean"] > metrics["critic/quantile_mean"]
+
+
+def test_critic_sums_add_up_and_never_read_padding() -> None:
+    z, returns = torch.randn(4, 5, 3, 7), torch.randn(4, 5)
+    mask = torch.rand(4, 5) < 0.6
+    mask[:, 0] = True
+    levels = quantile_levels(7, "endpoint")
+    whole = critic_metrics(critic_sums(z, returns, mask, levels, 0.2, 0.3))
+    z[~mask], returns[~mask] = math.nan, math.nan
+    parts = [
+        critic_sums(z[i : i + 1], returns[i : i + 1], mask[i : i + 1], levels, 0.2, 0.3) for i in range(4)
+    ]
+    assert critic_metrics(added(parts)) == pytest.approx(whole, rel=1e-6)
+    assert 0 < whole["critic/crossing_rate"] < 1
+    assert all(x.dtype == torch.float64 for x in parts[0].values())
+
+
+def test_head_disagreement_by_hand() -> None:
+    z = torch.tensor([[[[0.0, 2.0], [3.0, 3.0]]]])
+    metrics = critic_metrics(
+        critic_sums(z, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), LEVELS[:2], 1, 1)
+    )
+    assert metrics["critic/head_disagreement"] == 1.0
+    assert math.isnan(metrics["critic/explained_variance"])
+
+
+def test_rollout_metrics() -> None:
+    mask = torch.tensor([[True, True, False]])
+    same = torch.tensor([[-1.0, -2.0, math.nan]])
+    metrics = rollout_kl_metrics(rollout_kl_sums(same, same, mask))
+    assert metrics == {"policy/rollout_kl": 0.0, "policy/rollout_kl_k1": 0.0, "policy/rollout_ess": 1.0}
+    trainer = torch.log(torch.tensor([[3.0, 1.0, 1.0]]))
+    metrics = rollout_kl_metrics(rollout_kl_sums(trainer, torch.zeros(1, 3), mask))
+    assert metrics["policy/rollout_ess"] == pytest.approx(16 / 20)
+    assert metrics["policy/rollout_kl_k1"] == pytest.approx(-math.log(3) / 2)
+    assert metrics["policy/rollout_kl"] == pytest.approx((2 - math.log(3)) / 2)
+
+
+def test_no_valid_token_is_nan_not_an_error() -> None:
+    none = torch.zeros(1, 2, dtype=torch.bool)
+    sums = critic_sums(
+        torch.zeros(1, 2, 1, 3), torch.zeros(1, 2), none, quantile_levels(3, "midpoint"), 0.1, 0.1
+    )
+    assert all(math.isnan(x) for x in critic_metrics(sums).values())
+    zeros = torch.zeros(1, 2)
+    assert all(math.isnan(x) for x in rollout_kl_metrics(rollout_kl_sums(zeros, zeros, none)).values())

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dvpo_service.algo.masks import masked_mean, masked_sum
+from dvpo_service.algo.policy_loss import (
+    clipped_surrogate,
+    entropy,
+    importance_weights,
+    kl_penalty,
+    token_logprobs,
+)
+
+
+def test_token_logprobs_and_entropy() -> None:
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]]))
+    assert_close(token_logprobs(logits, torch.tensor([[1, 0]])), torch.tensor([[math.log(0.25), 0.0]]))
+    assert_close(entropy(logits), torch.tensor([[1.5 * math.log(2), 0.0]]))
+    logits.requires_grad_()
+    entropy(logits).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    big = (torch.randn(1, 2, 50) * 100).bfloat16()
+    assert token_logprobs(big, torch.zeros(1, 2, dtype=torch.long)).dtype == torch.float32
+    assert entropy(big.double()).dtype == torch.float64
+
+
+def test_surrogate_by_hand() -> None:
+    ratio = torch.tensor([[1.0, 1.5, 1.5, 0.5, 0.5]])
+    advantages = torch.tensor([[2.0, 2.0, -2.0, 2.0, -2.0]])
+    logprobs = ratio.log().requires_grad_()
+    loss, clipped = clipped_surrogate(
+        logprobs, torch.zeros_like(ratio), advantages, clip_low=0.2, clip_high=0.28
+    )
+    assert_close(loss, torch.tensor([[-2.0, -2.56, 3.0, -1.0, 1.6]]))
+    assert clipped.tolist() == [[False, True, False, False, True]]
+    loss.sum().backward()
+    assert_close(logprobs.grad, torch.tensor([[-2.0, 0.0, 3.0, -1.0, 0.0]]))
+
+
+def test_surrogate_weights_and_overflow() -> None:
+    logprobs = torch.tensor([[0.0, 200.0, -200.0]], requires_grad=True)
+    loss, _ = clipped_surrogate(
+        logprobs,
+        torch.zeros(1, 3),
+        torch.tensor([[1.0, -1.0, 1.0]]),
+        clip_low=0.2,
+        clip_high=0.2,
+        is_weights=torch.tensor([[0.5, 1.0, 1.0]]),
+    )
+    loss.sum().backward()
+    assert loss[0, 0].item() == -0.5
+    assert loss.isfinite().all()
+    assert logprobs.grad is not None
+    assert logprobs.grad.isfinite().all()
+    with pytest.raises(ValueError, match="clip"):
+        clipped_surrogate(logprobs, logprobs, logprobs, clip_low=1.5, clip_high=0.2)
+
+
+def test_kl_estimators_against_closed_form() -> None:
+    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    r = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+    exact = (p * (p / r).log()).sum()
+    expected = {kind: (p * kl_penalty(p.log(), r.log(), kind)).sum() for kind in ("k1", "k2", "k3")}
+    assert_close(expected["k1"], exact)
+    assert_close(expected["k3"], exact)
+    assert_close(expected["k2"], (p * (p / r).log().square() / 2).sum())
+    assert (kl_penalty(p.log(), r.log(), "k3") >= 0).all()
+    assert kl_penalty(torch.tensor(-500.0), torch.tensor(0.0), "k3").isfinite()
+    with pytest.raises(ValueError, match="k1"):
+        kl_penalty(p, r, "k4")  # type: ignore[arg-type]
+
+
+def test_importance_weights_are_capped_and_detached() -> None:
+    proximal = torch.log(torch.tensor([[1.0, 3.0, 0.5]])).requires_grad_()
+    weights = importance_weights(proximal, torch.zeros(1, 3), cap=2.0)
+    assert_close(weights, torch.tensor([[1.0, 2.0, 0.5]]))
+    assert not weights.requires_grad
+    assert importance_weights(torch.tensor([[900.0]]), torch.tensor([[0.0]]), cap=2.0).item() == 2.0
+    with pytest.raises(ValueError, match="cap"):
+        importance_weights(proximal, proximal, cap=0.0)
+
+
+def test_masked_reductions() -> None:
+    x = torch.tensor([[1.0, math.nan], [3.0, 4.0]], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, False]])
+    assert masked_sum(x, mask).item() == 4.0
+    masked_mean(x, mask, 8).backward()
+    assert_close(x.grad, torch.tensor([[0.125, 0.0], [0.125, 0.0]]))
+    with pytest.raises(ValueError, match="denominator"):
+        masked_mean(x, mask, 0)
+    with pytest.raises(ValueError, match="shape"):
+        masked_sum(x, mask[:1])
