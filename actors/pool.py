@@ -21,8 +21,14 @@ class PoolError(RuntimeError):
     """An actor of a pool died, raised, or missed its deadline."""
 
     def __init__(self, pool: str, method: str, cause: str):
-        super().__init__(f"pool {pool!r}, in {method}: {cause}")
+        super().__init__(f"pool {pool!r}, in {method}: {cause}. Its processes' logs: {_log_folder()}")
         self.pool, self.method, self.cause = pool, method, cause
+
+
+def _log_folder() -> str:
+    """Where this Ray session keeps what its actors print."""
+    node = ray._private.worker._global_node
+    return node.get_logs_dir_path() if node else "ray-session/logs"
 
 
 @dataclass

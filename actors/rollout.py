@@ -44,7 +44,13 @@ class RolloutEngine:
         rollout, gib = self.config.rollout, 2**30
         memory: dict[str, Any]
         if self.backend == "safetensors":
-            memory = {"kv_cache_memory_bytes": int(rollout.kv_cache_gib * gib)}
+            memory = {
+                "kv_cache_memory_bytes": int(rollout.kv_cache_gib * gib),
+                # A seeded request whose prompt is cut in two kills vLLM 0.32 on CPU ("CPU Generator
+                # does not use offset"), so prompts are taken whole.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, self.config.max_model_len),
+            }
         else:
             memory = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
         args = AsyncEngineArgs(
@@ -63,7 +69,11 @@ class RolloutEngine:
             disable_log_stats=True,
             **memory,
         )
-        self.engine = AsyncLLM.from_engine_args(args)
+        try:
+            self.engine = AsyncLLM.from_engine_args(args)
+        except (ValueError, RuntimeError) as error:
+            # vLLM's own errors (pydantic's) cannot be sent between processes.
+            raise RuntimeError(f"vLLM did not start: {' '.join(str(error).split())[:500]}") from None
 
     async def generate(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[list[Sample]]:
         """``sampling.n`` samples for each prompt, in the prompts' order."""

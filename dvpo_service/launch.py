@@ -32,7 +32,7 @@ from dvpo_service.config import Config, to_yaml
 from dvpo_service.data import splits
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.errors import CheckpointError, ClusterError
-from dvpo_service.models.load import check_model_folder, load_tokenizer
+from dvpo_service.models.load import check_context, check_model_folder, load_tokenizer
 from dvpo_service.observe import FanObserver
 from dvpo_service.rewards.scoring import resolve
 from dvpo_service.tracking.tracker import Tracker
@@ -128,6 +128,7 @@ def base_model(config: Config, data: Data, runs: Path) -> str:
     """Path of the model to start from; made here, and cached, when the config asks for a warm start."""
     if config.model.path is not None:
         check_model_folder(config.model.path)
+        check_context(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
         return config.model.path
     warm = config.model.warmstart
     assert warm is not None
@@ -138,7 +139,7 @@ def base_model(config: Config, data: Data, runs: Path) -> str:
                 config,
                 folder.absolute(),
                 lambda tokenizer: splits.encode(config.data, data.train, tokenizer).prompts,
-                lambda step, loss: advance(step, {"loss": loss}),
+                lambda step, loss: advance.update(step, loss=loss),
             )
     return str(folder.absolute())
 

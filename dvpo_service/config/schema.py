@@ -34,8 +34,11 @@ class WarmstartConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % (32 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must be a multiple of 32: "
+                "vLLM's CPU attention takes no other head size"
+            )
         return self
 
 

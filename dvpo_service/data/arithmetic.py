@@ -2,7 +2,7 @@
 
 ``python -m dvpo_service.data.arithmetic --out dvpo_service/data/shipped`` writes what is
 shipped: ``demo-train.jsonl``, ``demo-val.jsonl`` (the same distribution, unseen) and
-``demo-ood.jsonl`` (out of distribution: one operand larger than any in training).
+``demo-ood.jsonl`` (out of distribution: one operand from a band that training never shows).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ FAMILIES = ("add2", "sub2", "add3", "sub3", "mod")
 
 @dataclass(frozen=True)
 class DemoTask:
-    """Whole operands, uniform in ``lo..hi``; out of distribution one of them in ``ood_lo..ood_hi``."""
+    """Whole operands, uniform in ``lo..hi`` without the band ``ood_lo..ood_hi``; out of distribution
+    one of them is from the band."""
 
     families: str = "add2,sub2"
     lo: int = 0
     hi: int = 99
     ood_families: str = "add2,sub2"
-    ood_lo: int = 100
-    ood_hi: int = 149
+    ood_lo: int = 60
+    ood_hi: int = 69
     num_train: int = 3000
     num_val: int = 300
     num_ood: int = 200
@@ -40,22 +41,23 @@ def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
     """
     seen: set[str] = set()
     rng = random.Random(task.seed)
-    operands, large = (task.lo, task.hi), (task.ood_lo, task.ood_hi)
+    band = range(task.ood_lo, task.ood_hi + 1)
+    operands = [n for n in range(task.lo, task.hi + 1) if n not in band]
     known = task.num_train + task.num_val
     rows = _distinct(known, task.families, operands, None, rng, seen)
-    ood = _distinct(task.num_ood, task.ood_families, operands, large, rng, seen)
+    ood = _distinct(task.num_ood, task.ood_families, operands, band, rng, seen)
     return {"train": rows[: task.num_train], "val": rows[task.num_train :], "ood": ood}
 
 
 def make_problem(
-    family: str, operands: tuple[int, int], large: tuple[int, int] | None, rng: random.Random
+    family: str, operands: Sequence[int], band: Sequence[int] | None, rng: random.Random
 ) -> tuple[str, str]:
-    """One prompt and its answer (never negative); with ``large`` one operand is drawn from there."""
+    """One prompt and its answer (never negative); with ``band`` one operand is drawn from there."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    numbers = [rng.randint(*operands) for _ in range(3 if family.endswith("3") else 2)]
-    if large:
-        numbers[rng.randrange(len(numbers))] = rng.randint(*large)
+    numbers = [rng.choice(operands) for _ in range(3 if family.endswith("3") else 2)]
+    if band:
+        numbers[rng.randrange(len(numbers))] = rng.choice(band)
     if family.startswith("add"):
         return "+".join(map(str, numbers)) + "=", str(sum(numbers))
     if family == "mod":
@@ -69,8 +71,8 @@ def make_problem(
 def _distinct(
     count: int,
     families: str,
-    operands: tuple[int, int],
-    large: tuple[int, int] | None,
+    operands: Sequence[int],
+    band: Sequence[int] | None,
     rng: random.Random,
     seen: set[str],
 ) -> list[dict[str, str]]:
@@ -80,12 +82,12 @@ def _distinct(
         if len(rows) == count:
             break
         family = names[len(rows) % len(names)]  # in turn, so that families are equally many
-        prompt, answer = make_problem(family, operands, large, rng)
+        prompt, answer = make_problem(family, operands, band, rng)
         if prompt not in seen:
             seen.add(prompt)
             rows.append({"prompt": prompt, "answer": answer, "data_source": f"demo/{family}"})
     if len(rows) < count:
-        raise ValueError(f"{families} over {operands}: only {len(rows)} distinct problems, {count} wanted")
+        raise ValueError(f"{families}: only {len(rows)} distinct problems, {count} wanted")
     return rows
 
 

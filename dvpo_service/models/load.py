@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dvpo_service.errors import CheckpointError
 
@@ -30,6 +30,17 @@ def check_model_folder(path: str) -> None:
         raise CheckpointError(
             f"model.path {path}: config.json is there but no weights; expected *.safetensors "
             "(save with model.save_pretrained)"
+        )
+
+
+def check_context(path: str, tokens: int, *, trust_remote_code: bool = False) -> None:
+    """Raise CheckpointError when sequences of ``tokens`` do not fit the model."""
+    config = _load(AutoConfig, path, trust_remote_code=trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise CheckpointError(
+            f"model {path} reads {limit} tokens, but data.max_prompt_tokens + rollout.max_new_tokens = {tokens}; "
+            "lower one of them"
         )
 
 

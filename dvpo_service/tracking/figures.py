@@ -54,7 +54,7 @@ def fan_chart(charts: list[FanData], step: int) -> Figure:
     full = next((i for i, c in enumerate(charts) if c.outcome is not None), 0)
     entries = axes[full].get_legend_handles_labels()
     figure.legend(
-        *axes[full].get_legend_handles_labels(),
+        *entries,
         loc="outside lower center",
         ncols=5,
         frameon=False,

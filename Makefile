@@ -1,0 +1,27 @@
+.PHONY: setup demo test unit check bench mlflow clean
+
+setup:            ## .venv with everything in it; nothing to do when nothing changed
+	@bash scripts/setup.sh
+
+demo: setup       ## the main job: a small policy learns, seen here and in MLflow
+	.venv/bin/dvpo train --config demo
+
+test: setup check ## everything: checks, unit tests, real vLLM, Ray and MLflow
+	.venv/bin/python -m pytest
+
+unit: setup       ## the fast tests only
+	.venv/bin/python -m pytest -m "not e2e"
+
+check: setup      ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: setup      ## speed and memory, as JSON
+	.venv/bin/python -m tests.bench
+
+mlflow: setup     ## open the runs in a browser, on loopback
+	.venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(or $(PORT),5000)
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,116 @@
+"""The configuration: shipped files, presets, overrides, and what a person is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dvpo_service.config import load_config, shipped_configs, to_yaml
+from dvpo_service.config.load import known_keys
+from dvpo_service.errors import ConfigError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {path: some/model}\ndata: {train_files: a.jsonl, val_files: {val: b.jsonl}}\n")
+    return str(file)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_shipped_configs_parse_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert config.name == name
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "again.yaml")) == config
+
+
+def test_the_issue_names_these_configs() -> None:
+    assert {"demo", "gsm8k-calc", "gsm8k-question", "qwen2.5-7b-fsdp"} <= set(shipped_configs())
+
+
+def test_overrides_are_typed_yaml(path: str) -> None:
+    config = load_config(
+        path,
+        [
+            "algorithm.dvpo_loss_weights.ablate_gain=true",
+            "policy.optim.lr=1e-5",
+            "data.train_files=[x.jsonl, y.jsonl]",
+            "reward.noise={kind: flip, p: 0.3}",
+            "trainer.run_dir=null",
+        ],
+    )
+    assert config.algorithm.dvpo_loss_weights.effective()["gain"] == 0.0
+    assert config.policy.optim.lr == 1e-5
+    assert config.data.train_files == ["x.jsonl", "y.jsonl"]
+    assert (config.reward.noise.kind, config.reward.noise.p) == ("flip", 0.3)
+
+
+def test_a_form_is_a_preset_and_a_key_that_is_given_wins(path: str) -> None:
+    paper, calibrated = load_config(path).algorithm, load_config(path, ["algorithm.form=calibrated"]).algorithm
+    assert (paper.quantile_levels, paper.critic_target, paper.huber_unit) == ("endpoint", "gae", False)
+    assert (calibrated.quantile_levels, calibrated.critic_target) == ("midpoint", "mixture")
+    assert paper.dvpo_loss_weights.consist == 1.0
+    assert calibrated.dvpo_loss_weights.consist == 0.01
+    mixed = load_config(
+        path, ["algorithm.form=calibrated", "algorithm.curvature=pointwise", "algorithm.dvpo_loss_weights.cvar=2"]
+    ).algorithm
+    assert (mixed.curvature, mixed.tail_target) == ("pointwise", "pseudo_outcome")
+    assert (mixed.dvpo_loss_weights.cvar, mixed.dvpo_loss_weights.gain) == (2.0, 0.1)
+
+
+def test_a_bare_validation_file_names_its_split(path: str) -> None:
+    assert load_config(path, ["data.val_files=some/test.jsonl"]).data.val_files == {"test": ["some/test.jsonl"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("algorithm.dvpo_alhpa=0.2", r"unknown key 'algorithm\.dvpo_alhpa'; did you mean 'algorithm\.dvpo_alpha'"),
+        ("dvpo_alpha=0.2", r"unknown key 'dvpo_alpha'; did you mean 'algorithm\.dvpo_alpha'"),
+        ("trainr.seed=3", r"unknown key 'trainr'; did you mean 'trainer'"),
+        (
+            "algorithm.dvpo_loss_weights.ablate_gian=true",
+            r"ablate_gian'; did you mean 'algorithm\.dvpo_loss_weights\.ablate_gain'",
+        ),
+        ("rollout.n=0", r"rollout\.n: Input should be greater than 0 \(got 0\)"),
+        ("policy.optim.lr=fast", r"policy\.optim\.lr: .*valid number.*\(got 'fast'\)"),
+        ("policy.optim.lr=.inf", r"policy\.optim\.lr: .*finite"),
+        ("algorithm.form=best", r"algorithm\.form: Input should be 'paper' or 'calibrated' \(got 'best'\)$"),
+        ("algorithm.dvpo_alpha=0", r"algorithm\.dvpo_alpha: .*greater than 0"),
+        ("critic.world_size=3", r"critic: the batch of prompts_per_step x n = 256 .* world_size = 3 ranks"),
+        ("model.warmstart={}", r"model: give exactly one of path .* and warmstart"),
+        ("seed", r"override 'seed': write it as key\.sub=value"),
+        ("trainer.seed=[", r"override 'trainer\.seed=\[': the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(path: str, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(path, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config 'dmeo'.*did you mean 'demo'"):
+        load_config("dmeo")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match=r"list\.yaml: a config is a mapping"):
+        load_config(str(tmp_path / "list.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_config(str(tmp_path / "broken.yaml"))
+
+
+def test_recipe_keys_are_where_its_users_look() -> None:
+    known = set(known_keys())
+    for key in ("dvpo_alpha", "dvpo_beta", "n_quantiles", "n_heads", "critic_hidden_dim", "adv_estimator"):
+        assert f"algorithm.{key}" in known
+    for term in ("risk", "cvar", "gain", "shift", "shape", "curv", "consist"):
+        assert f"algorithm.dvpo_loss_weights.{term}" in known
+        assert f"algorithm.dvpo_loss_weights.ablate_{term}" in known
+
+
+def test_the_dump_is_plain_yaml(path: str) -> None:
+    assert yaml.safe_load(to_yaml(load_config(path)))["rollout"]["n"] == 8

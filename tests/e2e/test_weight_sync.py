@@ -1,0 +1,147 @@
+"""Weights reach the engine: its log-probs are the trainer's, after a model has changed a lot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from actors.engines import EnginePool
+from actors.placement import Placement, plan_bundles
+from actors.policy import PolicyWorker
+from actors.pool import RankPool
+from actors.rollout import Sampling
+from actors.weight_sync import WeightSync
+from dvpo_service.algo.policy_loss import token_logprobs
+from dvpo_service.launch import connected
+from dvpo_service.models.load import load_causal_lm
+from dvpo_service.types import Prompt
+from tests.builders import make_config
+
+pytestmark = pytest.mark.e2e
+
+SEQUENCES = [[2, 20, 21, 14, 22, 32, 3, 19, 25, 1], [2, 23, 14, 23, 32, 3, 22, 1], [2] + [20 + i % 9 for i in range(30)]]
+
+
+class ScrambledPolicy(PolicyWorker):
+    """A policy that can jump far from where it started, as a long training would take it."""
+
+    def scramble(self, scale: float) -> None:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.trainer.module.parameters():
+                parameter.add_(torch.randn_like(parameter) * scale)
+
+
+@pytest.fixture(scope="module")
+def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
+    # torch.compile is on: the compiled graph is what can hold on to old weights.
+    config = make_config(tiny_model, policy={"world_size": 2, "mini_batch_size": 8}, rollout={"enforce_eager": False})
+    with connected(config):
+        placement = Placement(plan_bundles(config), timeout_s=60)
+        policy = RankPool.spawn("policy", 2, placement, timeout_s=300)
+        engines = EnginePool.spawn(config, str(tiny_model), "safetensors", placement)
+        ready = [
+            engines.submit("start", timeout_s=600),
+            policy.setup(ScrambledPolicy, config, str(tiny_model)),
+        ]
+        for call in ready:
+            call.result()
+        yield policy, engines, WeightSync(config, policy, engines, "safetensors")
+        engines.shutdown()
+
+
+def engine_logprobs(engines: EnginePool) -> list[Tensor]:
+    [scores] = engines.call("score", SEQUENCES)
+    return [torch.tensor(s) for s in scores]
+
+
+def model_logprobs(folder: Path | str) -> list[Tensor]:
+    """Plain transformers, no part of the service."""
+    model = load_causal_lm(str(folder))
+    with torch.no_grad():
+        return [
+            token_logprobs(model(input_ids=(ids := torch.tensor([s]))).logits[:, :-1], ids[:, 1:])[0]
+            for s in SEQUENCES
+        ]
+
+
+def furthest(a: list[Tensor], b: list[Tensor]) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def test_engine_equals_trainer_after_a_large_change(
+    system: tuple[RankPool, EnginePool, WeightSync], tiny_model: Path, tmp_path: Path
+) -> None:
+    policy, engines, weights = system
+    weights.push(0)
+    before = engine_logprobs(engines)
+    assert furthest(before, model_logprobs(tiny_model)) < 1e-4
+
+    policy.call("scramble", 0.3)
+    policy.call("export", str(tmp_path / "changed"))
+    wanted = model_logprobs(tmp_path / "changed")
+    assert furthest(before, wanted) > 1.0, "the change must be large, or stale weights would pass"
+    assert furthest(engine_logprobs(engines), before) < 1e-6, "no weights move before a push"
+
+    weights.push(1)
+    assert furthest(engine_logprobs(engines), wanted) < 1e-4
+
+
+def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
+    system: tuple[RankPool, EnginePool, WeightSync], tmp_path: Path
+) -> None:
+    policy, engines, weights = system
+    # More prompt tokens at once than the engine takes in one batch.
+    prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (2, *([20 + i % 9] * 40), 3)) for i in range(150)]
+    weights.push(7)
+    policy.call("export", str(tmp_path / "now"))
+    sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=6)
+    groups = engines.generate(prompts, sampling, run_seed=0, step=3)
+    assert [g[0].prompt_index for g in groups] == list(range(150))
+    assert {s.weight_version for g in groups for s in g} == {7}
+    assert [len(g) for g in groups] == [2] * 150
+
+    model = load_causal_lm(str(tmp_path / "now"))
+    for prompt, group in list(zip(prompts, groups, strict=True))[:5]:
+        for sample in group:
+            ids = torch.tensor([prompt.token_ids + sample.token_ids])
+            with torch.no_grad():
+                logprobs = token_logprobs(model(input_ids=ids).logits[:, :-1], ids[:, 1:])[0]
+            assert torch.allclose(logprobs[len(prompt.token_ids) - 1 :], torch.tensor(sample.logprobs), atol=1e-4)
+
+    def tokens(step: int) -> list[tuple[int, ...]]:
+        return [
+            s.token_ids for g in engines.generate(prompts, sampling, run_seed=0, step=step) for s in g
+        ]
+
+    first = [s.token_ids for g in groups for s in g]
+    assert tokens(3) == first, "the same seed and step sample the same tokens"
+    assert tokens(4) != first
+
+
+def test_stale_weights_are_seen(
+    system: tuple[RankPool, EnginePool, WeightSync], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The comparison above fails when the engine does not take the weights: it is no formality."""
+    policy, engines, weights = system
+    weights.push(8)
+    policy.call("scramble", 0.3)
+    policy.call("export", str(tmp_path / "unsent"))
+    engines.call("set_version", 9)  # acknowledged, but nothing was sent
+    assert furthest(engine_logprobs(engines), model_logprobs(tmp_path / "unsent")) > 1.0
+
+
+def test_a_dead_engine_is_an_error_and_not_a_wait(system: tuple[RankPool, EnginePool, WeightSync]) -> None:
+    from actors.pool import PoolError
+
+    _, engines, weights = system
+    doomed: Any = engines.actors[0]
+    ray.kill(doomed)
+    with pytest.raises(PoolError):
+        weights.push(10)

@@ -1,0 +1,60 @@
+"""Checkpoints: whole or not there."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from dvpo_service.checkpoint import Checkpoints
+from dvpo_service.errors import CheckpointError
+
+
+def write(text: str):
+    return lambda folder: (folder / "data").write_text(text)
+
+
+def test_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() is None
+    for step in (5, 10, 100):
+        checkpoints.save(step, {"policy": write(str(step))}, {"step": step})
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.record == {"step": 100}
+    assert (found.folder / "policy" / "data").read_text() == "100"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000100"]
+
+
+def test_a_save_that_fails_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, {"policy": write("good")}, {"step": 1})
+
+    def full(folder: Path) -> None:
+        (folder / "data").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000002: No space left.*free some space"):
+        checkpoints.save(2, {"policy": full}, {"step": 2})
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.record == {"step": 1}
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_torn_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, {"policy": write("good")}, {"step": 1})
+    (tmp_path / "checkpoints" / "step-000002" / "policy").mkdir(parents=True)
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.record == {"step": 1}
+
+
+def test_an_unreadable_record_names_the_file(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    folder = checkpoints.save(1, {}, {"step": 1})
+    (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"step-000001/state\.json: cannot be read"):
+        checkpoints.latest()

@@ -1,0 +1,96 @@
+"""The loop on in-memory roles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dvpo_service.checkpoint import Checkpoints
+from dvpo_service.config import TrainerConfig
+from dvpo_service.loop import Roles, TrainingStopped, TrainState, train
+from tests.fakes import FakeEstimator, FakeEvaluator, FakePolicy, FakeStream, FakeTracker, FakeWeights, Log
+
+
+def make_roles(log: Log, *, skipped: float = 0.0) -> Roles:
+    evaluator = FakeEvaluator(log)
+    return Roles(
+        stream=FakeStream(log),
+        policy=FakePolicy(log, skipped),
+        estimator=FakeEstimator(log),
+        weights=FakeWeights(log),
+        evaluator=evaluator,
+        observer=evaluator,
+        tracker=FakeTracker(),
+        mismatch=lambda rollouts: {"policy/rollout_kl": 0.0},
+    )
+
+
+def run(tmp_path: Path, config: TrainerConfig, roles: Roles, state: TrainState | None = None) -> TrainState:
+    return train(config, roles, Checkpoints(tmp_path, keep=2), state or TrainState())
+
+
+def test_order_of_a_step(tmp_path: Path) -> None:
+    log = Log()
+    run(tmp_path, TrainerConfig(num_steps=1, eval_every=0, save_every=0), make_roles(log))
+    assert log.names() == [
+        "push",
+        "evaluate",
+        "generate",
+        "logprobs",
+        "advantages",
+        # both updates are under way before either is waited for
+        "critic update",
+        "policy update",
+        "critic done",
+        "policy done",
+        "push",
+        "evaluate",
+        "observe",
+    ]
+    assert [c for c in log.calls if c[0] == "push"] == [("push", 0), ("push", 1)]
+
+
+def test_every_step_is_logged_once_with_its_stages(tmp_path: Path) -> None:
+    roles = make_roles(Log())
+    state = run(tmp_path, TrainerConfig(num_steps=4, eval_every=2, save_every=2), roles)
+    rows = roles.tracker.rows  # type: ignore[attr-defined]
+    assert sorted(rows) == [0, 1, 2, 3, 4]
+    assert [s for s in rows if "eval/val/accuracy" in rows[s]] == [0, 2, 4]
+    assert {"time/logprobs", "time/advantages", "time/update", "time/sync", "time/step"} <= set(rows[3])
+    assert {"reward/mean", "critic/quantile_mean", "policy/rollout_kl", "policy/loss"} <= set(rows[1])
+    assert state.before["eval/val/accuracy"] == 0.0
+    assert state.after["eval/val/accuracy"] == 0.4
+
+
+def test_critic_warmup_leaves_the_policy_alone(tmp_path: Path) -> None:
+    log = Log()
+    run(tmp_path, TrainerConfig(num_steps=3, critic_warmup=2), make_roles(log))
+    assert [c[1] for c in log.calls if c[0] == "critic update"] == [0, 1, 2]
+    assert [c[1] for c in log.calls if c[0] == "policy update"] == [2]
+
+
+def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole, first, second = Log(), Log(), Log()
+    config = TrainerConfig(num_steps=4, eval_every=2, save_every=2)
+    run(tmp_path / "whole", config, make_roles(whole))
+    run(tmp_path / "cut", config.model_copy(update={"num_steps": 2}), make_roles(first))
+
+    roles, found = make_roles(second), Checkpoints(tmp_path / "cut", keep=2).latest()
+    assert found is not None
+    assert found.record["mlflow_run_id"] == "run-1"
+    roles.stream.load_state_dict(found.record["stream"])
+    state = run(tmp_path / "cut", config, roles, TrainState(**found.record["state"]))
+    assert second.calls[0] == ("push", 2)
+    assert second.calls[1:] == whole.calls[-len(second.calls) + 1 :]
+    assert roles.stream.taken == 4  # type: ignore[attr-defined]
+    assert state.before["eval/val/accuracy"] == 0.0, "the figure from before training survives"
+
+
+def test_stops_after_bad_steps_in_a_row_and_keeps_the_batch(tmp_path: Path) -> None:
+    config = TrainerConfig(num_steps=9, max_bad_steps=2, save_every=0, eval_every=0)
+    with pytest.raises(TrainingStopped, match="2 steps in a row.*stopped at step 2"):
+        run(tmp_path, config, make_roles(Log(), skipped=1.0))
+    batch = load_file(tmp_path / "bad-batch-000002.safetensors")
+    assert batch["advantages"].shape == batch["response_mask"].shape

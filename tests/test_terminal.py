@@ -1,0 +1,212 @@
+"""What is printed, with and without a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from dvpo_service.config.schema import Config
+from dvpo_service.terminal import TrainingDisplay, closing, make_console, progress, show_plan
+
+METRICS = {
+    "reward/mean": 0.312,
+    "reward/clean_mean": 0.312,
+    "critic/dvpo_loss": 0.0456,
+    "policy/rollout_kl": 1.2e-5,
+    "policy/entropy": 0.61,
+    "rollout/tokens_per_s": 5123.4,
+    "rollout/staleness": 0.0,
+    "time/generate": 2.1,
+    "time/score": 0.1,
+    "time/advantages": 0.2,
+    "time/update": 1.5,
+    "time/sync": 0.3,
+    "time/step": 4.4,
+}
+
+
+def text_console(width=120):
+    return Console(file=io.StringIO(), width=width, highlight=False)
+
+
+def screen(width=120):
+    return Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, highlight=False)
+
+
+def shown(console):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+
+
+def table_text(display, width):
+    console = text_console(width)
+    console.print(display._render())
+    return console.file.getvalue()
+
+
+def demo_config():
+    return Config.model_validate(
+        {
+            "name": "demo",
+            "model": {"warmstart": {}},
+            "data": {"train_files": ["a"], "val_files": {"val": ["b"]}},
+            "critic": {"mini_batch_size": 64, "epochs": 2},
+        }
+    )
+
+
+def test_the_plan_shows_the_arithmetic():
+    console = text_console()
+    facts = {
+        "parameters": 1234567,
+        "train_prompts": 3700,
+        "val_prompts": {"val": 420},
+        "run_dir": "/runs/demo",
+        "tracking_uri": "http://me:hunter2@host",
+        "vllm": "0.32.0",
+    }
+    show_plan(demo_config(), facts, console)
+    text = shown(console)
+    for part in (
+        "32 prompts x 8 = 256 responses",
+        "8 optimizer steps a step: 2 epochs, mini-batches of 64",
+        "1 vLLM engine",
+        "1,234,567",
+        "train 3,700, val 420",
+        "/runs/demo",
+        "0.32.0",
+    ):
+        assert part in text
+    assert "hunter2" not in text
+
+
+def test_the_table_holds_the_numbers_of_the_last_steps():
+    display = TrainingDisplay(total=100, console=screen())
+    for step in range(20):
+        display.update(step, METRICS | ({"eval/val/accuracy": 0.432} if step == 3 else {}))
+    text = table_text(display, 120)
+    lines = [line.split() for line in text.splitlines() if re.match(r"\s+\d+\s", line)]
+    assert [int(line[0]) for line in lines] == list(range(8, 20))
+    assert lines[-1][1:] == [
+        *("0.312", "0.432", "0.0456", "1.2e-05", "0.61", "5,123"),
+        *("2.1", "0.1", "0.2", "1.5", "0.3", "4.4", "0.0"),
+    ]
+    assert "20/100" in text
+    assert "clean" not in text
+
+
+def test_the_clean_reward_shows_when_it_differs():
+    display = TrainingDisplay(total=10, console=screen())
+    display.update(0, METRICS | {"reward/clean_mean": 0.4})
+    assert "clean" in table_text(display, 120)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_table_fits_the_terminal(width):
+    display = TrainingDisplay(total=10, console=screen(width))
+    display.update(0, METRICS | {"reward/clean_mean": 0.4, "eval/val/accuracy": 0.1, "eval/ood/accuracy": 0.2})
+    text = table_text(display, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "\u2026" not in text
+    for number in ("0.312", "0.100", "0.200", "0.0456"):
+        assert number in text
+
+
+def test_an_evaluation_after_the_last_step_reaches_the_table():
+    display = TrainingDisplay(total=1, console=screen())
+    display.update(0, METRICS)
+    display.update(1, {"eval/val/accuracy": 0.777})
+    assert "0.777" in table_text(display, 120)
+
+
+def test_the_live_display_draws_status_and_notes_and_stops_on_errors():
+    console = screen()
+    display = TrainingDisplay(total=2, console=console)
+
+    def run():
+        with display:
+            display.status("starting engines")
+            display.update(0, METRICS)
+            display.note("[odd] engine restarted")
+            raise RuntimeError("a rank died")
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        run()
+    assert "[odd] engine restarted" in shown(console)
+    assert "0.0456" in shown(console)
+    assert not display._live.is_started
+
+
+def test_without_a_terminal_each_step_is_one_line():
+    console = text_console(80)
+    with TrainingDisplay(total=5, start=2, console=console) as display:
+        for step in range(2, 5):
+            display.status("generating")
+            display.update(step, METRICS | {"eval/val/accuracy": 0.5})
+    lines = shown(console).splitlines()
+    assert lines[0] == "generating"
+    assert len(lines) == 4
+    assert lines[1].startswith("step 2 (3/5) reward=0.312 val_acc=0.500 critic=0.0456 KL=1.2e-05")
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_long_runs_print_few_lines():
+    console = text_console()
+    with TrainingDisplay(total=5000, console=console) as display:
+        for step in range(5000):
+            display.status("generating")
+            display.update(step, METRICS)
+    lines = shown(console).splitlines()
+    assert 100 < len(lines) <= 200
+    assert lines[1].startswith("step 0 (1/5000)")
+    assert lines[-1].startswith("step 4999 (5000/5000)")
+
+
+def test_no_color_is_honoured(monkeypatch, tmp_path):
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, highlight=False)
+    summary = {"steps": 1, "seconds": 1, "held_out_before": {"v": 0.1}, "held_out_after": {"v": 0.2}}
+    closing(summary, tmp_path, None, console)
+    assert not re.search(r"\x1b\[[0-9;]*3\d", console.file.getvalue())
+
+
+def test_progress_without_a_terminal():
+    console = text_console()
+    with progress("warm start", 600, console) as bar:
+        for done in range(1, 601):
+            bar.update(done, loss=1.5, accuracy=0.25)
+    lines = shown(console).splitlines()
+    assert len(lines) <= 21
+    assert lines[-1] == "warm start 600/600 loss 1.500 accuracy 0.250"
+
+
+def test_progress_on_a_terminal():
+    console = screen()
+    with progress("warm start", 3, console) as bar:
+        bar.update(3, loss=1.5)
+    assert "3/3" in shown(console)
+    assert "loss 1.500" in shown(console)
+
+
+def test_closing_shows_the_gain_and_the_places(tmp_path):
+    console = text_console()
+    summary = {
+        "held_out_before": {"val": 0.231},
+        "held_out_after": {"val": 0.69},
+        "held_out_greedy_before": {"val": 0.4},
+        "held_out_greedy_after": {"val": 0.38},
+        "steps": 250,
+        "seconds": 3723.4,
+        "where": {"policy": "/runs/demo/policy"},
+    }
+    closing(summary, tmp_path, "sqlite:////runs/mlflow.db", console)
+    text = shown(console)
+    for part in ("23.1%", "69.0%", "+45.9 points", "-2.0 points", "250 steps in 1:02:03", "make mlflow", "/policy"):
+        assert part in text
+    assert "summary.json" in text
+
+
+def test_the_default_console_is_wide_enough_for_logs():
+    assert make_console().width >= 80
