@@ -17,7 +17,7 @@ from dvpo_service.algo.critic_loss import TERMS, critic_loss, shift_sum
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.config import Config
-from dvpo_service.models.critic import DistributionalCritic, response_positions
+from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.load import load_backbone
 from dvpo_service.models.sharding import shard
 from dvpo_service.types import Metrics, Rollouts
@@ -173,7 +173,7 @@ class CriticWorker:
         lengths = (part.prompt_lens + part.response_lens).to(self.device)
         positions = response_positions(part.prompt_lens.to(self.device), t + 1, tokens.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            z = self.trainer.module(tokens, lengths, positions)
+            z = split_heads(self.trainer.module(tokens, lengths, positions), self.config.algorithm.n_heads)
         z_end = z[torch.arange(len(part), device=z.device), part.response_lens.to(z.device)]
         return z[:, :-1], z_end
 
@@ -195,7 +195,7 @@ class CriticWorker:
         value, value_end = quantiles.mean(-1), end.mean(-1)
         advantages, _ = scalar_gae(rewards, value, mask, value_end, gamma, lam)
         _, returns = scalar_gae(rewards, torch.zeros_like(value), mask, torch.zeros_like(value_end), gamma, 1.0)
-        return MicroBatch(part, targets), advantages, value, returns
+        return MicroBatch(part, targets), advantages, torch.where(mask, value, 0.0), returns
 
     @torch.no_grad()
     def _mean_shift(self, mini: list[MicroBatch], denominator: float) -> float | None:

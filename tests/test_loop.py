@@ -90,7 +90,7 @@ def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_stops_after_bad_steps_in_a_row_and_keeps_the_batch(tmp_path: Path) -> None:
     config = TrainerConfig(num_steps=9, max_bad_steps=2, save_every=0, eval_every=0)
-    with pytest.raises(TrainingStopped, match="2 steps in a row.*stopped at step 2"):
+    with pytest.raises(TrainingStopped, match=r"2 steps in a row.*stopped at step 2"):
         run(tmp_path, config, make_roles(Log(), skipped=1.0))
     batch = load_file(tmp_path / "bad-batch-000002.safetensors")
     assert batch["advantages"].shape == batch["response_mask"].shape

@@ -56,9 +56,7 @@ def scalar_gae(
     Raises ValueError like ``distributional_gae``.
     """
     if values.dim() != 2 or v_end.dim() != 1:
-        raise ValueError(
-            f"expected values [B,T] and v_end [B], got {tuple(values.shape)}, {tuple(v_end.shape)}"
-        )
+        raise ValueError(f"expected values [B,T] and v_end [B], got {tuple(values.shape)}, {tuple(v_end.shape)}")
     atoms, end = values.unsqueeze(-1), v_end.unsqueeze(-1)
     atoms, rewards = _check(rewards, atoms, mask, end, gamma, lam)
     advantages = _gae(rewards, atoms, mask, end.to(atoms), gamma, lam)

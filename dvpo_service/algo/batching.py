@@ -25,8 +25,6 @@ def rank_micro_batches(
     which needs ``world_size`` to divide ``mini_size`` and ``mini_size`` the batch.
     """
     if batch_size % mini_size or mini_size % world_size:
-        raise ValueError(
-            f"{batch_size} rows do not divide into mini-batches of {mini_size} on {world_size} ranks"
-        )
+        raise ValueError(f"{batch_size} rows do not divide into mini-batches of {mini_size} on {world_size} ranks")
     minis = step_order(batch_size, seed=seed, step=step).split(mini_size)
     return [list(mini[rank::world_size].split(micro_size)) for mini in minis]

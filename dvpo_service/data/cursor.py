@@ -49,9 +49,7 @@ class PromptCursor:
 
     def state_dict(self) -> CursorState:
         """JSON-able."""
-        return CursorState(
-            seed=self.seed, num_prompts=self.num_prompts, epoch=self._epoch, offset=self._offset
-        )
+        return CursorState(seed=self.seed, num_prompts=self.num_prompts, epoch=self._epoch, offset=self._offset)
 
     def load_state_dict(self, state: CursorState) -> None:
         """Raises ``CheckpointError`` for a state of other data, of another seed, or that is no state."""

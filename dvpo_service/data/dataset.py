@@ -91,9 +91,7 @@ def load_prompts(
     return Dataset(name, prompts, tuple(where for where, _ in kept), bad.counts, excluded)
 
 
-def _examples(
-    paths: list[Path], name: str, options: gsm8k.Options, bad: BadRows
-) -> Iterator[tuple[str, Example]]:
+def _examples(paths: list[Path], name: str, options: gsm8k.Options, bad: BadRows) -> Iterator[tuple[str, Example]]:
     for path in paths:
         rows = 0
         for where, row in read_rows(path):

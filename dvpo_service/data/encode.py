@@ -71,7 +71,5 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool
         return tuple(tokenizer("".join(m["content"] for m in prompt.messages))["input_ids"])
     messages = [{"role": m["role"], "content": m["content"]} for m in prompt.messages]
     # return_dict is stated because its default changed in transformers 5.
-    encoding: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     return tuple(encoding["input_ids"])

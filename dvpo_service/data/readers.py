@@ -95,9 +95,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
                     number += 1
                     yield f"{path} row {number}", row
     except (pa.ArrowException, ValueError) as error:
-        raise DataError(
-            f"{path}: not readable as Parquet after row {number}: {_first_line(error)}"
-        ) from error
+        raise DataError(f"{path}: not readable as Parquet after row {number}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class QuantileHeads(nn.Module):
-    """Hidden states [..., D] -> atoms [..., H, M]: a shared two-layer encoder, then H linear heads.
+    """Hidden states [..., D] -> atoms [..., H * M]: a shared two-layer encoder, then H linear heads.
 
     Computed in float32 whatever the backbone's precision: atoms are differences of returns,
     and bfloat16 has no room for them.
@@ -15,12 +15,11 @@ class QuantileHeads(nn.Module):
 
     def __init__(self, hidden_size: int, *, width: int, num_heads: int, num_quantiles: int):
         super().__init__()
-        self.shape = (num_heads, num_quantiles)
         self.encoder = nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.heads = nn.Linear(width, num_heads * num_quantiles)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.heads(self.encoder(hidden)).unflatten(-1, self.shape)
+        return self.heads(self.encoder(hidden))
 
 
 class DistributionalCritic(nn.Module):
@@ -52,12 +51,18 @@ class DistributionalCritic(nn.Module):
             positions: [B, T] indices into S.
 
         Returns:
-            [B, T, H, M]: entry t is Z after reading ``tokens[:, : positions[t] + 1]``.
+            [B, T, H * M], to be split by ``split_heads``: entry t is Z after reading
+            ``tokens[:, : positions[t] + 1]``. (FSDP wants no view from a forward pass.)
         """
         hidden = self.backbone(input_ids=tokens, attention_mask=length_mask(lengths, tokens.shape[1])).last_hidden_state
         hidden = gather_positions(hidden, positions)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value(hidden.float())
+
+
+def split_heads(flat: Tensor, num_heads: int) -> Tensor:
+    """[..., H * M] -> [..., H, M]."""
+    return flat.unflatten(-1, (num_heads, -1))
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:

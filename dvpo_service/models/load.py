@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from dvpo_service.errors import CheckpointError
 
@@ -60,6 +61,9 @@ def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:
 
 def _load(auto: Any, path: str, **kwargs: Any) -> Any:
     check_model_folder(path)
+    # A backbone without its language-model head is what a critic wants; no need to report it.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return auto.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError) as error:

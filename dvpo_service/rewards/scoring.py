@@ -65,9 +65,7 @@ def _load(name: str, module_name: str, function_name: str) -> Callable[[str, str
         hint = f"; did you mean {module_name}:{near[0]}?" if near else f"; define it in {module.__file__}"
         raise ConfigError(f"reward {name!r}: module {module_name!r} has no function {function_name!r}{hint}")
     if not callable(function):
-        raise ConfigError(
-            f"reward {name!r}: it is of type {type(function).__name__}, not a function; name another"
-        )
+        raise ConfigError(f"reward {name!r}: it is of type {type(function).__name__}, not a function; name another")
     if not _takes_two(function):
         raise ConfigError(f"reward {name!r}: it must take two arguments, (response, answer); change it")
     return function

@@ -48,9 +48,7 @@ class NaiveHuber(NamedTuple):
     untilted_slope: Tensor
 
 
-def quantile_huber_naive(
-    z: Tensor, y: Tensor, levels: Tensor, delta: float, unit: bool = False
-) -> NaiveHuber:
+def quantile_huber_naive(z: Tensor, y: Tensor, levels: Tensor, delta: float, unit: bool = False) -> NaiveHuber:
     """Eq. 3 over every pair of z [..., H, M] and y [..., K]."""
     u = y[..., None, None, :] - z[..., None]
     tilt = (levels[:, None] - (u < 0).to(u.dtype)).abs()
@@ -140,15 +138,11 @@ def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dic
         + max(tail_variance(down_targets, spec.beta) - tail_variance(down, spec.beta), 0.0),
         "curv": max(-curvature(tails, spec.alpha, spec.curvature), 0.0)
         + max(-curvature(tails[::-1], spec.beta, spec.curvature), 0.0),
-        "consist": mean([mean([(a - b) ** 2 for a, b in zip(g, h, strict=True)]) for g, h in pairs])
-        if pairs
-        else 0.0,
+        "consist": mean([mean([(a - b) ** 2 for a, b in zip(g, h, strict=True)]) for g, h in pairs]) if pairs else 0.0,
     }
 
 
-def reference_loss(
-    z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float
-) -> dict[str, float]:
+def reference_loss(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
     """Every raw term over the batch, and "total"."""
     tokens = [token_terms(z[b, t], y[b, t], spec, delta) for b, t in mask.nonzero().tolist()]
     raw = {name: mean([token[name] for token in tokens]) for name in TERMS}

@@ -92,9 +92,7 @@ def test_scalar_gae_is_the_mean_of_the_distributional_one() -> None:
 def test_rewards_on_masked_tokens_are_not_read() -> None:
     rewards, values, mask, z_end = batch(3)
     expected = distributional_gae(rewards, values, mask, z_end, 1.0, 0.9)
-    assert torch.equal(
-        distributional_gae(rewards.masked_fill(~mask, 7.0), values, mask, z_end, 1.0, 0.9), expected
-    )
+    assert torch.equal(distributional_gae(rewards.masked_fill(~mask, 7.0), values, mask, z_end, 1.0, 0.9), expected)
 
 
 def test_mixture_equals_eq2_at_both_ends_and_in_the_mean() -> None:
@@ -103,9 +101,7 @@ def test_mixture_equals_eq2_at_both_ends_and_in_the_mean() -> None:
     seeds = torch.arange(n)
     for lam in (0.0, 1.0):
         exact = distributional_gae(rewards[:1], values[:1], mask[:1], z_end[:1], 0.9, lam).sort(-1).values
-        assert_close(
-            mixture_targets(rewards[:1], values[:1], mask[:1], z_end[:1], 0.9, lam, seeds[:1]), exact
-        )
+        assert_close(mixture_targets(rewards[:1], values[:1], mask[:1], z_end[:1], 0.9, lam, seeds[:1]), exact)
     sampled = mixture_targets(rewards, values, mask, z_end, 0.9, 0.6, seeds)
     expected = distributional_gae(rewards[:1], values[:1], mask[:1], z_end[:1], 0.9, 0.6)[0].mean(-1)
     error = (sampled.mean((0, 2)) - expected).abs()
@@ -132,9 +128,7 @@ def test_coins_do_not_depend_on_the_company() -> None:
     seeds = torch.tensor([11, 2**62, -3])
     whole = mixture_targets(rewards, values, mask, z_end, 1.0, 0.5, seeds)
     for order in ([2, 0, 1], [1], [0, 2]):
-        part = mixture_targets(
-            rewards[order], values[order], mask[order], z_end[order], 1.0, 0.5, seeds[order]
-        )
+        part = mixture_targets(rewards[order], values[order], mask[order], z_end[order], 1.0, 0.5, seeds[order])
         assert torch.equal(part, whole[order])
     assert not torch.equal(whole, mixture_targets(rewards, values, mask, z_end, 1.0, 0.5, seeds + 1))
 

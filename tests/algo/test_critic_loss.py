@@ -70,9 +70,7 @@ def test_against_the_independent_reference(
 @pytest.mark.parametrize("make_spec", FORMS)
 def test_gradcheck(make_spec: Any) -> None:
     z, y, mask = batch(4, 1, 2, 2, 7, 5)
-    spec = make_spec(
-        alpha=0.5, beta=0.4, tail_target="tail_mean"
-    )  # pseudo_outcome stops a gradient on purpose
+    spec = make_spec(alpha=0.5, beta=0.4, tail_target="tail_mean")  # pseudo_outcome stops a gradient on purpose
     assert torch.autograd.gradcheck(
         lambda x: critic_loss(x, y, mask, spec, delta=0.5, denominator=2.0).total, (z.requires_grad_(),)
     )

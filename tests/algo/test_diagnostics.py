@@ -40,9 +40,7 @@ def test_critic_sums_add_up_and_never_read_padding() -> None:
     levels = quantile_levels(7, "endpoint")
     whole = critic_metrics(critic_sums(z, returns, mask, levels, 0.2, 0.3))
     z[~mask], returns[~mask] = math.nan, math.nan
-    parts = [
-        critic_sums(z[i : i + 1], returns[i : i + 1], mask[i : i + 1], levels, 0.2, 0.3) for i in range(4)
-    ]
+    parts = [critic_sums(z[i : i + 1], returns[i : i + 1], mask[i : i + 1], levels, 0.2, 0.3) for i in range(4)]
     assert critic_metrics(added(parts)) == pytest.approx(whole, rel=1e-6)
     assert 0 < whole["critic/crossing_rate"] < 1
     assert all(x.dtype == torch.float64 for x in parts[0].values())
@@ -50,9 +48,7 @@ def test_critic_sums_add_up_and_never_read_padding() -> None:
 
 def test_head_disagreement_by_hand() -> None:
     z = torch.tensor([[[[0.0, 2.0], [3.0, 3.0]]]])
-    metrics = critic_metrics(
-        critic_sums(z, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), LEVELS[:2], 1, 1)
-    )
+    metrics = critic_metrics(critic_sums(z, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), LEVELS[:2], 1, 1))
     assert metrics["critic/head_disagreement"] == 1.0
     assert math.isnan(metrics["critic/explained_variance"])
 
@@ -71,9 +67,7 @@ def test_rollout_metrics() -> None:
 
 def test_no_valid_token_is_nan_not_an_error() -> None:
     none = torch.zeros(1, 2, dtype=torch.bool)
-    sums = critic_sums(
-        torch.zeros(1, 2, 1, 3), torch.zeros(1, 2), none, quantile_levels(3, "midpoint"), 0.1, 0.1
-    )
+    sums = critic_sums(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2), none, quantile_levels(3, "midpoint"), 0.1, 0.1)
     assert all(math.isnan(x) for x in critic_metrics(sums).values())
     zeros = torch.zeros(1, 2)
     assert all(math.isnan(x) for x in rollout_kl_metrics(rollout_kl_sums(zeros, zeros, none)).values())

@@ -33,9 +33,7 @@ def test_surrogate_by_hand() -> None:
     ratio = torch.tensor([[1.0, 1.5, 1.5, 0.5, 0.5]])
     advantages = torch.tensor([[2.0, 2.0, -2.0, 2.0, -2.0]])
     logprobs = ratio.log().requires_grad_()
-    loss, clipped = clipped_surrogate(
-        logprobs, torch.zeros_like(ratio), advantages, clip_low=0.2, clip_high=0.28
-    )
+    loss, clipped = clipped_surrogate(logprobs, torch.zeros_like(ratio), advantages, clip_low=0.2, clip_high=0.28)
     assert_close(loss, torch.tensor([[-2.0, -2.56, 3.0, -1.0, 1.6]]))
     assert clipped.tolist() == [[False, True, False, False, True]]
     loss.sum().backward()

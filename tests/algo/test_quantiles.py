@@ -40,12 +40,8 @@ def test_tails_against_reference(xs: list[float], fraction: float) -> None:
     up, atoms = xs[::-1], torch.tensor(xs, dtype=torch.float64)
     assert qs.lower_tail_mean(atoms, fraction).item() == pytest.approx(tail_mean(xs, fraction), abs=1e-10)
     assert qs.upper_tail_mean(atoms, fraction).item() == pytest.approx(tail_mean(up, fraction), abs=1e-10)
-    assert qs.lower_tail_variance(atoms, fraction).item() == pytest.approx(
-        tail_variance(xs, fraction), abs=1e-8
-    )
-    assert qs.upper_tail_variance(atoms, fraction).item() == pytest.approx(
-        tail_variance(up, fraction), abs=1e-8
-    )
+    assert qs.lower_tail_variance(atoms, fraction).item() == pytest.approx(tail_variance(xs, fraction), abs=1e-8)
+    assert qs.upper_tail_variance(atoms, fraction).item() == pytest.approx(tail_variance(up, fraction), abs=1e-8)
 
 
 def test_a_tail_of_one_atom_has_no_variance_and_ignores_the_rest() -> None:

@@ -22,9 +22,7 @@ def pairwise(z: Tensor, y: Tensor, tau: Tensor, delta: float) -> Tensor:
     """The textbook loss on [N, H, M, K] temporaries; returns [N, H, M]."""
     u = y[:, None, None, :] - z[..., None]
     weight = (tau[:, None] - (u < 0).to(z.dtype)).abs()
-    return (
-        weight * torch.nn.functional.huber_loss(u, torch.zeros_like(u), reduction="none", delta=delta)
-    ).mean(-1)
+    return (weight * torch.nn.functional.huber_loss(u, torch.zeros_like(u), reduction="none", delta=delta)).mean(-1)
 
 
 def chunked_pairwise(z: Tensor, y: Tensor, tau: Tensor, delta: float, rows: int) -> Tensor:

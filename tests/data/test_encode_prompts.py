@@ -40,18 +40,14 @@ def test_plain_text(data, tokenizer):
 
 
 def test_too_long(data, tokenizer):
-    with pytest.raises(
-        DataError, match=r"a\.jsonl:2: the prompt has 12 tokens, data\.max_prompt_tokens=11\."
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the prompt has 12 tokens, data\.max_prompt_tokens=11\."):
         encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)
     encoded = encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11, on_bad_row="skip")
     assert [(p.index, p.messages[0]["content"]) for p in encoded.prompts] == [(0, "1+2="), (1, "3+4=")]
     assert encoded.skipped_by_reason == {"prompt too long": 1}
     assert encoded.origins == (data.origins[0], data.origins[2])
     assert data.skipped == 0
-    with pytest.raises(
-        DataError, match=r"train: no prompts are left; bad rows skipped: \{'prompt too long': 3\}"
-    ):
+    with pytest.raises(DataError, match=r"train: no prompts are left; bad rows skipped: \{'prompt too long': 3\}"):
         encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=1, on_bad_row="skip")
 
 
@@ -68,13 +64,9 @@ def test_template_is_missing_or_refuses(tmp_path, data, tokenizer):
         '{"prompt": [{"role": "user", "content": "1"}], "reward_model": {"ground_truth": 1}}\n'
     )
     verl = load_prompts([path], name="train")
-    with pytest.raises(
-        DataError, match=r"b\.jsonl:1: the chat template refuses the messages: no system turn"
-    ):
+    with pytest.raises(DataError, match=r"b\.jsonl:1: the chat template refuses the messages: no system turn"):
         encode_prompts(verl, tokenizer, chat_template=True, max_prompt_tokens=11)
-    assert (
-        len(encode_prompts(verl, tokenizer, chat_template=True, max_prompt_tokens=9, on_bad_row="skip")) == 1
-    )
+    assert len(encode_prompts(verl, tokenizer, chat_template=True, max_prompt_tokens=9, on_bad_row="skip")) == 1
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template=false"):
         encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)

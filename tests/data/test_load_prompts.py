@@ -83,10 +83,7 @@ def test_missing_files(tmp_path):
     missing = tmp_path / "trian.jsonl"
     assert error_of(missing) == f"{missing}: data file not found; did you mean {path}?"
     nowhere = tmp_path / "no" / "train.jsonl"
-    assert (
-        error_of(nowhere)
-        == f"{nowhere}: data file not found, nor its folder {tmp_path / 'no'}; check the path"
-    )
+    assert error_of(nowhere) == f"{nowhere}: data file not found, nor its folder {tmp_path / 'no'}; check the path"
     assert "no file matches this pattern" in error_of(tmp_path / "*.parquet")
     assert "this is a folder; name its files" in error_of(tmp_path)
     assert "no data files are given" in error_of()
@@ -98,9 +95,7 @@ def test_empty(tmp_path):
     path = write(tmp_path / "a.jsonl", b"\n \n")
     assert error_of(path) == f"{path}: the file is empty; it needs at least one row"
     path = write(tmp_path / "b.jsonl", GOOD)
-    assert "no prompts for 'train'; 1 left out because they are in another split" in error_of(
-        path, exclude={"1+1="}
-    )
+    assert "no prompts for 'train'; 1 left out because they are in another split" in error_of(path, exclude={"1+1="})
     path = write(tmp_path / "c.jsonl", b"{\n", b"[]\n")
     assert "no prompts for 'train'; 2 bad rows skipped {'malformed JSON': 1, 'wrong type': 1}" in error_of(
         path, on_bad_row="skip"

@@ -25,7 +25,11 @@ from tests.builders import make_config
 
 pytestmark = pytest.mark.e2e
 
-SEQUENCES = [[2, 20, 21, 14, 22, 32, 3, 19, 25, 1], [2, 23, 14, 23, 32, 3, 22, 1], [2] + [20 + i % 9 for i in range(30)]]
+SEQUENCES = [
+    [2, 20, 21, 14, 22, 32, 3, 19, 25, 1],
+    [2, 23, 14, 23, 32, 3, 22, 1],
+    [2] + [20 + i % 9 for i in range(30)],
+]
 
 
 class ScrambledPolicy(PolicyWorker):
@@ -66,8 +70,7 @@ def model_logprobs(folder: Path | str) -> list[Tensor]:
     model = load_causal_lm(str(folder))
     with torch.no_grad():
         return [
-            token_logprobs(model(input_ids=(ids := torch.tensor([s]))).logits[:, :-1], ids[:, 1:])[0]
-            for s in SEQUENCES
+            token_logprobs(model(input_ids=(ids := torch.tensor([s]))).logits[:, :-1], ids[:, 1:])[0] for s in SEQUENCES
         ]
 
 
@@ -98,7 +101,8 @@ def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
 ) -> None:
     policy, engines, weights = system
     # More prompt tokens at once than the engine takes in one batch.
-    prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (2, *([20 + i % 9] * 40), 3)) for i in range(150)]
+    ask = ({"role": "user", "content": "?"},)
+    prompts = [Prompt(i, ask, "1", "t", (2, *([20 + i % 9] * 40), 3)) for i in range(150)]
     weights.push(7)
     policy.call("export", str(tmp_path / "now"))
     sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=6)
@@ -116,9 +120,7 @@ def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
             assert torch.allclose(logprobs[len(prompt.token_ids) - 1 :], torch.tensor(sample.logprobs), atol=1e-4)
 
     def tokens(step: int) -> list[tuple[int, ...]]:
-        return [
-            s.token_ids for g in engines.generate(prompts, sampling, run_seed=0, step=step) for s in g
-        ]
+        return [s.token_ids for g in engines.generate(prompts, sampling, run_seed=0, step=step) for s in g]
 
     first = [s.token_ids for g in groups for s in g]
     assert tokens(3) == first, "the same seed and step sample the same tokens"

@@ -12,9 +12,7 @@ SEEDS = [sample_seed(0, 0, 0, i) for i in range(4000)]
 
 
 def group(responses, answer="1", score=EXACT, seeds=SEEDS, **noise):
-    return score_group(
-        responses, answer, score=score, noise=NoiseSpec(**noise), seeds=seeds[: len(responses)]
-    )
+    return score_group(responses, answer, score=score, noise=NoiseSpec(**noise), seeds=seeds[: len(responses)])
 
 
 def test_sample_seed_is_stable_and_distinct():
@@ -63,10 +61,7 @@ def test_majority_vote():
 
 
 def test_majority_vote_ties_depend_on_the_seed():
-    winners = [
-        tuple(s.reward for s in group(["2", "3"], seeds=[seed, 0], kind="majority_vote"))
-        for seed in range(50)
-    ]
+    winners = [tuple(s.reward for s in group(["2", "3"], seeds=[seed, 0], kind="majority_vote")) for seed in range(50)]
     assert set(winners) == {(1.0, 0.0), (0.0, 1.0)}
     assert winners[3] == tuple(s.reward for s in group(["2", "3"], seeds=[3, 0], kind="majority_vote"))
 

@@ -1,0 +1,139 @@
+"""How work is cut changes nothing: ranks, micro-batches, padding. Real gloo process groups."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from actors.critic import CriticWorker
+from actors.fsdp import Rendezvous
+from actors.policy import PolicyWorker
+from dvpo_service.config import Config
+from dvpo_service.types import Metrics
+from tests.builders import make_config, make_rollouts
+
+STEPS = 2
+
+
+def critic_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
+    worker, tensors, metrics = CriticWorker(config, model, meet), [], []
+    for step in range(STEPS):
+        values, measured = worker.evaluate(make_rollouts(seed=step), step)
+        metrics.append(measured | worker.update())
+        tensors += [values.rows, values.advantages, values.values]
+    return tensors, metrics
+
+
+def policy_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
+    worker, tensors, metrics = PolicyWorker(config, model, meet), [], []
+    for step in range(STEPS):
+        rollouts = make_rollouts(seed=step)
+        # The proximal log-probs of the whole batch, as the pool would put them together.
+        advantages = torch.randn(rollouts.rewards.shape, generator=torch.Generator().manual_seed(step))
+        rollouts = rollouts.with_(logprobs=rollouts.rollout_logprobs - 5.0)
+        metrics.append(worker.update(rollouts, advantages, step))
+        scored = worker.logprobs(rollouts, step)
+        assert scored.ref_logprobs is not None
+        tensors += [scored.rows, scored.logprobs, scored.ref_logprobs]
+    return tensors, metrics
+
+
+def _rank(rank: int, world: int, port: int, run: Any, config: Config, model: str, out: str) -> None:
+    torch.set_num_threads(1)
+    result = run(config, model, Rendezvous(rank, world, "127.0.0.1", port, 120))
+    torch.save(result, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def launch(run: Any, config: Config, model: Path, world: int, out: Path) -> tuple[list[Tensor], list[Metrics]]:
+    """Results as one rank would give them: tensors put back in the batch's order."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    out.mkdir()
+    mp.spawn(_rank, (world, port, run, config, str(model), str(out)), nprocs=world)
+    ranks = [torch.load(out / f"{i}.pt", weights_only=False) for i in range(world)]
+    assert all(r[1] == ranks[0][1] for r in ranks), "every rank reports the same, global figures"
+    tensors = []
+    for step in range(STEPS):
+        rows, *values = (torch.cat([r[0][3 * step + i] for r in ranks]) for i in range(3))
+        order = rows.argsort()
+        tensors += [v[order] for v in values]
+    return tensors, ranks[0][1]
+
+
+def assert_same(a: tuple[list[Tensor], list[Metrics]], b: tuple[list[Tensor], list[Metrics]]) -> None:
+    for x, y in zip(a[0], b[0], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    for x, y in zip(a[1], b[1], strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-5, nan_ok=True), name
+
+
+@pytest.mark.parametrize("form", ["paper", "calibrated"])
+def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
+    form: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32, "form": form}
+    one = make_config(tiny_model, algorithm=algorithm, critic={"micro_batch_size": 8, "epochs": 2})
+    two = make_config(tiny_model, algorithm=algorithm, critic={"world_size": 2, "micro_batch_size": 3, "epochs": 2})
+    first = launch(critic_run, one, tiny_model, 1, tmp_path / "one")
+    assert_same(first, launch(critic_run, two, tiny_model, 2, tmp_path / "two"))
+    losses = [m["critic/dvpo_loss"] for m in first[1]]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert {f"critic/loss/{t}" for t in ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")} <= set(
+        first[1][0]
+    )
+
+
+def test_policy_gives_the_same_on_two_ranks_and_in_other_micro_batches(tiny_model: Path, tmp_path: Path) -> None:
+    policy = {"kl": {"coef": 0.1, "where": "loss"}, "entropy_coef": 0.01, "epochs": 2, "optim": {"lr": 1e-3}}
+    one = make_config(tiny_model, policy=policy | {"micro_batch_size": 8})
+    two = make_config(tiny_model, policy=policy | {"world_size": 2, "micro_batch_size": 3})
+    first = launch(policy_run, one, tiny_model, 1, tmp_path / "one")
+    assert_same(first, launch(policy_run, two, tiny_model, 2, tmp_path / "two"))
+    assert first[1][0]["policy/ref_kl"] != first[1][1]["policy/ref_kl"], "the policy moved"
+
+
+def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
+    """Train, save, go on; then load into a fresh critic and do the same again."""
+    folder = Path(config.trainer.run_dir or "") / f"{meet.world_size}"
+    worker = CriticWorker(config, model, meet)
+    worker.evaluate(make_rollouts(seed=0), 0)
+    worker.update()
+    if meet.rank == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    worker.save(str(folder))
+    straight = worker.evaluate(make_rollouts(seed=1), 1)[0]
+    after = worker.update()
+    torch.distributed.barrier()
+    fresh = CriticWorker.__new__(CriticWorker)
+    fresh.__dict__.update(worker.__dict__)
+    with torch.no_grad():
+        for parameter in fresh.trainer.module.parameters():
+            parameter.zero_()
+    fresh.load(str(folder))
+    again = fresh.evaluate(make_rollouts(seed=1), 1)[0]
+    assert torch.equal(again.values, straight.values), "a checkpoint restores the weights to the bit"
+    assert fresh.update() == after, "and the optimizer, schedule and running moments"
+    return [straight.rows, straight.advantages, straight.values] * STEPS, [after] * STEPS
+
+
+def test_a_checkpoint_restores_a_rank_to_the_bit(tiny_model: Path, tmp_path: Path) -> None:
+    algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32, "form": "calibrated"}
+    optim = {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine"}
+    config = make_config(
+        tiny_model,
+        algorithm=algorithm,
+        critic={"world_size": 2, "optim": optim},
+        trainer={"run_dir": str(tmp_path / "state")},
+    )
+    launch(resume_run, config, tiny_model, 2, tmp_path / "out")
