@@ -35,6 +35,7 @@ from dvpo_service.errors import CheckpointError, ClusterError
 from dvpo_service.models.load import check_context, check_model_folder, load_tokenizer
 from dvpo_service.observe import FanObserver
 from dvpo_service.rewards.scoring import resolve
+from dvpo_service.tracking.masking import mask_uri
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.warmstart import base_model_folder, make_base_model
 
@@ -292,10 +293,14 @@ def summarize(
         "held_out_after": by_split(state.after, "accuracy"),
         "held_out_greedy_before": by_split(state.before, "greedy"),
         "held_out_greedy_after": by_split(state.after, "greedy"),
-        "run_dir": str(run_dir),
-        "policy": str(run_dir / "policy"),
-        "metrics": str(run_dir / "metrics.jsonl"),
-        "mlflow": {"tracking_uri": tracker.tracking_uri, "run_id": tracker.run_id},
+        "where": {
+            "run": str(run_dir),
+            "policy": str(run_dir / "policy"),
+            "metrics": str(run_dir / "metrics.jsonl"),
+            "checkpoints": str(run_dir / "checkpoints"),
+            "mlflow_tracking_uri": mask_uri(tracker.tracking_uri or ""),
+            "mlflow_run_id": tracker.run_id or "",
+        },
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

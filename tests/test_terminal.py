@@ -84,11 +84,11 @@ def test_the_plan_shows_the_arithmetic():
 
 def test_the_table_holds_the_numbers_of_the_last_steps():
     display = TrainingDisplay(total=100, console=screen())
-    for step in range(20):
+    for step in range(1, 21):
         display.update(step, METRICS | ({"eval/val/accuracy": 0.432} if step == 3 else {}))
     text = table_text(display, 120)
     lines = [line.split() for line in text.splitlines() if re.match(r"\s+\d+\s", line)]
-    assert [int(line[0]) for line in lines] == list(range(8, 20))
+    assert [int(line[0]) for line in lines] == list(range(9, 21))
     assert lines[-1][1:] == [
         *("0.312", "0.432", "0.0456", "1.2e-05", "0.61", "5,123"),
         *("2.1", "0.1", "0.2", "1.5", "0.3", "4.4", "0.0"),
@@ -114,10 +114,11 @@ def test_the_table_fits_the_terminal(width):
         assert number in text
 
 
-def test_an_evaluation_after_the_last_step_reaches_the_table():
-    display = TrainingDisplay(total=1, console=screen())
-    display.update(0, METRICS)
-    display.update(1, {"eval/val/accuracy": 0.777})
+def test_the_evaluation_before_training_shows_until_the_next():
+    display = TrainingDisplay(total=2, console=screen())
+    display.update(0, {"eval/val/accuracy": 0.777})
+    assert "0/2" in table_text(display, 120)
+    display.update(1, METRICS)
     assert "0.777" in table_text(display, 120)
 
 
@@ -142,26 +143,26 @@ def test_the_live_display_draws_status_and_notes_and_stops_on_errors():
 def test_without_a_terminal_each_step_is_one_line():
     console = text_console(80)
     with TrainingDisplay(total=5, start=2, console=console) as display:
-        for step in range(2, 5):
+        for step in range(3, 6):
             display.status("generating")
             display.update(step, METRICS | {"eval/val/accuracy": 0.5})
     lines = shown(console).splitlines()
     assert lines[0] == "generating"
     assert len(lines) == 4
-    assert lines[1].startswith("step 2 (3/5) reward=0.312 val_acc=0.500 critic=0.0456 KL=1.2e-05")
+    assert lines[1].startswith("step 3/5 reward=0.312 val_acc=0.500 critic=0.0456 KL=1.2e-05")
     assert "\x1b" not in console.file.getvalue()
 
 
 def test_long_runs_print_few_lines():
     console = text_console()
     with TrainingDisplay(total=5000, console=console) as display:
-        for step in range(5000):
+        for step in range(1, 5001):
             display.status("generating")
             display.update(step, METRICS)
     lines = shown(console).splitlines()
     assert 100 < len(lines) <= 200
-    assert lines[1].startswith("step 0 (1/5000)")
-    assert lines[-1].startswith("step 4999 (5000/5000)")
+    assert lines[1].startswith("step 1/5000")
+    assert lines[-1].startswith("step 5000/5000")
 
 
 def test_no_color_is_honoured(monkeypatch, tmp_path):

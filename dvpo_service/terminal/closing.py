@@ -59,7 +59,8 @@ def _change(before: float | None, after: float | None) -> Text:
 
 def _places(summary: Mapping[str, Any], run_dir: Path, tracking_uri: str | None) -> dict[str, str]:
     rows = {"summary": str(run_dir / "summary.json"), "metrics": str(run_dir / "metrics.jsonl")}
-    rows |= {str(name): str(path) for name, path in dict(summary.get("where", {})).items()}
+    where = dict(summary.get("where", {}))
+    rows |= {name: str(where[name]) for name in ("policy", "checkpoints") if name in where}
     if tracking_uri:
         uri = mask_uri(tracking_uri)
         rows["MLflow"] = f"make mlflow  ({uri})" if sqlite_path(tracking_uri) else uri

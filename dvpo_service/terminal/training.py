@@ -82,18 +82,16 @@ class TrainingDisplay:
             self._live.stop()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Step ``step`` (counted from 0) is done. Accuracies stay shown until new ones come."""
+        """``step`` updates are done; 0 is the evaluation before training. Accuracies stay until new ones come."""
         self._accuracy |= {k: v for k, v in metrics.items() if _ACCURACY.fullmatch(k)}
         if "reward/mean" in metrics:
             reward = metrics["reward/mean"]
             self._noisy |= not math.isclose(metrics.get("reward/clean_mean", reward), reward, abs_tol=1e-9)
             self._rows.append((step, {**metrics, **self._accuracy}))
-            self._bar.update(self._task, completed=step + 1)
-        elif self._rows:  # an evaluation after the last step
-            self._rows[-1][1].update(self._accuracy)
+            self._bar.update(self._task, completed=step)
         self._table = None
-        done, last = step + 1 - self._start, step + 1 >= self._total
-        if not self._redraws and (done == 1 or done % self._every == 0 or last):
+        done, last = step - self._start, step >= self._total
+        if not self._redraws and (done <= 1 or done % self._every == 0 or last):
             plain(self.console, self._line(step, {**metrics, **self._accuracy}))
 
     def status(self, text: str) -> None:
@@ -140,12 +138,12 @@ class TrainingDisplay:
         return table
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
-        parts = [f"step {step} ({step + 1}/{self._total})"]
+        parts = [f"step {step}/{self._total}"]
         for column in self._columns():
             if (cell := _cell(column, metrics)) != "-":
                 parts.append(f"{column.title.replace(' ', '_')}={cell}")
         left = self._bar.tasks[self._task].time_remaining
-        if left and step + 1 < self._total:
+        if left and step < self._total:
             parts.append(f"eta={left:.0f}s")
         return " ".join(parts)
 
