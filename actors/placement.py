@@ -58,6 +58,12 @@ def local_cpus(bundles: Iterable[Bundle]) -> int:
     return max(os.cpu_count() or 1, math.ceil(sum(b.resources.get("CPU", 0) for b in bundles)))
 
 
+def local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def first_unplaceable(bundles: Iterable[Bundle], nodes: Iterable[Mapping[str, float]]) -> Bundle | None:
     """The first bundle that no node has room for, filling the largest bundles first; None if all fit."""
     free = [dict(n) for n in nodes]

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.critic import CriticWorker
 from actors.engines import EnginePool
 from actors.evaluation import HeldOut
-from actors.placement import Placement, local_cpus, plan_bundles
+from actors.placement import Placement, alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from actors.policy import PolicyWorker
 from actors.pool import Call, RankPool
 from actors.reward_pool import RewardPool
@@ -320,3 +320,15 @@ def held_out_accuracy(config: Config, model: str, stack: ExitStack) -> tuple[dic
     engines.call("start", timeout_s=config.rollout.start_timeout_s)
     metrics = HeldOut(config, data.held_out, engines, rewards).run(0)
     return metrics, {name: len(d) for name, d in data.held_out.items()}
+
+
+def plan_fit(config: Config) -> str:
+    """The plan in words. Raises ClusterError naming the actor that the cluster has no room for."""
+    bundles = plan_bundles(config)
+    if config.cluster.address is None:
+        nodes = [{"CPU": float(config.cluster.num_cpus or local_cpus(bundles)), "GPU": float(local_gpus())}]
+        check_plan(bundles, nodes)
+    else:
+        with connected(config):
+            check_plan(bundles, alive_nodes())
+    return ", ".join(str(b) for b in bundles)
