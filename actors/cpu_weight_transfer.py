@@ -99,7 +99,9 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         with safe_open(update_info.path, framework="pt") as file, torch.no_grad():
-            loaded = self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no dict
+            loaded = self.model.load_weights(  # type: ignore[operator]
+                (name, file.get_tensor(name)) for name in file.keys()
+            )
         missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
         if missing:
             raise RuntimeError(f"the update left {len(missing)} parameters unchanged: {sorted(missing)[:3]}")

@@ -61,7 +61,7 @@ class StepReport:
 class Trainer:
     """Optimizer steps on a sharded module."""
 
-    def __init__(self, module: nn.Module, config: OptimConfig, *, total_steps: int):
+    def __init__(self, module: Any, config: OptimConfig, *, total_steps: int):
         self.module = module
         self.config = config
         self.optimizer = torch.optim.AdamW(

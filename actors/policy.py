@@ -36,7 +36,7 @@ class PolicyWorker:
         self.config, self.meet, self.model_path = config, meet, model_path
         self.device = init_process_group(meet)
         torch.manual_seed(config.trainer.seed)
-        module = self._load()
+        module: Any = self._load()
         minis = config.batch_size // (config.policy.mini_batch_size or config.batch_size)
         self.trainer = Trainer(
             module, config.policy.optim, total_steps=config.trainer.num_steps * config.policy.epochs * minis
@@ -71,7 +71,7 @@ class PolicyWorker:
         metrics = {f"policy/{k}": v / steps for k, v in metrics.items()}
         return metrics | {"policy/skipped_steps": float(skipped), "policy/lr": self.trainer.lr}
 
-    def connect_engines(self, client: Any, backend: str) -> None:
+    def connect_engines(self, client: Any, backend: Any) -> None:
         """Join vLLM's weight transfer. Collective; the client is used on rank 0."""
         from actors.weight_transfer import connect
 
@@ -89,7 +89,7 @@ class PolicyWorker:
         }
         if self.meet.rank == 0:
             lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
-            lm.save_pretrained(folder, state_dict=state)
+            lm.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
             load_tokenizer(self.model_path).save_pretrained(folder)
 
     def save(self, folder: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from actors.engines import EnginePool
 from actors.reward import Group
@@ -11,7 +10,7 @@ from actors.reward_pool import RewardPool
 from actors.rollout import Sampling
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
-from dvpo_service.data.cursor import PromptCursor
+from dvpo_service.data.cursor import CursorState, PromptCursor
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.rewards.noise import sample_seed
 from dvpo_service.types import Generated, Prompt, Sample, Score
@@ -69,8 +68,8 @@ class SyncStream:
         }
         return Generated(rollouts, readable_rows(prompts, groups, scores), metrics)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> CursorState:
         return self.cursor.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: CursorState) -> None:
         self.cursor.load_state_dict(state)

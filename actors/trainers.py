@@ -43,6 +43,8 @@ class PolicyPool:
         rollouts = rollouts.with_(ref_logprobs=_in_order(rows, [p.ref_logprobs for p in parts]))
         kl = self.config.policy.kl
         if kl.where == "reward":
+            assert rollouts.logprobs is not None
+            assert rollouts.ref_logprobs is not None
             penalty = kl_penalty(rollouts.logprobs, rollouts.ref_logprobs, kl.kind)
             rewards = rollouts.rewards - kl.coef * penalty
             rollouts = rollouts.with_(rewards=torch.where(rollouts.response_mask, rewards, 0.0))

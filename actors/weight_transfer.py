@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-import torch
 from torch import nn
 
 from actors import cpu_weight_transfer
+from dvpo_service.config import Config
 
 Backend = Literal["safetensors", "nccl", "ipc"]
 
@@ -18,8 +18,11 @@ Backend = Literal["safetensors", "nccl", "ipc"]
 SHARED_MEMORY = "/dev/shm"
 
 
-def default_backend() -> Backend:
-    return "nccl" if torch.cuda.is_available() else "safetensors"
+def weight_backend(config: Config) -> Backend:
+    """The configured backend; ``auto`` is NCCL between GPUs and a file in memory without."""
+    if config.rollout.weight_transfer != "auto":
+        return config.rollout.weight_transfer
+    return "nccl" if config.cluster.gpus_per_engine > 0 else "safetensors"
 
 
 @dataclass

@@ -33,7 +33,7 @@ class FanObserver:
                 ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
                 samples.append(Sample(prompt.index, 0, tuple(ids), (0.0,) * len(ids), answer, "stop", 0))
                 self.titles.append(f"{prompt.messages[-1]['content']} {answer}"[-60:])
-                self.texts.append([tokenizer.decode([i]) for i in ids])
+                self.texts.append([str(tokenizer.decode([i])) for i in ids])
                 self.outcomes.append(float(answer == prompt.answer))
         twice = [p for p in prompts for _ in range(2)]
         scores = [[Score(o, o)] for o in self.outcomes]

@@ -22,15 +22,36 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from dvpo_service.config import Config, WarmstartConfig
-from dvpo_service.data.splits import resolve_file
+from dvpo_service.data.dataset import Dataset
+from dvpo_service.data.splits import encode, load_demonstrations, resolve_file
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.sharding import shard
 from dvpo_service.models.small import save_small_model
+from dvpo_service.terminal import progress
 from dvpo_service.types import Prompt
 
 IGNORE = -100
 REPORT_EVERY = 10
 DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template")
+
+
+def base_model(config: Config, train: Dataset, runs: Path) -> str:
+    """Path of the model to start from; made here, and cached, when the config asks for a warm start."""
+    if config.model.path is not None:
+        return config.model.path
+    warm = config.model.warmstart
+    assert warm is not None
+    folder = base_model_folder(config, runs / "base-models")
+    if not folder.exists():
+        examples = load_demonstrations(config.data, warm.files) if warm.files else train
+        with progress("warm start of the base model", warm.steps) as advance:
+            make_base_model(
+                config,
+                folder.absolute(),
+                lambda tokenizer: encode(config.data, examples, tokenizer).prompts,
+                lambda step, loss: advance.update(step, loss=loss),
+            )
+    return str(folder.absolute())
 
 
 def base_model_folder(config: Config, cache: Path) -> Path:
@@ -39,7 +60,7 @@ def base_model_folder(config: Config, cache: Path) -> Path:
     digest = hashlib.sha256(config.model.warmstart.model_dump_json().encode())
     data = config.data.model_dump(include=set(DATA_KEYS))
     digest.update(json.dumps(data, sort_keys=True).encode())
-    for file in config.data.train_files:
+    for file in config.model.warmstart.files or config.data.train_files:
         path = Path(resolve_file(file))
         digest.update(path.read_bytes() if path.is_file() else file.encode())
     return cache / f"base-{digest.hexdigest()[:12]}"
@@ -48,13 +69,13 @@ def base_model_folder(config: Config, cache: Path) -> Path:
 def make_base_model(
     config: Config,
     folder: Path,
-    encode: Callable[[PreTrainedTokenizerBase], Sequence[Prompt]],
+    tokenize: Callable[[PreTrainedTokenizerBase], Sequence[Prompt]],
     on_progress: Callable[[int, float], None],
 ) -> None:
     """Make and train the model in ``folder``; it appears there only when it is whole.
 
     Args:
-        encode: tokenizes the training prompts with the new model's tokenizer.
+        tokenize: encodes the demonstrations with the new model's tokenizer.
         on_progress: called with (steps done, loss) as training goes.
     """
     warm = config.model.warmstart
@@ -72,7 +93,8 @@ def make_base_model(
         )
         tokenizer = load_tokenizer(str(work / "model"))
         examples = [
-            (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id]) for p in encode(tokenizer)
+            (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id])
+            for p in tokenize(tokenizer)
         ]
         with _Follow(work / "progress.jsonl", on_progress):
             _fit(config, warm, work, examples)

@@ -20,8 +20,11 @@ from dvpo_service.config.base import (
 
 
 class WarmstartConfig(Section):
-    """A small causal LM made and trained supervised, where no pretrained model is at hand."""
+    """A small causal LM made and trained supervised, where no pretrained model is at hand.
 
+    ``files``: demonstrations, rows like the training data's; the training data itself by default."""
+
+    files: list[str] | None = None
     hidden_size: Positive = 128
     num_layers: Positive = 3
     num_heads: Positive = 4

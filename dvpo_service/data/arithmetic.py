@@ -1,8 +1,10 @@
-"""The demo's own data: sums and differences, made up by a seed.
+"""The demo's own data: additions, and demonstrations of them that forget the carry half the time.
 
 ``python -m dvpo_service.data.arithmetic --out dvpo_service/data/shipped`` writes what is
-shipped: ``demo-train.jsonl``, ``demo-val.jsonl`` (the same distribution, unseen) and
-``demo-ood.jsonl`` (out of distribution: one operand from a band that training never shows).
+shipped: ``demo-train.jsonl``, ``demo-val.jsonl`` (the same distribution, unseen),
+``demo-ood.jsonl`` (out of distribution: an operand from a band that training never shows), and
+``demo-warmstart.jsonl``, the training prompts as a careless person answered them. A model that
+has read those knows both the rule and the slip; the reward tells them apart.
 """
 
 from __future__ import annotations
@@ -14,81 +16,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-FAMILIES = ("add2", "sub2", "add3", "sub3", "mod")
-
 
 @dataclass(frozen=True)
 class DemoTask:
-    """Whole operands, uniform in ``lo..hi`` without the band ``ood_lo..ood_hi``; out of distribution
-    one of them is from the band."""
+    """Whole operands, uniform in ``0..hi`` without the band ``ood_lo..ood_hi``; out of distribution
+    one of them is from the band. A demonstration forgets the carry with probability ``slip``."""
 
-    families: str = "add2,sub2"
-    lo: int = 0
     hi: int = 99
-    ood_families: str = "add2,sub2"
     ood_lo: int = 60
     ood_hi: int = 69
+    slip: float = 0.5
     num_train: int = 3000
     num_val: int = 300
     num_ood: int = 200
     seed: int = 0
 
 
+def add_without_carry(a: int, b: int) -> int:
+    """The sum without the carry from the ones into the tens: 37 + 48 = 75."""
+    return (a // 10 + b // 10) * 10 + (a + b) % 10
+
+
 def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
-    """Rows of ``train``, ``val`` and ``ood``; no prompt occurs twice in all of them.
+    """Rows of ``train``, ``val``, ``ood`` and ``warmstart``; no prompt occurs in two of the first three.
 
-    Raises ``ValueError`` for an unknown family, or when the task has too few distinct problems.
+    Raises ``ValueError`` when the task has too few distinct problems.
     """
-    seen: set[str] = set()
-    rng = random.Random(task.seed)
+    rng, seen = random.Random(task.seed), set[tuple[int, int]]()
     band = range(task.ood_lo, task.ood_hi + 1)
-    operands = [n for n in range(task.lo, task.hi + 1) if n not in band]
-    known = task.num_train + task.num_val
-    rows = _distinct(known, task.families, operands, None, rng, seen)
-    ood = _distinct(task.num_ood, task.ood_families, operands, band, rng, seen)
-    return {"train": rows[: task.num_train], "val": rows[task.num_train :], "ood": ood}
+    known = [n for n in range(task.hi + 1) if n not in band]
+    problems = {
+        "train": _distinct(task.num_train, known, known, rng, seen),
+        "val": _distinct(task.num_val, known, known, rng, seen),
+        "ood": _distinct(task.num_ood, known, band, rng, seen),
+    }
+    rows = {name: [_row(a, b, a + b) for a, b in pairs] for name, pairs in problems.items()}
+    rows["warmstart"] = [
+        _row(a, b, add_without_carry(a, b) if rng.random() < task.slip else a + b) for a, b in problems["train"]
+    ]
+    return rows
 
 
-def make_problem(
-    family: str, operands: Sequence[int], band: Sequence[int] | None, rng: random.Random
-) -> tuple[str, str]:
-    """One prompt and its answer (never negative); with ``band`` one operand is drawn from there."""
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    numbers = [rng.choice(operands) for _ in range(3 if family.endswith("3") else 2)]
-    if band:
-        numbers[rng.randrange(len(numbers))] = rng.choice(band)
-    if family.startswith("add"):
-        return "+".join(map(str, numbers)) + "=", str(sum(numbers))
-    if family == "mod":
-        return f"{max(numbers)}%{max(1, min(numbers))}=", str(max(numbers) % max(1, min(numbers)))
-    numbers.sort(reverse=True)
-    if family == "sub3":  # a+b-c
-        return f"{numbers[0]}+{numbers[1]}-{numbers[2]}=", str(numbers[0] + numbers[1] - numbers[2])
-    return f"{numbers[0]}-{numbers[1]}=", str(numbers[0] - numbers[1])
+def _row(a: int, b: int, answer: int) -> dict[str, str]:
+    return {"prompt": f"{a}+{b}=", "answer": str(answer), "data_source": "demo"}
 
 
 def _distinct(
-    count: int,
-    families: str,
-    operands: Sequence[int],
-    band: Sequence[int] | None,
-    rng: random.Random,
-    seen: set[str],
-) -> list[dict[str, str]]:
-    names = families.split(",")
-    rows: list[dict[str, str]] = []
+    count: int, first: Sequence[int], second: Sequence[int], rng: random.Random, seen: set[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """``count`` new pairs, one operand from ``first`` and one from ``second``, in either order."""
+    pairs: list[tuple[int, int]] = []
     for _ in range(100 * count):
-        if len(rows) == count:
+        if len(pairs) == count:
             break
-        family = names[len(rows) % len(names)]  # in turn, so that families are equally many
-        prompt, answer = make_problem(family, operands, band, rng)
-        if prompt not in seen:
-            seen.add(prompt)
-            rows.append({"prompt": prompt, "answer": answer, "data_source": f"demo/{family}"})
-    if len(rows) < count:
-        raise ValueError(f"{families}: only {len(rows)} distinct problems, {count} wanted")
-    return rows
+        pair = (rng.choice(first), rng.choice(second))
+        pair = pair if rng.random() < 0.5 else pair[::-1]
+        if pair not in seen:
+            seen.add(pair)
+            pairs.append(pair)
+    if len(pairs) < count:
+        raise ValueError(f"only {len(pairs)} distinct problems, {count} wanted")
+    return pairs
 
 
 def write_demo(task: DemoTask, out: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import dataclass
 from importlib import resources
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,26 @@ from dvpo_service.data.encode import encode_prompts
 SHIPPED = "shipped:"
 
 
+@dataclass(frozen=True)
+class Data:
+    """Training prompts, and held-out splits by name."""
+
+    train: Dataset
+    held_out: dict[str, Dataset]
+
+    def encoded(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+        """The same with token ids."""
+        return Data(
+            encode(config, self.train, tokenizer),
+            {name: encode(config, split, tokenizer) for name, split in self.held_out.items()},
+        )
+
+
+def load_data(config: DataConfig) -> Data:
+    train = load_train(config)
+    return Data(train, load_splits(config, seen=train.keys()))
+
+
 def resolve_file(file: str) -> str:
     """``shipped:NAME`` is a file that comes with the package; anything else is a path or glob."""
     if not file.startswith(SHIPPED):
@@ -23,6 +44,11 @@ def resolve_file(file: str) -> str:
 
 def load_train(config: DataConfig) -> Dataset:
     return _load(config, config.train_files, "train")
+
+
+def load_demonstrations(config: DataConfig, files: list[str]) -> Dataset:
+    """What a warm start learns from: ``files``, read like the training data."""
+    return _load(config, files, "warmstart")
 
 
 def load_splits(config: DataConfig, seen: Set[str]) -> dict[str, Dataset]:

@@ -34,8 +34,10 @@ def check_model_folder(path: str) -> None:
         )
 
 
-def check_context(path: str, tokens: int, *, trust_remote_code: bool = False) -> None:
-    """Raise CheckpointError when sequences of ``tokens`` do not fit the model."""
+def check_model(path: str | None, tokens: int, *, trust_remote_code: bool = False) -> None:
+    """Raise CheckpointError when ``path`` cannot be loaded or reads fewer than ``tokens`` tokens."""
+    if path is None:
+        return
     config = _load(AutoConfig, path, trust_remote_code=trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:

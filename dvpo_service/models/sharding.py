@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
-def shard(module: nn.Module, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> nn.Module:
+def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> Any:
     """Shard ``module`` in place: one FSDP unit per decoder layer, one for the rest.
 
     Parameters stay float32 (they are the optimizer's); with ``bfloat16`` the compute is bf16

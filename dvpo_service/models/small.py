@@ -35,7 +35,7 @@ def character_tokenizer() -> Qwen2Tokenizer:
         merges=[],
         pad_token=PAD,
         eos_token=EOS,
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type]
         additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
         model_max_length=4096,

@@ -1,0 +1,69 @@
+"""The Ray cluster that a run uses, and whether its plan fits there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from actors.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
+from dvpo_service.config import Config
+from dvpo_service.errors import ClusterError
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """A Ray cluster for the run: the one at ``cluster.address``, or one started here and ended after."""
+    environment = {
+        # Several processes share the cores: threads that spin while they wait would starve the others.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_ENABLE_V2": "1",
+    }
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.cluster.address
+    local: dict[str, Any] = (
+        {}
+        if address
+        else {
+            "num_cpus": config.cluster.num_cpus or local_cpus(plan_bundles(config)),
+            "include_dashboard": False,
+        }
+    )
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": environment},
+            log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
+            logging_level=logging.ERROR,
+            **local,
+        )
+    except (ConnectionError, OSError, ValueError) as error:
+        raise ClusterError(
+            f"cannot connect to Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}. "
+            "Start a cluster with `ray start --head`, or leave cluster.address out to start one here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def plan_fit(config: Config) -> str:
+    """The plan in words. Raises ClusterError naming the actor that the cluster has no room for."""
+    bundles = plan_bundles(config)
+    if config.cluster.address is None:
+        here: Mapping[str, float] = {"CPU": config.cluster.num_cpus or local_cpus(bundles), "GPU": local_gpus()}
+        check_plan(bundles, [here])
+    else:
+        with connected(config):
+            check_plan(bundles, alive_nodes())
+    return ", ".join(str(b) for b in bundles)

@@ -1,0 +1,6 @@
+"""A reward that a random model can raise in a few steps."""
+
+
+def short_answer(response: str, answer: str) -> float:
+    """1 for nothing, falling to 0 at eight characters."""
+    return max(0.0, 1.0 - len(response) / 8)
