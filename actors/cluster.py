@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ def connected(config: Config) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address
+    if address:
+        _check_reachable(address)
     local: dict[str, Any] = (
         {}
         if address
@@ -55,6 +58,20 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes, and then ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto", "local": Ray knows
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ClusterError(
+            f"cannot connect to Ray at {address}: {error.strerror or error}. Start a cluster with "
+            "`ray start --head`, or leave cluster.address out to start one here"
+        ) from error
 
 
 def plan_fit(config: Config) -> str:

@@ -67,7 +67,7 @@ def test_prompt_too_long(refused, tmp_path: Path, tiny_model: Path) -> None:
             "trainer.run_dir=x/y",
         )
     )
-    assert re.search(r"rows\.jsonl:1.*82 .*16.*max_prompt_tokens", line)
+    assert re.search(r"rows\.jsonl:1: the prompt has 82 tokens, data\.max_prompt_tokens=16", line)
 
 
 def test_model_folder_without_weights(refused, tmp_path: Path, tiny_model: Path) -> None:
@@ -94,7 +94,7 @@ def test_mlflow_unreachable(refused) -> None:
 
 
 def test_no_such_reward(refused) -> None:
-    assert "did you mean 'exact_match'" in refused(*train("reward.function=exact_mach")).replace('"', "'")
+    assert "exact_match" in refused(*train("reward.function=exact_mach"))
 
 
 def test_ray_cluster_out_of_reach(refused, tmp_path: Path) -> None:
