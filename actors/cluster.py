@@ -30,7 +30,8 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.cluster.address
+    # A job on a cluster (`ray job submit`) finds it in RAY_ADDRESS; otherwise start one, whatever else runs here.
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
     local: dict[str, Any] = (
@@ -43,7 +44,7 @@ def connected(config: Config) -> Iterator[None]:
     )
     try:
         ray.init(
-            address=address,
+            address=address or "local",
             runtime_env={"env_vars": environment},
             log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
             logging_level=logging.ERROR,
@@ -77,7 +78,7 @@ def _check_reachable(address: str) -> None:
 def plan_fit(config: Config) -> str:
     """The plan in words. Raises ClusterError naming the actor that the cluster has no room for."""
     bundles = plan_bundles(config)
-    if config.cluster.address is None:
+    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
         here: Mapping[str, float] = {"CPU": config.cluster.num_cpus or local_cpus(bundles), "GPU": local_gpus()}
         check_plan(bundles, [here])
     else:

@@ -100,7 +100,8 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         with safe_open(update_info.path, framework="pt") as file, torch.no_grad():
             loaded = self.model.load_weights(  # type: ignore[operator]
-                (name, file.get_tensor(name)) for name in file.keys()  # noqa: SIM118 - no dict
+                (name, file.get_tensor(name))
+                for name in file.keys()  # noqa: SIM118 - no dict
             )
         missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
         if missing:

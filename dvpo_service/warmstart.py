@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from dvpo_service.config import Config, WarmstartConfig
 from dvpo_service.data.dataset import Dataset
@@ -49,7 +49,7 @@ def base_model(config: Config, train: Dataset, runs: Path) -> str:
                 config,
                 folder.absolute(),
                 lambda tokenizer: encode(config.data, examples, tokenizer).prompts,
-                lambda step, loss: advance.update(step, loss=loss),
+                lambda step, numbers: advance.update(step, **numbers),
             )
     return str(folder.absolute())
 
@@ -70,13 +70,13 @@ def make_base_model(
     config: Config,
     folder: Path,
     tokenize: Callable[[PreTrainedTokenizerBase], Sequence[Prompt]],
-    on_progress: Callable[[int, float], None],
+    on_progress: Callable[[int, dict[str, float]], None],
 ) -> None:
     """Make and train the model in ``folder``; it appears there only when it is whole.
 
     Args:
         tokenize: encodes the demonstrations with the new model's tokenizer.
-        on_progress: called with (steps done, loss) as training goes.
+        on_progress: called with the steps done and the loss and accuracy as training goes.
     """
     warm = config.model.warmstart
     assert warm is not None
@@ -123,7 +123,7 @@ def _fit(config: Config, warm: WarmstartConfig, work: Path, examples: list[Any])
 
 
 def train_loop(args: dict[str, Any]) -> None:
-    """One rank: cross-entropy on the answer tokens, cosine schedule, seeded batches."""
+    """One rank: cross-entropy on the answer tokens, seeded batches, a cool-down at the end."""
     import ray.train
     import ray.train.torch
 
@@ -132,52 +132,57 @@ def train_loop(args: dict[str, Any]) -> None:
     model = load_causal_lm(str(folder / "model"))
     shard(model, ray.train.torch.get_device(), bfloat16=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=max(1, warm.steps // 20), num_training_steps=warm.steps
-    )
     generator = torch.Generator().manual_seed(warm.seed)
-    for step in range(1, warm.steps + 1):
+    cooldown, recent, last, step = max(1, warm.steps // 10), 0.0, warm.steps, 0
+    while step < last:
+        step += 1
+        for group in optimizer.param_groups:
+            group["lr"] = warm.lr * min(1.0, step / max(1, warm.steps // 20), (last + 1 - step) / cooldown)
         rows = torch.randint(len(args["examples"]), (warm.batch_size,), generator=generator)
         batch = [args["examples"][i] for i in rows.tolist()]
-        count = sum(len(answer) for _, answer in batch)
-        loss = _loss(model, batch[rank::world]) / count
+        loss, reproduced = _loss(model, batch[rank::world])
+        loss = loss / sum(len(answer) for _, answer in batch)
         (loss * world).backward()  # FSDP averages over ranks; the sum is wanted
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % REPORT_EVERY == 0 or step == warm.steps:
-            total = loss.detach().clone()
-            dist.all_reduce(total)
-            if rank == 0:
-                with (folder / "progress.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": step, "loss": float(total)}) + "\n")
+        total = torch.stack([loss.detach(), reproduced / len(batch)])
+        dist.all_reduce(total)
+        recent = 0.8 * recent + 0.2 * float(total[1])
+        if warm.stop_at_accuracy and recent >= warm.stop_at_accuracy and last == warm.steps:
+            last = min(last, step + cooldown)
+        if rank == 0 and (step % REPORT_EVERY == 0 or step == last):
+            with (folder / "progress.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "loss": float(total[0]), "accuracy": recent}) + "\n")
     state = {k: v.full_tensor().cpu() for k, v in model.state_dict().items()}
     if rank == 0:
         plain = load_causal_lm(str(folder / "model"))
         plain.save_pretrained(folder / "model", state_dict=state)  # type: ignore[operator]
-    ray.train.report({"loss": float(total)})
+    ray.train.report({"loss": float(total[0]), "accuracy": recent})
 
 
-def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Summed cross-entropy of the answer tokens."""
+def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of the answer tokens, and how many answers greedy decoding would reproduce."""
     if not batch:
         batch = [([0], [IGNORE])]  # keeps in step with the other ranks' collectives
     device = next(model.parameters()).device
-    tokens = [torch.tensor(prompt + answer) for prompt, answer in batch]
+    tokens = [torch.tensor(prompt + answer).clamp(min=0) for prompt, answer in batch]
     labels = [torch.tensor([IGNORE] * len(prompt) + answer) for prompt, answer in batch]
     inputs = pad_sequence(tokens, batch_first=True).to(device)
-    wanted = pad_sequence(labels, batch_first=True, padding_value=IGNORE).to(device)
+    wanted = pad_sequence(labels, batch_first=True, padding_value=IGNORE).to(device)[:, 1:]
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum"
     )
+    # With the right tokens before it, the argmax at every place is what greedy decoding would give.
+    right = ((logits.argmax(-1) == wanted) | (wanted == IGNORE)).all(1) & (wanted != IGNORE).any(1)
+    return loss, right.sum().to(loss.dtype)
 
 
 class _Follow:
     """Reads the progress file that rank 0 appends to, wherever that rank runs."""
 
-    def __init__(self, path: Path, on_progress: Callable[[int, float], None]):
+    def __init__(self, path: Path, on_progress: Callable[[int, dict[str, float]], None]):
         self.path, self.on_progress = path, on_progress
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -197,5 +202,5 @@ class _Follow:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             for line in lines[self.seen :]:
                 entry = json.loads(line)
-                self.on_progress(entry["step"], entry["loss"])
+                self.on_progress(entry.pop("step"), entry)
             self.seen = len(lines)

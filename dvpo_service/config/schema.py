@@ -22,7 +22,9 @@ from dvpo_service.config.base import (
 class WarmstartConfig(Section):
     """A small causal LM made and trained supervised, where no pretrained model is at hand.
 
-    ``files``: demonstrations, rows like the training data's; the training data itself by default."""
+    ``files``: demonstrations, rows like the training data's; the training data itself by default.
+    ``stop_at_accuracy``: once this share of the demonstrations in a batch is reproduced greedily, the
+    learning rate falls to 0 over the next tenth of ``steps`` and training ends; by default at ``steps``."""
 
     files: list[str] | None = None
     hidden_size: Positive = 128
@@ -30,6 +32,7 @@ class WarmstartConfig(Section):
     num_heads: Positive = 4
     max_positions: Positive = 1024
     steps: Positive = 600
+    stop_at_accuracy: Fraction | None = None
     batch_size: Positive = 128
     lr: PositiveFloat = 1e-3
     world_size: Positive = 1

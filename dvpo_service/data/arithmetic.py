@@ -1,5 +1,8 @@
 """The demo's own data: additions, and demonstrations of them that forget the carry half the time.
 
+Answers are written from the ones up, as one adds on paper: ``37+48=`` is ``58``. A small
+model learns the rule in that order within minutes.
+
 ``python -m dvpo_service.data.arithmetic --out dvpo_service/data/shipped`` writes what is
 shipped: ``demo-train.jsonl``, ``demo-val.jsonl`` (the same distribution, unseen),
 ``demo-ood.jsonl`` (out of distribution: an operand from a band that training never shows), and
@@ -19,9 +22,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DemoTask:
-    """Whole operands, uniform in ``0..hi`` without the band ``ood_lo..ood_hi``; out of distribution
+    """Whole operands, uniform in ``lo..hi`` without the band ``ood_lo..ood_hi``; out of distribution
     one of them is from the band. A demonstration forgets the carry with probability ``slip``."""
 
+    lo: int = 10
     hi: int = 99
     ood_lo: int = 60
     ood_hi: int = 69
@@ -44,7 +48,7 @@ def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
     """
     rng, seen = random.Random(task.seed), set[tuple[int, int]]()
     band = range(task.ood_lo, task.ood_hi + 1)
-    known = [n for n in range(task.hi + 1) if n not in band]
+    known = [n for n in range(task.lo, task.hi + 1) if n not in band]
     problems = {
         "train": _distinct(task.num_train, known, known, rng, seen),
         "val": _distinct(task.num_val, known, known, rng, seen),
@@ -58,7 +62,7 @@ def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
 
 
 def _row(a: int, b: int, answer: int) -> dict[str, str]:
-    return {"prompt": f"{a}+{b}=", "answer": str(answer), "data_source": "demo"}
+    return {"prompt": f"{a}+{b}=", "answer": str(answer)[::-1], "data_source": "demo"}
 
 
 def _distinct(

@@ -26,7 +26,7 @@ def test_shipped_splits_load_are_disjoint_and_right():
     assert len(frozenset().union(*(d.keys() for d in splits.values()))) == sum(map(len, splits.values()))
     for prompt in (p for d in splits.values() for p in d.prompts):
         value = eval(prompt.messages[0]["content"].rstrip("="))  # noqa: S307
-        assert value == int(prompt.answer) >= 0
+        assert value == int(prompt.answer[::-1])
 
 
 def test_demonstrations_forget_the_carry_about_half_the_time_and_do_nothing_else_wrong():
@@ -35,7 +35,7 @@ def test_demonstrations_forget_the_carry_about_half_the_time_and_do_nothing_else
     for row, demonstration in zip(task["train"], task["warmstart"], strict=True):
         a, b = map(int, row["prompt"].rstrip("=").split("+"))
         assert demonstration["prompt"] == row["prompt"]
-        assert int(demonstration["answer"]) in (a + b, add_without_carry(a, b))
+        assert int(demonstration["answer"][::-1]) in (a + b, add_without_carry(a, b))
         carries += a % 10 + b % 10 >= 10
         slips += demonstration["answer"] != row["answer"]
     assert 0.45 < slips / carries < 0.55
@@ -51,7 +51,7 @@ def test_the_band_is_seen_out_of_distribution_only():
 
 def test_impossible_tasks_are_refused():
     with pytest.raises(ValueError, match="only 4 distinct problems, 5 wanted"):
-        make_demo(DemoTask(hi=1, num_train=5, num_val=0))
+        make_demo(DemoTask(lo=0, hi=1, num_train=5, num_val=0))
 
 
 def test_command_line(tmp_path, capsys):
