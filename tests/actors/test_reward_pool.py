@@ -1,0 +1,48 @@
+"""Reward workers in real processes: what hangs, dies or raises costs its own samples only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.cluster import connected
+from actors.placement import Placement, plan_bundles
+from actors.reward_pool import RewardPool
+from dvpo_service.config import Config
+from tests.builders import make_config
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_model: Path) -> Iterator[RewardPool]:
+    config: Config = make_config(
+        tiny_model,
+        reward={"function": "tests.actors.bad_rewards:troublesome", "num_workers": 2, "timeout_s": 8},
+    )
+    with connected(config):
+        yield RewardPool(config.reward, Placement(plan_bundles(config), timeout_s=60))
+
+
+def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -> None:
+    groups = [(["ok", "no"], "ok", [1, 2]) for _ in range(6)]
+    groups[1] = (["hang"], "ok", [1])
+    groups[2] = (["die"], "ok", [1])
+    groups[3] = (["raise", "ok"], "ok", [1, 2])
+    started = time.perf_counter()
+    scores = pool.score(groups, noisy=False)
+    assert time.perf_counter() - started < 90
+    for i in (0, 4, 5):
+        assert [s.reward for s in scores[i]] == [1.0, 0.0], i
+    assert "no answer within 8 s" in (scores[1][0].error or "")
+    assert "process died" in (scores[2][0].error or "")
+    assert "ZeroDivisionError" in (scores[3][0].error or "")
+    assert scores[3][1].reward == 1.0
+    assert scores[1][0].reward != scores[1][0].reward, "a failed sample has no reward, not 0"
+
+
+def test_the_pool_works_on_after_that(pool: RewardPool) -> None:
+    assert [s.reward for s in pool.score([(["ok"], "ok", [1])], noisy=False)[0]] == [1.0]
