@@ -17,6 +17,16 @@ from dvpo_service.models.small import save_small_model
 from tests.builders import make_config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` need two CUDA devices; nothing else is ever skipped."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained two-layer model with its tokenizer."""
