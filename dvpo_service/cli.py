@@ -62,11 +62,11 @@ def warmstart(
 ) -> None:
     """Make the base model of a config that asks for one, and print its folder."""
     from dvpo_service.config import load_config
-    from dvpo_service.data.splits import load_train
+    from dvpo_service.data.splits import load_data
     from dvpo_service.launch import base_model, connected
 
     resolved = load_config(config, overrides or [])
-    train_data = load_train(resolved.data)
+    train_data = load_data(resolved.data).train
     with connected(resolved):
         typer.echo(base_model(resolved, train_data, _run_dir(run_dir, resolved.trainer.run_dir, resolved.name).parent))
 

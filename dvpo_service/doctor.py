@@ -92,11 +92,11 @@ def _vllm() -> Iterator[Finding]:
 
 
 def _data(config: Config) -> Iterator[Finding]:
-    from dvpo_service.data.splits import load_splits, load_train
+    from dvpo_service.data.splits import load_data
 
-    train = load_train(config.data)
-    yield Finding(True, "training data", f"{len(train)} prompts, {train.skipped} rows skipped")
-    for name, split in load_splits(config.data, seen=train.keys()).items():
+    data = load_data(config.data)
+    yield Finding(True, "training data", f"{len(data.train)} prompts, {data.train.skipped} rows skipped")
+    for name, split in data.held_out.items():
         yield Finding(True, f"held-out data {name!r}", f"{len(split)} prompts")
 
 

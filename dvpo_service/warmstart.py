@@ -32,7 +32,7 @@ from dvpo_service.types import Prompt
 
 IGNORE = -100
 REPORT_EVERY = 10
-DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template")
+DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
 
 
 def base_model(config: Config, train: Dataset, runs: Path) -> str:

@@ -64,10 +64,12 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Files are JSONL or Parquet. ``val_files``: split name to files; a bare path names its own split."""
+    """Files are JSONL or Parquet. ``val_files``: split name to files; a bare path names its own split.
+    ``val_fraction`` instead holds that share of the training rows out, as the split ``held_out``."""
 
     train_files: list[str] = Field(min_length=1)
-    val_files: dict[str, list[str]] = Field(min_length=1)
+    val_files: dict[str, list[str]] = Field(default_factory=dict)
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     gsm8k_mode: Literal["question", "calculation"] = "question"
     operators: str = Field("+-", pattern=r"^[-+*/]+$")
     max_operands: Annotated[int, Field(ge=2)] = 2
@@ -91,6 +93,12 @@ class DataConfig(Section):
         if isinstance(value, dict):
             return {k: [v] if isinstance(v, str) else v for k, v in value.items()}
         return value
+
+    @model_validator(mode="after")
+    def _something_held_out(self) -> Self:
+        if bool(self.val_files) == (self.val_fraction is not None):
+            raise ValueError("give exactly one of val_files (files to evaluate on) and val_fraction (of train_files)")
+        return self
 
 
 class RolloutConfig(Section):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dvpo_service.config import DataConfig
 from dvpo_service.data.dataset import Dataset, load_prompts
 from dvpo_service.data.encode import encode_prompts
+from dvpo_service.data.split import split_dataset
 
 SHIPPED = "shipped:"
 
@@ -31,8 +32,18 @@ class Data:
 
 
 def load_data(config: DataConfig) -> Data:
-    train = load_train(config)
-    return Data(train, load_splits(config, seen=train.keys()))
+    """Raises DataError for a file or row that cannot be used."""
+    train = _load(config, config.train_files, "train")
+    if config.val_fraction is not None:
+        # The same rows are held out whatever the run's seed, so that runs can be compared.
+        train, held_out = split_dataset(train, val_fraction=config.val_fraction, seed=0)
+        return Data(train, {"held_out": held_out})
+    splits = {
+        # Prompts of the training data are left out.
+        name: _load(config, files, name, exclude=train.keys(), limit=config.val_limit)
+        for name, files in config.val_files.items()
+    }
+    return Data(train, splits)
 
 
 def resolve_file(file: str) -> str:
@@ -42,21 +53,9 @@ def resolve_file(file: str) -> str:
     return str(resources.files("dvpo_service") / "data" / "shipped" / file.removeprefix(SHIPPED))
 
 
-def load_train(config: DataConfig) -> Dataset:
-    return _load(config, config.train_files, "train")
-
-
 def load_demonstrations(config: DataConfig, files: list[str]) -> Dataset:
     """What a warm start learns from: ``files``, read like the training data."""
     return _load(config, files, "warmstart")
-
-
-def load_splits(config: DataConfig, seen: Set[str]) -> dict[str, Dataset]:
-    """Held-out splits without the prompts in ``seen`` (those of the training data)."""
-    return {
-        name: _load(config, files, name, exclude=seen, limit=config.val_limit)
-        for name, files in config.val_files.items()
-    }
 
 
 def encode(config: DataConfig, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -1,0 +1,48 @@
+"""The config's data: files to evaluate on, or a share of the training rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from dvpo_service.config import DataConfig
+from dvpo_service.data.splits import load_data
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(50)))
+    return str(path)
+
+
+def test_prompts_of_the_training_data_are_not_evaluated_on(file: str, tmp_path: Path) -> None:
+    (tmp_path / "val.jsonl").write_text(Path(file).read_text() + json.dumps({"prompt": "new", "answer": "1"}))
+    data = load_data(DataConfig(train_files=[file], val_files={"val": [str(tmp_path / "val.jsonl")]}))
+    assert [p.messages[0]["content"] for p in data.held_out["val"].prompts] == ["new"]
+
+
+def test_a_fraction_is_held_out_and_the_same_every_time(file: str) -> None:
+    config = DataConfig(train_files=[file], val_fraction=0.2)
+    data = load_data(config)
+    assert (len(data.train), len(data.held_out["held_out"])) == (40, 10)
+    assert not data.train.keys() & data.held_out["held_out"].keys()
+    assert load_data(config) == data
+
+
+def test_one_of_both_is_needed(file: str) -> None:
+    with pytest.raises(ValidationError, match="exactly one of val_files"):
+        DataConfig(train_files=[file])
+    with pytest.raises(ValidationError, match="exactly one of val_files"):
+        DataConfig(train_files=[file], val_files={"val": [file]}, val_fraction=0.5)
+
+
+def test_shipped_files_are_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = load_data(
+        DataConfig(train_files=["shipped:demo-train.jsonl"], val_files={"ood": ["shipped:demo-ood.jsonl"]})
+    )
+    assert (len(data.train), len(data.held_out["ood"])) == (3000, 200)
