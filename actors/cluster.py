@@ -29,7 +29,6 @@ def connected(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A job on a cluster (`ray job submit`) finds it in RAY_ADDRESS; otherwise start one, whatever else runs here.
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:

@@ -58,6 +58,8 @@ class RolloutEngine:
             dtype=self.config.model.dtype,
             trust_remote_code=self.config.model.trust_remote_code,
             tensor_parallel_size=rollout.tensor_parallel_size,
+            # Its own processes, in this actor's bundle: vLLM must not ask Ray for a placement of its own.
+            distributed_executor_backend="mp" if rollout.tensor_parallel_size > 1 else None,
             max_model_len=self.config.max_model_len,
             max_num_seqs=rollout.max_num_seqs,
             enforce_eager=rollout.enforce_eager,

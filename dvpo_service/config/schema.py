@@ -257,6 +257,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _engines_have_their_gpus(self) -> Self:
+        gpus, wanted = self.cluster.gpus_per_engine, self.rollout.tensor_parallel_size
+        if 0 < gpus < wanted:
+            raise ValueError(f"rollout.tensor_parallel_size = {wanted} needs cluster.gpus_per_engine = {wanted}")
+        return self
+
+    @model_validator(mode="after")
     def _model_holds_the_sequence(self) -> Self:
         warm = self.model.warmstart
         if warm and warm.max_positions < self.max_model_len:
