@@ -83,12 +83,12 @@ def train(config: TrainerConfig, roles: Roles, checkpoints: Checkpoints, state: 
                 r.observer.observe(state.step)
             r.tracker.log_samples(state.step, batch.rows)
             metrics |= state.after | clock.lap()
+        state.seconds += time.perf_counter() - started
+        r.tracker.log(state.step, metrics)
+        # Last: a step that a checkpoint holds has been logged, so a run that resumes misses none.
         if due(config.save_every, state.step, config.num_steps):
             with clock("checkpoint"):
                 save(checkpoints, roles, state)
-            metrics |= clock.lap()
-        state.seconds += time.perf_counter() - started
-        r.tracker.log(state.step, metrics)
     return state
 
 

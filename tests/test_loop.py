@@ -64,6 +64,14 @@ def test_every_step_is_logged_once_with_its_stages(tmp_path: Path) -> None:
     assert state.after["eval/val/accuracy"] == 0.4
 
 
+def test_a_step_is_logged_before_it_is_saved(tmp_path: Path) -> None:
+    roles = make_roles(Log())
+    logged: list[int] = []
+    roles.policy.save = lambda folder: logged.append(max(roles.tracker.rows))  # type: ignore[attr-defined, method-assign]
+    run(tmp_path, TrainerConfig(num_steps=4, eval_every=0, save_every=2), roles)
+    assert logged == [2, 4]
+
+
 def test_critic_warmup_leaves_the_policy_alone(tmp_path: Path) -> None:
     log = Log()
     run(tmp_path, TrainerConfig(num_steps=3, critic_warmup=2), make_roles(log))
