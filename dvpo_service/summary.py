@@ -17,14 +17,14 @@ from dvpo_service.tracking.tracker import Tracker
 def plan_facts(model_path: str, data: Data, run_dir: Path, resume: Checkpoint | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": model_path,
-        "training prompts": len(data.train),
-        "held-out prompts": {name: len(d) for name, d in data.held_out.items()},
-        "run directory": str(run_dir),
+        "train_prompts": len(data.train),
+        "val_prompts": {name: len(d) for name, d in data.held_out.items()},
+        "run_dir": str(run_dir),
     }
     if skipped := data.train.skipped:
-        facts["training rows skipped"] = skipped
+        facts["rows_skipped"] = skipped
     if resume:
-        facts["continues"] = f"from step {resume.record['state']['step']}"
+        facts["resumed_from"] = resume.record["state"]["step"]
     return facts
 
 

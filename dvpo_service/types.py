@@ -101,7 +101,7 @@ class Rollouts:
     def save(self, path: Path, **more: Tensor) -> None:
         """Write every tensor to a safetensors file, for a look at a batch that went wrong."""
         tensors = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
-        save_file({k: v.contiguous() for k, v in (tensors | more).items()}, path)
+        save_file({k: v.clone() for k, v in (tensors | more).items()}, path)  # clones: fields may share memory
 
 
 @dataclass(frozen=True)
