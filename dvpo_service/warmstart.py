@@ -140,7 +140,7 @@ def train_loop(args: dict[str, Any]) -> None:
             group["lr"] = warm.lr * min(1.0, step / max(1, warm.steps // 20), (last + 1 - step) / cooldown)
         rows = torch.randint(len(args["examples"]), (warm.batch_size,), generator=generator)
         batch = [args["examples"][i] for i in rows.tolist()]
-        loss, reproduced = _loss(model, batch[rank::world])
+        loss, reproduced = _loss(model, batch[rank::world], warm.label_smoothing)
         loss = loss / sum(len(answer) for _, answer in batch)
         (loss * world).backward()  # FSDP averages over ranks; the sum is wanted
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -161,7 +161,7 @@ def train_loop(args: dict[str, Any]) -> None:
     ray.train.report({"loss": float(total[0]), "accuracy": recent})
 
 
-def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]], smoothing: float) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of the answer tokens, and how many answers greedy decoding would reproduce."""
     if not batch:
         batch = [([0], [IGNORE])]  # keeps in step with the other ranks' collectives
@@ -172,7 +172,7 @@ def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]]) -> t
     wanted = pad_sequence(labels, batch_first=True, padding_value=IGNORE).to(device)[:, 1:]
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
     )
     # With the right tokens before it, the argmax at every place is what greedy decoding would give.
     right = ((logits.argmax(-1) == wanted) | (wanted == IGNORE)).all(1) & (wanted != IGNORE).any(1)

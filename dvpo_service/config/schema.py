@@ -24,7 +24,8 @@ class WarmstartConfig(Section):
 
     ``files``: demonstrations, rows like the training data's; the training data itself by default.
     ``stop_at_accuracy``: once this share of the demonstrations in a batch is reproduced greedily, the
-    learning rate falls to 0 over the next tenth of ``steps`` and training ends; by default at ``steps``."""
+    learning rate falls to 0 over the next tenth of ``steps`` and training ends; by default at ``steps``.
+    ``label_smoothing`` leaves the policy room to explore, and its samples something to gain."""
 
     files: list[str] | None = None
     hidden_size: Positive = 128
@@ -35,6 +36,7 @@ class WarmstartConfig(Section):
     stop_at_accuracy: Fraction | None = None
     batch_size: Positive = 128
     lr: PositiveFloat = 1e-3
+    label_smoothing: Probability = 0.0
     world_size: Positive = 1
     seed: int = 0
 
