@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -117,6 +118,7 @@ def main() -> None:
     from dvpo_service.failure import describe
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: pools shut down, nothing left
     sys.path.insert(0, os.getcwd())  # so that module:function rewards beside the user are found
     try:
         app()
