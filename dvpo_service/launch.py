@@ -27,6 +27,7 @@ from dvpo_service.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.config import Config, to_yaml
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.errors import CheckpointError
+from dvpo_service.lock import locked
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver
 from dvpo_service.rewards.scoring import resolve
@@ -62,12 +63,16 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
 
     Returns the summary that is also in ``run_dir/summary.json``.
     """
+    with locked(run_dir):
+        return _train(config, run_dir)
+
+
+def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     started = time.time()
     resolve(config.reward.function)
     raw = load_data(config.data)
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     plan_fit(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(run_dir, keep=config.trainer.keep_checkpoints)
     resume = resume_point(config, checkpoints)
     done = resume.record["state"]["step"] if resume else 0
