@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from actors.fsdp import Rendezvous, Trainer, all_reduce, all_reduce_sums, init_process_group
-from dvpo_service.algo.advantages import distributional_gae, mixture_targets, scalar_gae
+from actors.fsdp import (
+    Rendezvous,
+    Trainer,
+    add_up,
+    all_reduce,
+    all_reduce_min,
+    all_reduce_sums,
+    init_process_group,
+)
 from dvpo_service.algo.batching import rank_micro_batches
-from dvpo_service.algo.critic_loss import TERMS, critic_loss, shift_sum
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.config import Config
+from dvpo_service.estimators.objective import Carried, Estimate, critic_objective, monte_carlo_returns
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.load import load_backbone
 from dvpo_service.models.sharding import shard
 from dvpo_service.types import Metrics, Rollouts
 
+Sums = dict[str, Tensor]
+
 
 @dataclass
 class MicroBatch:
-    """Sequences of this rank that share a forward pass, with their targets [b, T, M]."""
+    """Sequences of this rank that share a forward pass, with what the critic made of them."""
 
     rollouts: Rollouts
-    targets: Tensor
+    kept: Estimate
+
+
+@dataclass
+class MiniBatch:
+    """This rank's part of one optimizer step; ``tokens`` and ``gate`` are over all ranks."""
+
+    parts: list[MicroBatch] = field(default_factory=list)
+    tokens: float = 0.0
+    gate: float = 0.0
 
 
 @dataclass
@@ -41,14 +59,15 @@ class RankValues:
 
 
 class CriticWorker:
-    """Evaluates and trains the distributional critic on this rank's sequences."""
+    """Evaluates and trains the critic on this rank's sequences."""
 
     def __init__(self, config: Config, model_path: str, meet: Rendezvous):
         self.config, self.meet = config, meet
         self.device = init_process_group(meet)
         torch.manual_seed(config.trainer.seed)
+        self.objective = critic_objective(config.algorithm, config.critic.value_clip)
         module = shard(
-            _build(config, model_path),
+            _build(config, model_path, self.objective.heads, self.objective.quantiles),
             self.device,
             bfloat16=config.model.dtype == "bfloat16",
             checkpointing=config.critic.gradient_checkpointing,
@@ -57,75 +76,61 @@ class CriticWorker:
         self.trainer = Trainer(
             module, config.critic.optim, total_steps=config.trainer.num_steps * config.critic.epochs * minis
         )
-        # Count, sum and sum of squares of all returns so far: huber_scale=return_sd measures in them.
+        # Count, sum and sum of squares of all returns so far, and the least value of the last batch.
         self.trainer.extra["return_moments"] = torch.zeros(3, dtype=torch.float64)
-        self.minis: list[list[MicroBatch]] = []
-        self.first_shift: float | None = None
-        self.levels = quantile_levels(config.algorithm.n_quantiles, config.algorithm.quantile_levels)
+        self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
+        self.minis: list[MiniBatch] = []
+        self.levels = quantile_levels(self.objective.quantiles, config.algorithm.quantile_levels)
 
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts, step: int) -> tuple[RankValues, Metrics]:
         """Values, targets and advantages of this rank's whole sequences; targets are kept for ``update``."""
-        algorithm, critic = self.config.algorithm, self.config.critic
-        cut = rank_micro_batches(
-            len(rollouts),
-            mini_size=critic.mini_batch_size or len(rollouts),
-            micro_size=critic.micro_batch_size,
-            rank=self.meet.rank,
-            world_size=self.meet.world_size,
-            seed=self.config.trainer.seed,
-            step=step,
-        )
-        width = rollouts.response_mask.shape[1]
-        rows, advantages, values = [], [], []
-        sums: dict[str, Tensor] = {}
-        shift = torch.zeros((), dtype=torch.float64)
-        self.minis = []
+        carried, cut = self._carried(), self._cut(len(rollouts), step)
+        sums: Sums = {}
+        totals = torch.zeros(len(cut), 2, dtype=torch.float64)  # valid tokens, gate
+        self.minis, rows = [], []
         for number, mini in enumerate(cut):
-            self.minis.append([])
+            self.minis.append(MiniBatch())
             for index in mini:
                 part = rollouts.select(index)
                 z, z_end = self._atoms(part)
-                batch, adv, value, returns = self._targets(part, index, z, z_end, step)
-                self.minis[-1].append(batch)
+                kept = self._estimate(z, z_end, part, index, step, carried)
+                self.minis[-1].parts.append(MicroBatch(part, kept))
                 rows.append(index)
-                advantages.append(_widen(adv, width))
-                values.append(_widen(value, width))
-                if number == 0:
-                    shift += shift_sum(z, batch.targets, part.response_mask, algorithm.critic_loss_spec()).double()
-                found = critic_sums(
-                    z, returns, part.response_mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta
-                )
-                found |= _moments(returns, part.response_mask)
-                sums = {k: sums.get(k, 0) + v for k, v in found.items()}
-        # Parameters have not moved since, so the first mini-batch's mean shift is known already.
-        sums["shift"] = shift
+                add_up(sums, self._measure(z, part))
+                totals[number] += self._totals(z, kept.targets, part)
         sums = all_reduce_sums(sums, self.device)
-        self.first_shift = float(sums.pop("shift")) / self._denominator(0)
-        moments = torch.stack([sums.pop(k) for k in ("return_n", "return_sum", "return_squares")])
-        self.trainer.extra["return_moments"] += moments
-        local = RankValues(torch.cat(rows), torch.cat(advantages), torch.cat(values))
-        return local, critic_metrics(sums)
+        totals = all_reduce(totals, self.device)
+        for batch, (tokens, gate) in zip(self.minis, totals.tolist(), strict=True):
+            batch.tokens = max(1.0, tokens)
+            batch.gate = gate / batch.tokens
+        self._carry(sums)
+        estimates = [part.kept for mini in self.minis for part in mini.parts]
+        width = rollouts.response_mask.shape[1]
+        advantages, values = (
+            torch.cat([_widen(x, width) for x in xs])
+            for xs in ([e.advantages for e in estimates], [e.values for e in estimates])
+        )
+        return RankValues(torch.cat(rows), advantages, values), critic_metrics(sums)
 
     def update(self) -> Metrics:
         """Optimizer steps on the batch last evaluated."""
         metrics: Metrics = {}
         steps = skipped = 0
-        for epoch in range(self.config.critic.epochs):
-            for number, mini in enumerate(self.minis):
-                first = epoch == 0 and number == 0
-                found = self._step(number, mini, self.first_shift if first else None)
+        for _ in range(self.config.critic.epochs):
+            for mini in self.minis:
+                found = self._step(mini)
                 skipped += int(found.pop("skipped"))
                 steps += 1
                 metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
-        metrics = {k: v / steps for k, v in metrics.items()}
+        metrics = {f"critic/{k}": v / steps for k, v in metrics.items()}
         return metrics | {"critic/skipped_steps": float(skipped), "critic/lr": self.trainer.lr}
 
     @torch.no_grad()
     def distributions(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Levels [M] and sorted ensemble quantiles [B, T, M] of given responses. Collective."""
         z, _ = self._atoms(rollouts)
-        return self.levels, z.sort(dim=-1).values.mean(dim=2)
+        return self.levels, z.sort(dim=-1).values.mean(dim=2).cpu()
 
     def save(self, folder: str) -> None:
         self.trainer.save(Path(folder))
@@ -133,98 +138,88 @@ class CriticWorker:
     def load(self, folder: str) -> None:
         self.trainer.load(Path(folder))
 
-    def _step(self, number: int, mini: list[MicroBatch], mean_shift: float | None) -> dict[str, float]:
-        spec = self.config.algorithm.critic_loss_spec()
-        denominator, delta = self._denominator(number), self._delta()
-        if mean_shift is None:
-            mean_shift = self._mean_shift(mini, denominator)
-        sums = {f"{kind}/{t}": torch.zeros((), dtype=torch.float64) for t in TERMS for kind in ("loss", "weighted")}
+    def _step(self, mini: MiniBatch) -> dict[str, float]:
+        carried, sums = self._carried(), {"gate": torch.zeros((), dtype=torch.float64)}
 
         def loss_of(batch: MicroBatch) -> Tensor:
             z, _ = self._atoms(batch.rollouts)
-            mask = batch.rollouts.response_mask.to(z.device)
-            loss = critic_loss(
-                z,
-                batch.targets.to(z.device),
-                mask,
-                spec,
-                delta=delta,
-                denominator=denominator,
-                mean_shift=mean_shift,
-            )
-            for term in TERMS:
-                sums[f"loss/{term}"] += loss.raw[term].double().cpu()
-                sums[f"weighted/{term}"] += loss.weighted[term].double().cpu()
-            return loss.total
+            kept, mask = batch.kept.to(z.device), batch.rollouts.response_mask.to(z.device)
+            loss, parts = self.objective.loss(z, kept, mask, denominator=mini.tokens, carried=carried, gate=mini.gate)
+            add_up(sums, parts | {"gate": self.objective.gate(z.detach(), kept.targets, mask)})
+            return loss
 
-        report = self.trainer.step(lambda b=b: loss_of(b) for b in mini)  # type: ignore[misc]
-        metrics = {f"critic/{k}": float(v) for k, v in all_reduce_sums(sums, self.device).items()}
-        metrics |= {
-            "critic/dvpo_loss": report.loss,
-            "critic/grad_norm": report.grad_norm,
-            "critic/huber_delta": delta,
+        report = self.trainer.step(lambda b=b: loss_of(b) for b in mini.parts)  # type: ignore[misc]
+        metrics = {k: float(v) for k, v in all_reduce_sums(sums, self.device).items()}
+        # The next epoch's gate is what this one saw: a forward pass only to know it would cost a third more.
+        mini.gate = metrics.pop("gate") / mini.tokens
+        return metrics | {
+            self.objective.loss_name: report.loss,
+            "grad_norm": report.grad_norm,
+            "skipped": float(report.skipped),
         }
-        return metrics | {"skipped": float(report.skipped)}
 
-    def _atoms(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    def _atoms(self, part: Rollouts) -> tuple[Tensor, Tensor]:
         """Atoms at the response's T positions [b, T, H, M] and after its last token [b, H, M]."""
-        part = rollouts
         tokens, t = part.tokens.to(self.device), part.response_mask.shape[1]
         lengths = (part.prompt_lens + part.response_lens).to(self.device)
         positions = response_positions(part.prompt_lens.to(self.device), t + 1, tokens.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            z = split_heads(self.trainer.module(tokens, lengths, positions), self.config.algorithm.n_heads)
+            z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
         z_end = z[torch.arange(len(part), device=z.device), part.response_lens.to(z.device)]
         return z[:, :-1], z_end
 
-    def _targets(
-        self, part: Rollouts, rows: Tensor, z: Tensor, z_end: Tensor, step: int
-    ) -> tuple[MicroBatch, Tensor, Tensor, Tensor]:
-        """Target atoms, scalar advantages, values and Monte-Carlo returns, all on the CPU."""
+    def _estimate(
+        self, z: Tensor, z_end: Tensor, part: Rollouts, rows: Tensor, step: int, carried: Carried
+    ) -> Estimate:
+        """On the CPU: targets of a whole batch wait there for their update."""
+        trainer = self.config.trainer
+        return self.objective.estimate(
+            z,
+            z_end,
+            part,
+            seeds=(trainer.seed * 1_000_003 + step) * 1_000_003 + rows,
+            pretraining=step < trainer.critic_warmup,
+            carried=carried,
+        ).to(torch.device("cpu"))
+
+    def _measure(self, z: Tensor, part: Rollouts) -> Sums:
         algorithm = self.config.algorithm
-        quantiles, end = (x.cpu().sort(dim=-1).values.mean(dim=-2) for x in (z, z_end))
-        bootstrap = ~part.finished if algorithm.bootstrap_truncated else torch.zeros_like(part.finished)
-        end = torch.where(bootstrap[:, None], end, torch.zeros_like(end))
-        rewards, mask = part.rewards, part.response_mask
-        gamma, lam = algorithm.gamma, algorithm.lam
-        if algorithm.critic_target == "gae":
-            targets = distributional_gae(rewards, quantiles, mask, end, gamma, lam)
-        else:
-            seeds = (self.config.trainer.seed * 1_000_003 + step) * 1_000_003 + rows
-            targets = mixture_targets(rewards, quantiles, mask, end, gamma, lam, seeds)
-        value, value_end = quantiles.mean(-1), end.mean(-1)
-        advantages, _ = scalar_gae(rewards, value, mask, value_end, gamma, lam)
-        _, returns = scalar_gae(rewards, torch.zeros_like(value), mask, torch.zeros_like(value_end), gamma, 1.0)
-        return MicroBatch(part, targets), advantages, torch.where(mask, value, 0.0), returns
+        returns = monte_carlo_returns(part, algorithm.gamma).to(z.device)
+        mask = part.response_mask.to(z.device)
+        return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta)
 
-    @torch.no_grad()
-    def _mean_shift(self, mini: list[MicroBatch], denominator: float) -> float | None:
-        """Global token mean of (mean target - mean prediction), which Eq. 7 over a batch needs up front."""
-        if self.config.algorithm.shift_over != "batch":
-            return None
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in mini:
-            z, _ = self._atoms(batch.rollouts)
-            mask = batch.rollouts.response_mask.to(z.device)
-            spec = self.config.algorithm.critic_loss_spec()
-            total += shift_sum(z, batch.targets.to(z.device), mask, spec).double().cpu()
-        return float(all_reduce(total, self.device)) / denominator
+    def _totals(self, z: Tensor, targets: Tensor, part: Rollouts) -> Tensor:
+        mask = part.response_mask.to(z.device)
+        return torch.stack([mask.sum().double(), self.objective.gate(z, targets.to(z.device), mask)]).cpu()
 
-    def _denominator(self, number: int) -> float:
-        """Valid tokens of mini-batch ``number`` over all ranks."""
-        mine = sum(batch.rollouts.num_tokens for batch in self.minis[number])
-        return max(1.0, float(all_reduce(torch.tensor(float(mine)), self.device)))
+    def _cut(self, batch_size: int, step: int) -> list[list[Tensor]]:
+        critic = self.config.critic
+        return rank_micro_batches(
+            batch_size,
+            mini_size=critic.mini_batch_size or batch_size,
+            micro_size=critic.micro_batch_size,
+            rank=self.meet.rank,
+            world_size=self.meet.world_size,
+            seed=self.config.trainer.seed,
+            step=step,
+        )
 
-    def _delta(self) -> float:
-        algorithm = self.config.algorithm
-        if algorithm.huber_scale == "absolute":
-            return algorithm.huber_delta
+    def _carried(self) -> Carried:
         n, total, squares = self.trainer.extra["return_moments"].tolist()
         variance = squares / n - (total / n) ** 2 if n else 1.0
-        return algorithm.huber_delta * (max(variance, 0.0) ** 0.5 or 1.0)
+        return Carried(max(variance, 0.0) ** 0.5, float(self.trainer.extra["worst_value"]))
+
+    def _carry(self, sums: Sums) -> None:
+        """Remember this batch's returns and worst value; ``sums`` are over all ranks."""
+        self.trainer.extra["return_moments"] += torch.stack([sums[k] for k in ("count", "return", "return_sq")])
+        valid = [p.kept.values[p.rollouts.response_mask] for m in self.minis for p in m.parts]
+        low = min((float(v.min()) for v in valid if v.numel()), default=math.inf)
+        worst = all_reduce_min(torch.tensor(low, dtype=torch.float64), self.device)
+        if worst.isfinite():
+            self.trainer.extra["worst_value"] = worst
 
 
-def _build(config: Config, model_path: str) -> DistributionalCritic:
+def _build(config: Config, model_path: str, heads: int, quantiles: int) -> DistributionalCritic:
     trust = config.model.trust_remote_code
     if config.critic.init_from_policy:
         backbone = load_backbone(model_path, trust_remote_code=trust)
@@ -233,19 +228,11 @@ def _build(config: Config, model_path: str) -> DistributionalCritic:
     return DistributionalCritic(
         backbone,
         width=config.algorithm.critic_hidden_dim,
-        num_heads=config.algorithm.n_heads,
-        num_quantiles=config.algorithm.n_quantiles,
+        num_heads=heads,
+        num_quantiles=quantiles,
         seed=config.trainer.seed,
+        packing=config.critic.packing,
     )
-
-
-def _moments(returns: Tensor, mask: Tensor) -> dict[str, Any]:
-    valid = returns[mask].double()
-    return {
-        "return_n": torch.tensor(float(valid.numel()), dtype=torch.float64),
-        "return_sum": valid.sum(),
-        "return_squares": valid.square().sum(),
-    }
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

@@ -163,6 +163,19 @@ def all_reduce(value: Tensor, device: torch.device) -> Tensor:
     return value.cpu()
 
 
+def all_reduce_min(value: Tensor, device: torch.device) -> Tensor:
+    """The least over the pool's ranks, returned on the CPU."""
+    value = value.to(device)
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return value.cpu()
+
+
+def add_up(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Add ``more`` to the running sums, float64 on the CPU."""
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value.detach().double().cpu()
+
+
 def all_reduce_sums(sums: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Sum a dict of scalars over the ranks in one call; every rank has the same keys."""
     keys = sorted(sums)

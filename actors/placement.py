@@ -38,7 +38,7 @@ def plan_bundles(config: Config) -> list[Bundle]:
     reward = {"CPU": cluster.cpus_per_reward_worker}
     counts = {
         "policy": (config.policy.world_size, trainer),
-        "critic": (config.critic.world_size, trainer),
+        "critic": (config.critic.world_size if config.algorithm.has_critic else 0, trainer),
         "rollout": (config.rollout.num_engines, engine),
         "reward": (config.reward.num_workers, reward),
     }

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from actors.fsdp import Rendezvous, Trainer, all_reduce, all_reduce_sums, init_process_group
+from actors.fsdp import Rendezvous, Trainer, add_up, all_reduce, all_reduce_sums, init_process_group
+from dvpo_service.algo.aggregation import token_weights, weighted_sum
 from dvpo_service.algo.batching import rank_micro_batches
-from dvpo_service.algo.masks import masked_mean
+from dvpo_service.algo.diagnostics import policy_metrics, policy_sums
 from dvpo_service.algo.policy_loss import clipped_surrogate, importance_weights, kl_penalty
 from dvpo_service.config import Config
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharding import shard
 from dvpo_service.types import Metrics, Rollouts
+
+Sums = dict[str, Tensor]
 
 
 @dataclass
@@ -61,14 +64,16 @@ class PolicyWorker:
     def update(self, rollouts: Rollouts, advantages: Tensor, step: int) -> Metrics:
         """PPO epochs over the batch. ``advantages`` [B, T] as the loss takes them."""
         metrics: Metrics = {}
+        sums: Sums = {}
         steps = skipped = 0
         for _ in range(self.config.policy.epochs):
             for mini in self._cut(len(rollouts), step):
-                found = self._step(rollouts, advantages, mini)
+                found = self._step(rollouts, advantages, mini, sums)
                 skipped += int(found.pop("skipped"))
                 steps += 1
                 metrics = {k: metrics.get(k, 0.0) + v for k, v in found.items()}
         metrics = {f"policy/{k}": v / steps for k, v in metrics.items()}
+        metrics |= policy_metrics(all_reduce_sums(sums, self.device))
         return metrics | {"policy/skipped_steps": float(skipped), "policy/lr": self.trainer.lr}
 
     def connect_engines(self, client: Any, backend: Any) -> None:
@@ -101,7 +106,7 @@ class PolicyWorker:
     def _load(self) -> Any:
         lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
         return shard(
-            PolicyModel(lm, temperature=self.config.rollout.temperature),
+            PolicyModel(lm, temperature=self.config.rollout.temperature, packing=self.config.policy.packing),
             self.device,
             bfloat16=self.config.model.dtype == "bfloat16",
             checkpointing=self.config.policy.gradient_checkpointing,
@@ -128,57 +133,70 @@ class PolicyWorker:
                 part.response_mask.shape[1],
             )
 
-    def _step(self, rollouts: Rollouts, advantages: Tensor, mini: list[Tensor]) -> dict[str, float]:
-        mine = sum(int(rollouts.response_mask[rows].sum()) for rows in mini)
-        denominator = max(1.0, float(all_reduce(torch.tensor(float(mine)), self.device)))
-        sums: dict[str, Tensor] = {}
+    def _step(self, rollouts: Rollouts, advantages: Tensor, mini: list[Tensor], sums: Sums) -> dict[str, float]:
+        """One optimizer step on this rank's rows of a mini-batch; adds to ``sums``."""
+        masks = [rollouts.response_mask[rows] for rows in mini]
+        counts = torch.tensor([[m.sum(), m.any(1).sum()] for m in masks], dtype=torch.float64).sum(0)
+        tokens, sequences = all_reduce(counts, self.device).clamp(min=1).tolist()
+        parts: Sums = {}
 
         def loss_of(rows: Tensor) -> Tensor:
             part = rollouts.select(rows)
-            loss, parts = self._loss(part, advantages[rows, : part.response_mask.shape[1]], denominator)
-            for name, value in parts.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
-            return loss
+            mask = part.response_mask
+            weights = token_weights(
+                mask,
+                self.config.policy.loss_agg,
+                num_tokens=tokens,
+                num_sequences=sequences,
+                horizon=self.config.rollout.max_new_tokens,
+            )
+            return self._loss(part, advantages[rows, : mask.shape[1]], weights, parts, sums)
 
         report = self.trainer.step(lambda rows=rows: loss_of(rows) for rows in mini)  # type: ignore[misc]
-        metrics = {k: float(v) for k, v in all_reduce_sums(sums, self.device).items()}
+        metrics = {k: float(v) for k, v in all_reduce_sums(parts, self.device).items()}
         return metrics | {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "skipped": float(report.skipped),
         }
 
-    def _loss(self, part: Rollouts, advantages: Tensor, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss of a micro-batch and its parts, each a sum over tokens / the global count."""
-        policy, rollout = self.config.policy, self.config.rollout
+    def _loss(self, part: Rollouts, advantages: Tensor, weights: Tensor, parts: Sums, sums: Sums) -> Tensor:
+        """Scalar loss of a micro-batch: sums over tokens under ``weights`` [b, T], which add up over the batch."""
+        policy, device = self.config.policy, self.device
         logprobs, entropy = self._score(self.trainer.module, part)
         assert part.logprobs is not None, "policy.logprobs comes before policy.update"
-        mask, old = part.response_mask.to(self.device), part.logprobs.to(self.device)
+        mask, old, weights = part.response_mask.to(device), part.logprobs.to(device), weights.to(device)
         logprobs = torch.where(mask, logprobs, old)
-        weights = None
-        if rollout.importance_correction == "truncated":
-            weights = importance_weights(old, part.rollout_logprobs.to(self.device), rollout.importance_cap)
         surrogate, clipped = clipped_surrogate(
             logprobs,
             old,
-            advantages.to(self.device),
+            advantages.to(device),
             clip_low=policy.clip_low,
             clip_high=policy.clip_high,
-            is_weights=weights,
+            dual_clip=policy.dual_clip,
+            is_weights=self._corrections(old, part),
         )
-        parts = {
-            "surrogate": masked_mean(surrogate, mask, denominator),
-            "entropy": masked_mean(entropy, mask, denominator),
-            "clip_fraction": masked_mean(clipped.float(), mask, denominator),
-            "approx_kl": masked_mean(kl_penalty(logprobs.detach(), old, "k3"), mask, denominator),
-        }
-        loss = parts["surrogate"] - policy.entropy_coef * parts["entropy"]
-        if part.ref_logprobs is not None:
-            kl = masked_mean(kl_penalty(logprobs, part.ref_logprobs.to(self.device), policy.kl.kind), mask, denominator)
-            parts["ref_kl"] = kl
-            if policy.kl.where == "loss":
-                loss = loss + policy.kl.coef * kl
-        return loss, parts
+        loss = weighted_sum(surrogate, weights, mask)
+        add_up(parts, {"surrogate": loss})
+        if policy.entropy_coef:
+            loss = loss - policy.entropy_coef * weighted_sum(entropy, weights, mask)
+        ref = None if part.ref_logprobs is None else part.ref_logprobs.to(device)
+        if ref is not None and policy.kl.where == "loss":
+            loss = loss + policy.kl.coef * weighted_sum(kl_penalty(logprobs, ref, policy.kl.kind), weights, mask)
+        found = policy_sums(logprobs.detach(), old, clipped, mask, ref_logprobs=ref, entropy=entropy.detach())
+        add_up(sums, found)
+        return loss
+
+    def _corrections(self, old: Tensor, part: Rollouts) -> Tensor | None:
+        """Importance weights [b, T] of tokens that the engine sampled, if asked for."""
+        rollout = self.config.rollout
+        if rollout.importance_correction == "none":
+            return None
+        beyond: Literal["truncate", "mask"] = "truncate" if rollout.importance_correction == "truncated" else "mask"
+        floor = rollout.importance_floor if beyond == "mask" else 0.0
+        return importance_weights(
+            old, part.rollout_logprobs.to(old.device), rollout.importance_cap, beyond=beyond, floor=floor
+        )
 
 
 def _widen(x: Tensor, part: Rollouts, width: int) -> Tensor:

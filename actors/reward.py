@@ -10,7 +10,7 @@ from dvpo_service.rewards.scoring import resolve
 from dvpo_service.types import Score
 
 # One prompt's responses, its answer, and a seed per response for the noise.
-Group = tuple[list[str], str, list[int]]
+Work = tuple[list[str], str, list[int]]
 
 
 class RewardWorker:
@@ -20,7 +20,7 @@ class RewardWorker:
         self.function = resolve(config.function)
         self.noise = NoiseSpec(**config.noise.model_dump())
 
-    def score(self, groups: Sequence[Group], noisy: bool) -> list[list[Score]]:
+    def score(self, groups: Sequence[Work], noisy: bool) -> list[list[Score]]:
         """Scores in the order given. ``noisy`` False measures: reward and clean reward are equal."""
         noise = self.noise if noisy else NoiseSpec("none")
         return [

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.placement import Placement
-from actors.reward import Group, RewardWorker
+from actors.reward import RewardWorker, Work
 from dvpo_service.config import RewardConfig
 from dvpo_service.types import Score
 
@@ -26,7 +26,7 @@ class RewardPool:
         self.config, self.placement = config, placement
         self.workers = [self._spawn(i) for i in range(config.num_workers)]
 
-    def score(self, groups: Sequence[Group], *, noisy: bool) -> list[list[Score]]:
+    def score(self, groups: Sequence[Work], *, noisy: bool) -> list[list[Score]]:
         """One list of scores per group, in order."""
         shares = [list(range(i, len(groups), len(self.workers))) for i in range(len(self.workers))]
         calls = [
@@ -47,7 +47,7 @@ class RewardPool:
         for worker in self.workers:
             ray.kill(worker)
 
-    def _retry(self, i: int, group: Group, noisy: bool) -> list[Score]:
+    def _retry(self, i: int, group: Work, noisy: bool) -> list[Score]:
         found = self._result(i, self.workers[i].score.remote([group], noisy), self.config.timeout_s)
         if isinstance(found, str):
             return [Score(math.nan, math.nan, found)] * len(group[0])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
+
+import torch
 
 from actors.engines import EnginePool
-from actors.reward import Group
+from actors.reward import Work
 from actors.reward_pool import RewardPool
 from actors.rollout import Sampling
 from dvpo_service.config import Config
@@ -13,7 +16,8 @@ from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.data.cursor import CursorState, PromptCursor
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.rewards.noise import sample_seed
-from dvpo_service.types import Generated, Prompt, Sample, Score
+from dvpo_service.rewards.overlong import overlong_penalty
+from dvpo_service.types import Generated, Prompt, Rollouts, Sample, Score
 
 
 def training_sampling(config: Config) -> Sampling:
@@ -31,7 +35,7 @@ def score_samples(
     noisy: bool,
 ) -> list[list[Score]]:
     """Scores per group; the noise of a sample depends on the seed, the step and the sample only."""
-    work: list[Group] = [
+    work: list[Work] = [
         (
             [s.text for s in group],
             p.answer,
@@ -42,6 +46,41 @@ def score_samples(
     return rewards.score(work, noisy=noisy)
 
 
+def penalised(config: Config, samples: list[Sample], scores: list[Score]) -> list[Score]:
+    """Rewards less what the overlong penalty takes; clean ones stay."""
+    reward = config.reward
+    if not reward.overlong_buffer:
+        return scores
+    penalty = overlong_penalty(
+        torch.tensor([len(s.token_ids) for s in samples]),
+        max_len=config.rollout.max_new_tokens,
+        buffer=reward.overlong_buffer,
+        factor=reward.overlong_penalty,
+    )
+    return [replace(s, reward=s.reward + p) for s, p in zip(scores, penalty.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's samples with their scores."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    scores: list[Score]
+
+    def is_flat(self) -> bool:
+        """No sample is better than another: nothing to learn by comparison."""
+        return len({s.reward for s in self.scores if s.error is None}) < 2
+
+
+def _useful(groups: list[Group]) -> int:
+    return sum(not g.is_flat() for g in groups)
+
+
+def _collate(groups: list[Group]) -> Rollouts:
+    return collate([g.prompt for g in groups], [g.samples for g in groups], [g.scores for g in groups])
+
+
 class SyncStream:
     """Generates a batch when asked, with the weights of that moment."""
 
@@ -50,23 +89,41 @@ class SyncStream:
         self.cursor = PromptCursor(len(data.prompts), config.trainer.seed)
 
     def next(self, step: int) -> Generated:
-        """The next ``prompts_per_step`` prompts, sampled ``n`` times each and scored."""
+        """The next ``prompts_per_step`` prompts, sampled ``n`` times each and scored.
+
+        With ``dynamic_sampling`` (DAPO, arXiv 2503.14476) groups without spread are left out and as many
+        prompts drawn in their place, ``max_draws`` times in all; what is missing then is filled with
+        groups left out. Rewards are measured over everything drawn.
+        """
+        rollout, size = self.config.rollout, self.config.rollout.prompts_per_step
+        seconds = {"generate": 0.0, "score": 0.0}
+        drawn, draws = self._draw(size, step, seconds), 1
+        while rollout.dynamic_sampling and draws < rollout.max_draws and (missing := size - _useful(drawn)) > 0:
+            drawn += self._draw(missing, step, seconds)
+            draws += 1
+        metrics = rollout_metrics(_collate(drawn), rollout.n, version=step)
+        metrics["rollout/tokens_per_s"] = metrics.pop("rollout/tokens") / seconds["generate"]
+        metrics |= {f"time/{stage}": s for stage, s in seconds.items()}
+        metrics |= {"data/epoch": float(self.cursor.epoch), "rollout/draws": float(draws)}
+        if rollout.dynamic_sampling:  # a stable sort: within useful and useless, in the order drawn
+            drawn = sorted(drawn, key=Group.is_flat)[:size]
+        rows = readable_rows([g.prompt for g in drawn], [g.samples for g in drawn], [g.scores for g in drawn])
+        return Generated(_collate(drawn), rows, metrics)
+
+    def _draw(self, count: int, step: int, seconds: dict[str, float]) -> list[Group]:
+        """Sample and score the next ``count`` prompts; adds to ``seconds``."""
         config, seed = self.config, self.config.trainer.seed
-        prompts = [self.data.prompts[i] for i in self.cursor.take(config.rollout.prompts_per_step)]
+        prompts = [self.data.prompts[i] for i in self.cursor.take(count)]
         start = time.perf_counter()
         groups = self.engines.generate(prompts, training_sampling(config), run_seed=seed, step=step)
         generated = time.perf_counter()
         scores = score_samples(self.rewards, prompts, groups, run_seed=seed, step=step, noisy=True)
-        scored = time.perf_counter()
-        rollouts = collate(prompts, groups, scores)
-        metrics = rollout_metrics(rollouts, config.rollout.n, version=step)
-        metrics["rollout/tokens_per_s"] = metrics.pop("rollout/tokens") / (generated - start)
-        metrics |= {
-            "time/generate": generated - start,
-            "time/score": scored - generated,
-            "data/epoch": float(self.cursor.epoch),
-        }
-        return Generated(rollouts, readable_rows(prompts, groups, scores), metrics)
+        seconds["generate"] += generated - start
+        seconds["score"] += time.perf_counter() - generated
+        return [
+            Group(p, samples, penalised(config, samples, found))
+            for p, samples, found in zip(prompts, groups, scores, strict=True)
+        ]
 
     def state_dict(self) -> CursorState:
         return self.cursor.state_dict()

@@ -14,7 +14,7 @@ from dvpo_service.algo.advantages import whiten, whitening_sums
 from dvpo_service.algo.diagnostics import rollout_kl_metrics, rollout_kl_sums
 from dvpo_service.algo.policy_loss import kl_penalty
 from dvpo_service.config import Config
-from dvpo_service.types import Advantages, Metrics, Rollouts
+from dvpo_service.types import Advantages, Metrics, Rollouts, advantage_metrics
 
 
 @dataclass
@@ -79,9 +79,7 @@ class CriticEstimator:
         advantages = Advantages(
             _in_order(rows, [p.advantages for p in parts]), _in_order(rows, [p.values for p in parts])
         )
-        valid = advantages.advantages[rollouts.response_mask]
-        metrics |= {"advantage/mean": float(valid.mean()), "advantage/std": float(valid.std(correction=0))}
-        return advantages, metrics
+        return advantages, metrics | advantage_metrics(advantages.advantages, rollouts.response_mask)
 
     def update_async(self, rollouts: Rollouts, step: int) -> MetricsJob:
         return MetricsJob(self.ranks.submit("update"))

@@ -106,7 +106,7 @@ def configs() -> None:
 
     for name, path in shipped_configs().items():
         first = path.read_text().splitlines()[0].removeprefix("#").strip()
-        typer.echo(f"{name:22} {first}")
+        typer.echo(f"{name:26} {first}")
 
 
 def _run_dir(option: Path | None, configured: str | None, name: str) -> Path:

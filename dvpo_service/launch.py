@@ -27,10 +27,12 @@ from dvpo_service.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.config import Config, to_yaml
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.errors import CheckpointError
+from dvpo_service.estimators import GroupEstimator
 from dvpo_service.lock import locked
 from dvpo_service.models.load import check_model, load_tokenizer
-from dvpo_service.observe import FanObserver
+from dvpo_service.observe import FanObserver, NoPictures
 from dvpo_service.rewards.scoring import resolve
+from dvpo_service.roles import Observer
 from dvpo_service.summary import plan_facts, summarize
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.warmstart import base_model
@@ -42,7 +44,7 @@ class Pools:
 
     placement: Placement
     policy: RankPool
-    critic: RankPool
+    critic: RankPool | None  # none where the estimator compares samples instead
     engines: EnginePool
     rewards: RewardPool
     backend: Backend
@@ -52,7 +54,8 @@ class Pools:
         with ExitStack() as stack:
             stack.callback(self.placement.release)
             for pool in (self.rewards, self.critic, self.policy, self.engines):
-                stack.callback(pool.shutdown)
+                if pool:
+                    stack.callback(pool.shutdown)
 
 
 def train(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -113,7 +116,9 @@ def start_pools(config: Config, model_path: str, stack: ExitStack) -> Pools:
     pools = Pools(
         placement=placement,
         policy=RankPool.spawn("policy", config.policy.world_size, placement, timeout_s=config.policy.step_timeout_s),
-        critic=RankPool.spawn("critic", config.critic.world_size, placement, timeout_s=config.critic.step_timeout_s),
+        critic=RankPool.spawn("critic", config.critic.world_size, placement, timeout_s=config.critic.step_timeout_s)
+        if config.algorithm.has_critic
+        else None,
         engines=EnginePool.spawn(config, model_path, backend, placement),
         rewards=RewardPool(config.reward, placement),
         backend=backend,
@@ -122,8 +127,9 @@ def start_pools(config: Config, model_path: str, stack: ExitStack) -> Pools:
     starting = [
         pools.engines.submit("start", timeout_s=config.rollout.start_timeout_s),
         pools.policy.setup(PolicyWorker, config, model_path),
-        pools.critic.setup(CriticWorker, config, model_path),
     ]
+    if pools.critic:
+        starting.append(pools.critic.setup(CriticWorker, config, model_path))
     for call in starting:
         call.result()
     return pools
@@ -133,15 +139,18 @@ def assemble(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker
 ) -> loop.Roles:
     """Pools in the roles that the loop talks to."""
-    critic = CriticEstimator(config, pools.critic)
+    estimator = CriticEstimator(config, pools.critic) if pools.critic else GroupEstimator(config.algorithm)
     first = next(iter(data.held_out.values()))
+    observer: Observer = NoPictures()
+    if isinstance(estimator, CriticEstimator) and config.algorithm.adv_estimator == "dvpo":
+        observer = FanObserver(list(first.prompts[: config.tracking.fan_prompts]), tokenizer, estimator, tracker)
     return loop.Roles(
         stream=SyncStream(config, data.train, pools.engines, pools.rewards),
         policy=PolicyPool(config, pools.policy),
-        estimator=critic,
+        estimator=estimator,
         weights=WeightSync(config, pools.policy, pools.engines, pools.backend),
         evaluator=HeldOut(config, data.held_out, pools.engines, pools.rewards),
-        observer=FanObserver(list(first.prompts[: config.tracking.fan_prompts]), tokenizer, critic, tracker),
+        observer=observer,
         tracker=tracker,
         mismatch=engine_mismatch,
     )

@@ -15,6 +15,12 @@ class Distributions(Protocol):
     def distributions(self, rollouts: Rollouts) -> tuple[Any, Any]: ...
 
 
+class NoPictures:
+    """For estimators without a distribution to show."""
+
+    def observe(self, step: int) -> None: ...
+
+
 class FanObserver:
     """Two fixed responses per prompt, through training: its right answer, and one that is wrong.
 

@@ -43,6 +43,7 @@ def summarize(config: Config, state: TrainState, run_dir: Path, tracker: Tracker
         "held_out_after": by_split(state.after, "accuracy"),
         "held_out_greedy_before": by_split(state.before, "greedy"),
         "held_out_greedy_after": by_split(state.after, "greedy"),
+        "warnings": tracker.advice,
         "where": {
             "run": str(run_dir),
             "policy": str(run_dir / "policy"),

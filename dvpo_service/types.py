@@ -115,6 +115,12 @@ class Advantages:
 Metrics = dict[str, float]
 
 
+def advantage_metrics(advantages: Tensor, mask: Tensor) -> Metrics:
+    """Mean and population sd over the valid tokens; NaN where there is none."""
+    valid = advantages[mask].double()
+    return {"advantage/mean": float(valid.mean()), "advantage/std": float(valid.std(correction=0))}
+
+
 @dataclass(frozen=True)
 class Generated:
     """One batch from the stream: the tensors, what a person reads of them, and measurements."""

@@ -140,6 +140,27 @@ def test_the_live_display_draws_status_and_notes_and_stops_on_errors():
     assert not display._live.is_started
 
 
+def test_a_note_is_yellow_above_the_table():
+    console = Console(
+        file=io.StringIO(), width=60, force_terminal=True, color_system="standard", no_color=False, highlight=False
+    )
+    with TrainingDisplay(total=2, console=console) as display:
+        display.update(1, METRICS)
+        display.note("the critic is not learning")
+    text = console.file.getvalue()
+    assert "\x1b[33mthe critic is not learning" in text
+    assert text.index("critic is not learning") < text.rindex("0.312")
+
+
+def test_without_a_terminal_a_note_is_one_plain_line():
+    console = text_console(40)
+    note = "step 25: [odd] every reward of a prompt is the same in 0.91 of the groups"
+    with TrainingDisplay(total=2, console=console) as display:
+        display.note(note)
+        display.update(1, METRICS)
+    assert console.file.getvalue().splitlines()[0] == note
+
+
 def test_without_a_terminal_each_step_is_one_line():
     console = text_console(80)
     with TrainingDisplay(total=5, start=2, console=console) as display:

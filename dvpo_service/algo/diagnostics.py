@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvpo_service.algo.masks import float32_or_better, masked_sum, zero_masked
-from dvpo_service.algo.policy_loss import MAX_LOG_RATIO
+from dvpo_service.algo.policy_loss import MAX_LOG_RATIO, kl_penalty
 from dvpo_service.algo.quantiles import crossing_count, lower_tail_mean, upper_tail_mean
 
 COVERAGE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -33,8 +33,9 @@ def critic_sums(
       alpha, beta: the tails' fractions.
 
     Returns:
-      float64 scalars: "count", "pairs", "crossings", "value", "return", "return_sq", "error", "error_sq",
-      "disagreement", "lower_tail", "upper_tail" and "covered/<level>". Additive.
+      float64 scalars: "count", "value", "return", "return_sq", "error", "error_sq"; with M > 1 "pairs",
+      "crossings", "lower_tail", "upper_tail" and "covered/<level>"; with M > 1 and H > 1 "disagreement".
+      Additive. (One atom is a scalar critic: it has no quantiles, and its coverage would mean nothing.)
     """
     heads = zero_masked(float32_or_better(z), mask).sort(-1).values
     returns = zero_masked(float32_or_better(returns), mask)
@@ -48,23 +49,28 @@ def critic_sums(
         "return_sq": returns.double().square(),
         "error": error,
         "error_sq": error.square(),
-        "disagreement": heads.mean(-1).std(-1, correction=0),
-        "lower_tail": lower_tail_mean(q, alpha),
-        "upper_tail": upper_tail_mean(q, beta),
     }
-    for level in COVERAGE_LEVELS:
-        per_token[f"covered/{level}"] = returns <= _quantile(q, levels, level)
-    sums = {name: masked_sum(x.double(), mask) for name, x in per_token.items()}
-    pairs = count * (z.shape[-2] * (z.shape[-1] - 1))
-    return {"count": count, "pairs": pairs, "crossings": crossing_count(z, mask), **sums}
+    sums = {"count": count}
+    num_heads, num_atoms = z.shape[-2:]
+    if num_atoms > 1:
+        per_token |= {"lower_tail": lower_tail_mean(q, alpha), "upper_tail": upper_tail_mean(q, beta)}
+        per_token |= {f"covered/{p}": returns <= _quantile(q, levels, p) for p in COVERAGE_LEVELS}
+        sums |= {"pairs": count * (num_heads * (num_atoms - 1)), "crossings": crossing_count(z, mask)}
+        if num_heads > 1:
+            per_token["disagreement"] = heads.mean(-1).std(-1, correction=0)
+    return sums | {name: masked_sum(x.double(), mask) for name, x in per_token.items()}
 
 
 def critic_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """Named metrics from summed ``critic_sums``. With no valid token: NaN.
 
     ``explained_variance`` = 1 - Var(return - value) / Var(return), NaN when all returns are equal;
-    ``coverage/p`` is the share of returns at or below the predicted p-quantile: p when calibrated (for
-    continuous returns); ``head_disagreement`` the mean population sd over heads of the heads' means.
+    ``return_mean``, ``return_sd`` are of the scalar returns, per token. With more than one atom also:
+    ``crossing_rate``, the share of neighbouring atoms out of order before sorting (atoms that the loss sorts
+    have no order to learn: 0.5 is what heads start with and may keep); ``coverage/p``, the share of returns at or
+    below the predicted p-quantile: p when calibrated (for continuous returns); ``calibration_error``, the mean of
+    |coverage/p - p| over the levels; the tails' means; and with more than one head ``head_disagreement``, the
+    mean population sd over heads of the heads' means.
     """
     s = {name: float(x) for name, x in sums.items()}
     n = s["count"]
@@ -74,13 +80,76 @@ def critic_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
 
     metrics = {
         "critic/quantile_mean": _ratio(s["value"], n),
+        "critic/return_mean": _ratio(s["return"], n),
+        "critic/return_sd": math.sqrt(variance("return")),
         "critic/explained_variance": 1.0 - _ratio(variance("error"), variance("return")),
-        "critic/crossing_rate": _ratio(s["crossings"], s["pairs"]) if s["pairs"] or not n else 0.0,
-        "critic/head_disagreement": _ratio(s["disagreement"], n),
-        "critic/lower_tail_mean": _ratio(s["lower_tail"], n),
-        "critic/upper_tail_mean": _ratio(s["upper_tail"], n),
     }
-    return metrics | {f"critic/coverage/{p}": _ratio(s[f"covered/{p}"], n) for p in COVERAGE_LEVELS}
+    if "pairs" in s:
+        coverage = {p: _ratio(s[f"covered/{p}"], n) for p in COVERAGE_LEVELS}
+        metrics |= {
+            "critic/crossing_rate": _ratio(s["crossings"], s["pairs"]),
+            "critic/lower_tail_mean": _ratio(s["lower_tail"], n),
+            "critic/upper_tail_mean": _ratio(s["upper_tail"], n),
+            "critic/calibration_error": sum(abs(seen - p) for p, seen in coverage.items()) / len(coverage),
+        }
+        metrics |= {f"critic/coverage/{p}": seen for p, seen in coverage.items()}
+    if "disagreement" in s:
+        metrics["critic/head_disagreement"] = _ratio(s["disagreement"], n)
+    return metrics
+
+
+@torch.no_grad()
+def policy_sums(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    clipped: Tensor,
+    mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Sums for how far an update has moved the policy, r = p / p_old.
+
+    Args:
+      logprobs, old_logprobs: [B, T] of the sampled tokens, now and before the update.
+      clipped: [B, T] bool from ``clipped_surrogate``.
+      mask: [B, T] bool; what stands where it is False is never read.
+      ref_logprobs: [B, T] under the reference policy, if there is one.
+      entropy: [B, T] of the policy's distributions in nats, if it is at hand.
+
+    Returns:
+      float64 scalars: "count", "clipped", "kl", "ratio", "ratio_sq", and "ref_kl", "entropy" where given. Additive.
+      (No greatest ratio: a maximum is no sum. ``ratio_ess`` sees one runaway token as well.)
+    """
+    logprobs = zero_masked(logprobs.double(), mask)
+    log_ratio = logprobs - zero_masked(old_logprobs.double(), mask)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    per_token = {
+        "clipped": clipped.double(),
+        "kl": ratio - 1.0 - log_ratio,
+        "ratio": ratio,
+        "ratio_sq": ratio.square(),
+    }
+    if ref_logprobs is not None:
+        per_token["ref_kl"] = kl_penalty(logprobs, zero_masked(ref_logprobs.double(), mask), "k3")
+    if entropy is not None:
+        per_token["entropy"] = entropy.double()
+    return {"count": mask.sum().double(), **{name: masked_sum(x, mask) for name, x in per_token.items()}}
+
+
+def policy_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """``policy/clip_fraction``; ``policy/approx_kl`` = mean(r - 1 - log r), which for tokens that p_old sampled
+    estimates KL(p_old || p) without bias and is never negative (k3; Schulman 2020); ``policy/ratio_ess`` =
+    (sum r)^2 / (n sum r^2) in (0, 1]; ``policy/ref_kl`` (k3 of KL(p || reference)) and ``policy/entropy`` where
+    they were summed. With no valid token: NaN.
+    """
+    s = {name: float(x) for name, x in sums.items()}
+    metrics = {
+        "policy/clip_fraction": _ratio(s["clipped"], s["count"]),
+        "policy/approx_kl": _ratio(s["kl"], s["count"]),
+        "policy/ratio_ess": _ratio(s["ratio"] ** 2, s["count"] * s["ratio_sq"]),
+    }
+    return metrics | {f"policy/{k}": _ratio(s[k], s["count"]) for k in ("ref_kl", "entropy") if k in s}
 
 
 @torch.no_grad()

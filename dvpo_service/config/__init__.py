@@ -1,15 +1,13 @@
 """The configuration: a strict pydantic tree, read from YAML with dotted overrides."""
 
+from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.load import load_config, shipped_configs, to_yaml
+from dvpo_service.config.pools import CriticConfig, OptimConfig, PolicyConfig
 from dvpo_service.config.schema import (
-    AlgorithmConfig,
     ClusterConfig,
     Config,
-    CriticConfig,
     DataConfig,
     ModelConfig,
-    OptimConfig,
-    PolicyConfig,
     RewardConfig,
     RolloutConfig,
     TrackingConfig,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec
 from dvpo_service.config.base import (
@@ -15,6 +15,23 @@ from dvpo_service.config.base import (
     Probability,
     Section,
 )
+
+Estimator = Literal["dvpo", "gae", "robust_gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
+WITH_CRITIC = frozenset({"dvpo", "gae", "robust_gae"})
+# A group's outcomes are centred already; the others' advantages share a scale over the batch.
+WHITENED = WITH_CRITIC | {"reinforce_plus_plus"}
+
+
+def _tail(fraction: float) -> float:
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(
+            "a tail is a share of the quantiles, more than 0 and at most 1; to remove a tail's term, "
+            "set algorithm.dvpo_loss_weights.ablate_cvar or ablate_gain to true"
+        )
+    return fraction
+
+
+Tail = Annotated[float, AfterValidator(_tail)]
 
 # ``form`` is a preset over these keys; a key that is given wins (LOSSES: two forms, one switch).
 FORMS: dict[str, dict[str, Any]] = {
@@ -74,18 +91,32 @@ class LossWeights(Section):
 
 
 class AlgorithmConfig(Section):
-    adv_estimator: Literal["dvpo"] = "dvpo"
+    """``adv_estimator`` chooses where advantages come from; docs/algorithm.md has each of them.
+
+    ``lam`` is GAE's trace for the policy, ``critic_lam`` that of the critic's targets (the same when
+    absent); ``length_adaptive_alpha`` replaces ``lam`` by 1 - 1/(alpha x length). ``advantage`` puts risk
+    into DVPO's advantage. ``robust_rho`` is robust_gae's contamination per token."""
+
+    adv_estimator: Estimator = "dvpo"
     gamma: Probability = 1.0
     lam: Probability = 0.95
-    whiten_advantages: bool = True
+    critic_lam: Probability | None = None
+    length_adaptive_alpha: PositiveFloat | None = None
+    whiten_advantages: bool
     bootstrap_truncated: bool = True
+    robust_rho: Probability = 0.01
+
+    advantage: Literal["mean", "cvar", "entropic"] = "mean"
+    advantage_alpha: Fraction = 1.0
+    advantage_beta: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    head_trust: NonNegativeFloat = 0.0
 
     form: Literal["paper", "calibrated"] = "paper"
     n_quantiles: Positive = 200
     n_heads: Positive = 3
     critic_hidden_dim: Positive = 512
-    dvpo_alpha: Fraction = 0.1
-    dvpo_beta: Fraction = 0.1
+    dvpo_alpha: Tail = 0.1
+    dvpo_beta: Tail = 0.1
     risk_eta: NonNegativeFloat = 1.0
     dvpo_loss_weights: LossWeights
 
@@ -111,7 +142,27 @@ class AlgorithmConfig(Section):
         weights = given.get("dvpo_loss_weights", {})
         if isinstance(weights, dict):
             weights = FORM_WEIGHTS[form] | weights
-        return FORMS[form] | given | {"dvpo_loss_weights": weights}
+        whiten = {"whiten_advantages": given.get("adv_estimator", "dvpo") in WHITENED}
+        return FORMS[form] | whiten | given | {"dvpo_loss_weights": weights}
+
+    @model_validator(mode="after")
+    def _a_distribution(self) -> Self:
+        if self.dvpo_alpha + self.dvpo_beta > 1:
+            raise ValueError(
+                f"dvpo_alpha + dvpo_beta = {self.dvpo_alpha + self.dvpo_beta:g} is more than 1: the tails would "
+                "overlap, and the terms of the two pull the shared quantiles in opposite directions"
+            )
+        if self.n_quantiles == 1 and self.quantile_levels == "endpoint":
+            raise ValueError(
+                "one quantile at level 1/1 is an upper bound that only rises; with n_quantiles=1 use "
+                "quantile_levels=midpoint (the median)"
+            )
+        return self
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the estimator learns values; the others need no critic pool."""
+        return self.adv_estimator in WITH_CRITIC
 
     def critic_loss_spec(self) -> CriticLossSpec:
         return CriticLossSpec(

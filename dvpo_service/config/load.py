@@ -25,17 +25,13 @@ def shipped_configs() -> dict[str, Path]:
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """A shipped name or a YAML path, then ``key.sub=value`` overrides (values are YAML).
 
+    A file may start from another one with ``extends: NAME``.
+
     Raises ConfigError: no such config, bad YAML, unknown key (with the nearest known one),
     ill-typed value. All problems are listed, one line each.
     """
     path = _find(name_or_path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
-    tree = {"name": path.stem} | tree
+    tree = {"name": path.stem} | _read(path)
     for override in overrides:
         _apply(tree, override)
     try:
@@ -48,6 +44,33 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved config: feeding it back gives the same run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's tree, over that of the config it ``extends`` (a shipped name, or a path beside it)."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    beside = path.parent / str(parent)
+    parent_path = beside if beside.is_file() else _find(str(parent))
+    if parent_path.resolve() in (*below, path.resolve()):
+        raise ConfigError(f"{path}: extends {parent!r}, which extends it again; break the circle")
+    return _merge(_read(parent_path, (*below, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections merge key by key; anything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def _find(name_or_path: str) -> Path:

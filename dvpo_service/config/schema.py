@@ -1,4 +1,4 @@
-"""The whole configuration tree. Every key a run can have stands here or in algorithm.py."""
+"""The whole configuration tree. Every key stands here, in algorithm.py or in pools.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dvpo_service.config.base import (
     Probability,
     Section,
 )
+from dvpo_service.config.pools import CriticConfig, PolicyConfig
 
 
 class WarmstartConfig(Section):
@@ -104,6 +105,11 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
+    """``dynamic_sampling``: groups whose rewards are all equal teach nothing; draw more prompts in their
+    place, up to ``max_draws`` batches. ``importance_correction`` weighs tokens by trainer / engine
+    probability: ``truncated`` at ``importance_cap``, or ``masked`` (0) above it and below
+    ``importance_floor``."""
+
     num_engines: Positive = 1
     tensor_parallel_size: Positive = 1
     prompts_per_step: Positive = 32
@@ -118,8 +124,11 @@ class RolloutConfig(Section):
     kv_cache_gib: PositiveFloat = 1.0
     gpu_memory_utilization: Fraction = 0.5
     weight_transfer: Literal["auto", "safetensors", "nccl", "ipc"] = "auto"
-    importance_correction: Literal["none", "truncated"] = "none"
+    importance_correction: Literal["none", "truncated", "masked"] = "none"
     importance_cap: PositiveFloat = 2.0
+    importance_floor: NonNegativeFloat = 0.0
+    dynamic_sampling: bool = False
+    max_draws: Annotated[int, Field(ge=2)] = 4
     start_timeout_s: PositiveFloat = 600.0
     generate_timeout_s: PositiveFloat = 600.0
     sync_timeout_s: PositiveFloat = 300.0
@@ -135,56 +144,15 @@ class NoiseConfig(Section):
 
 
 class RewardConfig(Section):
-    """``function``: exact_match, gsm8k, math_verify or ``module:function``."""
+    """``function``: exact_match, gsm8k, math_verify or ``module:function``. ``overlong_buffer``: over the
+    last that many tokens before the length limit the reward falls by up to ``overlong_penalty``; 0 is off."""
 
     function: str = "exact_match"
     num_workers: Positive = 1
     timeout_s: PositiveFloat = 30.0
+    overlong_buffer: NonNegative = 0
+    overlong_penalty: PositiveFloat = 1.0
     noise: NoiseConfig = NoiseConfig()
-
-
-class OptimConfig(Section):
-    lr: PositiveFloat
-    betas: tuple[Probability, Probability] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    warmup_steps: NonNegative = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    max_grad_norm: PositiveFloat = 1.0
-
-
-class TrainerPool(Section):
-    """What critic and policy pools share. Batch sizes count sequences: ``mini_batch_size`` per
-    optimizer step over all ranks (the whole batch when absent), ``micro_batch_size`` per forward
-    pass of one rank."""
-
-    world_size: Positive = 1
-    epochs: Positive = 1
-    mini_batch_size: Positive | None = None
-    micro_batch_size: Positive = 64
-    gradient_checkpointing: bool = False
-    step_timeout_s: PositiveFloat = 1800.0
-
-
-class CriticConfig(TrainerPool):
-    optim: OptimConfig = OptimConfig(lr=5e-4)
-    init_from_policy: bool = True
-
-
-class KLConfig(Section):
-    """KL to the frozen reference policy; ``coef`` 0 turns it off and loads no reference."""
-
-    coef: NonNegativeFloat = 0.0
-    kind: Literal["k1", "k2", "k3"] = "k3"
-    where: Literal["reward", "loss"] = "loss"
-
-
-class PolicyConfig(TrainerPool):
-    optim: OptimConfig = OptimConfig(lr=1e-4)
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
-    entropy_coef: float = 0.0
-    kl: KLConfig = KLConfig()
 
 
 class TrainerConfig(Section):
@@ -256,6 +224,22 @@ class Config(Section):
                     f"{name}: the batch of prompts_per_step x n = {self.batch_size} responses must divide into "
                     f"mini-batches of {mini}, and those over world_size = {pool.world_size} ranks"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _estimators_have_what_they_need(self) -> Self:
+        name, n = self.algorithm.adv_estimator, self.rollout.n
+        if n == 1 and name in ("grpo", "dr_grpo", "rloo"):
+            raise ValueError(f"algorithm.adv_estimator={name} compares a prompt's samples: rollout.n must be 2 or more")
+        if n == 1 and self.rollout.dynamic_sampling:
+            raise ValueError("rollout.dynamic_sampling drops groups without spread: rollout.n must be 2 or more")
+        if self.trainer.critic_warmup and not self.algorithm.has_critic:
+            raise ValueError(f"trainer.critic_warmup: algorithm.adv_estimator={name} has no critic")
+        if self.reward.overlong_buffer >= self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong_buffer = {self.reward.overlong_buffer} must be shorter than "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dvpo_service.models.packing import pack
+
 
 class QuantileHeads(nn.Module):
     """Hidden states [..., D] -> atoms [..., H * M]: a shared two-layer encoder, then H linear heads.
@@ -28,11 +30,22 @@ class DistributionalCritic(nn.Module):
     Args:
         backbone: a Hugging Face model that returns ``last_hidden_state``.
         seed: of the heads' initialisation; heads differ only by it, so disagreement starts there.
+        packing: feed the backbone sequences end to end instead of padded.
     """
 
-    def __init__(self, backbone: nn.Module, *, width: int, num_heads: int, num_quantiles: int, seed: int):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        width: int,
+        num_heads: int,
+        num_quantiles: int,
+        seed: int,
+        packing: bool = False,
+    ):
         super().__init__()
         self.backbone = backbone
+        self.packing = packing
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.value = QuantileHeads(
@@ -54,8 +67,14 @@ class DistributionalCritic(nn.Module):
             [B, T, H * M], to be split by ``split_heads``: entry t is Z after reading
             ``tokens[:, : positions[t] + 1]``. (FSDP wants no view from a forward pass.)
         """
-        hidden = self.backbone(input_ids=tokens, attention_mask=length_mask(lengths, tokens.shape[1])).last_hidden_state
-        hidden = gather_positions(hidden, positions)
+        if self.packing:
+            row = pack(tokens, lengths)
+            hidden = self.backbone(**row.inputs(), use_cache=False).last_hidden_state[0]
+            hidden = hidden[row.index(positions, lengths)]
+        else:
+            mask = length_mask(lengths, tokens.shape[1])
+            hidden = self.backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = gather_positions(hidden, positions)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value(hidden.float())
 

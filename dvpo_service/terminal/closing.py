@@ -61,6 +61,8 @@ def _places(summary: Mapping[str, Any], run_dir: Path, tracking_uri: str | None)
     rows = {"summary": str(run_dir / "summary.json"), "metrics": str(run_dir / "metrics.jsonl")}
     where = dict(summary.get("where", {}))
     rows |= {name: str(where[name]) for name in ("policy", "checkpoints") if name in where}
+    if said := summary.get("warnings"):
+        rows["warnings"] = f"{len(said)}, in summary.json; docs/troubleshooting.md says what helps"
     if tracking_uri:
         uri = mask_uri(tracking_uri)
         rows["MLflow"] = f"make mlflow  ({uri})" if sqlite_path(tracking_uri) else uri

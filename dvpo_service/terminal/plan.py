@@ -10,7 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dvpo_service.config.schema import Config, TrainerPool
+from dvpo_service.config.algorithm import AlgorithmConfig
+from dvpo_service.config.pools import TrainerPool
+from dvpo_service.config.schema import Config
 from dvpo_service.terminal.console import make_console
 from dvpo_service.tracking.masking import mask_uri
 
@@ -36,17 +38,23 @@ def _plan_rows(config: Config) -> dict[str, str]:
     cluster, track = config.cluster, config.tracking
     return {
         "model": _model_words(config),
-        "algorithm": f"{a.adv_estimator} ({a.form} form), critic of {a.n_heads} heads x {a.n_quantiles} quantiles",
+        "algorithm": _algorithm_words(a),
         "rollout": f"{_count(r.num_engines, 'vLLM engine')}, tensor parallel {r.tensor_parallel_size}, "
         f"{_device(cluster.gpus_per_engine)}",
         "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.function}, noise: {w.noise.kind}",
-        "critic": _pool_words(config.critic, config.batch_size, cluster.gpus_per_trainer),
+        "critic": _pool_words(config.critic, config.batch_size, cluster.gpus_per_trainer) if a.has_critic else "none",
         "policy": _pool_words(config.policy, config.batch_size, cluster.gpus_per_trainer),
         "batch": f"{r.prompts_per_step} prompts x {r.n} = {config.batch_size} responses a step, "
         f"each up to {r.max_new_tokens} tokens",
         "steps": f"{t.num_steps}, {_every('evaluation', t.eval_every)}, {_every('checkpoint', t.save_every)}",
         "tracking": "metrics.jsonl" + (f", MLflow experiment {track.experiment}" if track.mlflow else ""),
     }
+
+
+def _algorithm_words(a: AlgorithmConfig) -> str:
+    if a.adv_estimator == "dvpo":
+        return f"dvpo ({a.form} form), critic of {a.n_heads} heads x {a.n_quantiles} quantiles, {a.advantage} advantage"
+    return a.adv_estimator + (", scalar critic" if a.has_critic else "")
 
 
 def _pool_words(pool: TrainerPool, batch: int, gpus: float) -> str:

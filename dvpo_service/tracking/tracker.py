@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvpo_service.advice import Advisor
 from dvpo_service.config.schema import Config
 from dvpo_service.tracking.figures import FanData, calibration_plot, fan_chart
 from dvpo_service.tracking.jsonl import MetricsFile
@@ -41,6 +42,10 @@ class Tracker:
     ) -> None:
         self._display = display
         self._file = MetricsFile(run_dir / "metrics.jsonl", resume_step)
+        self._advisor = _advisor(config)
+        self.advice: list[str] = []  # what the diagnostics of this run say, in words
+        for row in self._file.rows:  # said before the run was cut off
+            self.advice += self._advisor.check(row["step"], _values(row))
         self.tracking_uri: str | None = None
         self._sink: MlflowSink | None = None
         if config.tracking.mlflow:
@@ -60,8 +65,13 @@ class Tracker:
         self._file.write(step, metrics, now)
         if self._sink:
             self._sink.log_metrics(step, metrics, now)
+        if any(name.startswith("eval/") for name in metrics):
+            self._log_calibration(step, metrics)
         if self._display:
             self._display.update(step, metrics)
+        for line in self._advisor.check(step, metrics):
+            self.advice.append(line)
+            self._warn(line)
 
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Sample rollouts, one row each, for MLflow's table view."""
@@ -73,10 +83,12 @@ class Tracker:
         if self._sink and charts:
             self._sink.log_figure(step, "value_fan", lambda: fan_chart(charts, step))
 
-    def log_calibration(self, step: int, coverage: Mapping[float, float]) -> None:
-        """Quantile level to the share of returns at or below the predicted quantile."""
+    def _log_calibration(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A picture of quantile level against the share of returns at or below the predicted quantile."""
+        prefix = "critic/coverage/"
+        coverage = {float(k.removeprefix(prefix)): v for k, v in metrics.items() if k.startswith(prefix)}
         if self._sink and coverage:
-            self._sink.log_figure(step, "calibration", lambda: calibration_plot(dict(coverage), step))
+            self._sink.log_figure(step, "calibration", lambda: calibration_plot(coverage, step))
 
     def finish(
         self,
@@ -94,14 +106,25 @@ class Tracker:
 
     def _send_missed(self, sink: MlflowSink) -> None:
         for row in self._file.rows:
-            values = {k: math.nan if v is None else v for k, v in row.items() if k not in ("step", "time")}
-            sink.log_metrics(row["step"], values, row.get("time"))
+            sink.log_metrics(row["step"], _values(row), row.get("time"))
 
     def _warn(self, text: str) -> None:
         if self._display:
             self._display.note(text)
         else:
             logger.warning("%s", text)
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of ``metrics.jsonl``."""
+    return {k: math.nan if v is None else v for k, v in row.items() if k not in ("step", "time")}
+
+
+def _advisor(config: Config) -> Advisor:
+    # A pessimistic backup is meant to be below the returns.
+    silent = {"critic_mean_off"} if config.algorithm.adv_estimator == "robust_gae" else set()
+    norms = {"policy": config.policy.optim.max_grad_norm, "critic": config.critic.optim.max_grad_norm}
+    return Advisor(silent=silent, max_grad_norm=norms)
 
 
 def _open_sink(uri: str, run_dir: Path, config: Config, run_id: str | None, resume_step: int, warn: Any) -> MlflowSink:
@@ -127,7 +150,7 @@ def _description(config: Config, run_dir: Path) -> str:
     model = config.model.path or "a small model made by `dvpo warmstart`"
     off = [name for name, weight in a.dvpo_loss_weights.effective().items() if weight == 0]
     lines = [
-        f"**{config.name}**: `{a.adv_estimator}` ({a.form} form) on {model}.",
+        f"**{config.name}**: `{a.adv_estimator}`{f' ({a.form} form)' if a.adv_estimator == 'dvpo' else ''} on {model}.",
         "",
         f"- {config.trainer.num_steps} steps of {r.prompts_per_step} prompts x {r.n} responses",
         f"- critic: {a.n_heads} heads x {a.n_quantiles} quantiles; terms off: {', '.join(off) or 'none'}",

@@ -151,13 +151,57 @@ def reference_loss(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, del
 
 
 def reference_gae(
-    rewards: list[float], values: list[float], mask: list[bool], end: float, gamma: float, lam: float
+    rewards: list[float], values: list[float], mask: list[bool], end: float, gamma: float, lam: float | list[float]
 ) -> list[float]:
     """Advantages of one sequence and one atom as explicit sums of discounted deltas over valid tokens."""
     steps = [t for t, valid in enumerate(mask) if valid]
-    following = [values[t] for t in steps[1:]] + [end]
+    following = ([values[t] for t in steps] + [end])[1:]  # none where no token is valid
     deltas = [rewards[t] + gamma * v - values[t] for t, v in zip(steps, following, strict=True)]
+    factors = [gamma * (lam[t] if isinstance(lam, list) else lam) for t in steps]
     out = [0.0] * len(mask)
     for i, t in enumerate(steps):
-        out[t] = math.fsum((gamma * lam) ** n * d for n, d in enumerate(deltas[i:]))
+        out[t] = math.fsum(math.prod(factors[i:n]) * deltas[n] for n in range(i, len(steps)))
+    return out
+
+
+def reference_scan(b: list[float], c: list[float], start: float) -> list[float]:
+    """x_s = b_s + c_s x_{s-1}, one step after another."""
+    out, x = [], start
+    for b_s, c_s in zip(b, c, strict=True):
+        x = b_s + c_s * x
+        out.append(x)
+    return out
+
+
+def reference_cvar_advantage(prompt: list[float], z: list[float], y: list[float], k: int) -> float:
+    """Of one token; ``prompt`` are the ascending atoms of the first valid token, k < M the tail's atoms."""
+    v = (prompt[k - 1] + prompt[k]) / 2
+    short_z, short_y = mean([max(v - x, 0.0) for x in z]), mean([max(v - x, 0.0) for x in y])
+    return (short_z - short_y) / (k / len(prompt))
+
+
+def reference_entropic_advantage(z: list[float], y: list[float], b: float) -> float:
+    c = mean(z)
+    return (mean([math.exp(b * (x - c)) for x in y]) - mean([math.exp(b * (x - c)) for x in z])) / b
+
+
+def reference_robust_advantages(
+    rewards: list[float],
+    values: list[float],
+    mask: list[bool],
+    end: float,
+    gamma: float,
+    lam: float,
+    rho: float,
+    worst: float,
+    ended: bool,
+) -> list[float]:
+    """The robust GAE of one sequence, backwards over its valid tokens."""
+    out, advantage, following, last = [0.0] * len(mask), 0.0, end, True
+    for t in reversed(range(len(mask))):
+        if not mask[t]:
+            continue
+        backup = following if last and ended else (1 - rho) * following + rho * worst
+        advantage = rewards[t] + gamma * backup - values[t] + gamma * lam * (1 - rho) * advantage
+        out[t], following, last = advantage, values[t], False
     return out

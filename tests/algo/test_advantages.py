@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
-from algo_reference import reference_gae
+from algo_reference import reference_gae, reference_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 from dvpo_service.algo.advantages import (
+    _coins,
     distributional_gae,
+    length_adaptive_lambda,
     mixture_targets,
+    returns_to_go,
     scalar_gae,
     whiten,
     whitening_sums,
@@ -43,16 +46,74 @@ def insert_masked(data: Batch, at: int, junk: float) -> Batch:
     return widen(rewards, junk), widen(values, junk), widen(mask, False), z_end
 
 
-@given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
+UNIT = st.one_of(st.sampled_from((0.0, 1.0)), st.floats(0, 1))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), UNIT, st.one_of(UNIT, st.just("per token")))
 @settings(max_examples=60, deadline=None)
-def test_gae_against_reference(seed: int, gamma: float, lam: float) -> None:
-    rewards, values, mask, z_end = batch(seed)
-    targets = distributional_gae(rewards, values, mask, z_end, gamma, lam)
+def test_gae_against_reference(seed: int, t: int, gamma: float, lam: float | str) -> None:
+    rewards, values, mask, z_end = batch(seed, t=t)
+    per_token = torch.rand(3, t, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    trace = per_token.masked_fill(~mask, math.nan) if isinstance(lam, str) else lam
+    targets = distributional_gae(rewards, values, mask, z_end, gamma, trace)
+    advantages, returns = scalar_gae(rewards, values[..., 1], mask, z_end[:, 1], gamma, trace)
     for b in range(3):
         for j in range(4):
             args = rewards[b].tolist(), values[b, :, j].tolist(), mask[b].tolist(), z_end[b, j].item()
-            expected = torch.tensor(reference_gae(*args, gamma, lam), dtype=torch.float64)
-            assert_close(targets[b, :, j], torch.where(mask[b], values[b, :, j] + expected, 0.0))
+            expected = reference_gae(*args, gamma, per_token[b].tolist() if isinstance(lam, str) else lam)
+            exact = torch.tensor(expected, dtype=torch.float64)
+            assert_close(targets[b, :, j], torch.where(mask[b], values[b, :, j] + exact, 0.0))
+            if j == 1:
+                assert_close(advantages[b], exact)
+                assert_close(returns[b], torch.where(mask[b], values[b, :, j] + exact, 0.0))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), UNIT, UNIT)
+@settings(max_examples=40, deadline=None)
+def test_mixture_against_its_recursion_coin_by_coin(seed: int, t: int, gamma: float, lam: float) -> None:
+    rewards, values, mask, z_end = batch(seed, t=t)
+    seeds = torch.tensor([seed, seed + 1, seed + 2])
+    targets = mixture_targets(rewards, values, mask, z_end, gamma, lam, seeds)
+    coins = _coins(mask, 4, torch.full_like(rewards, lam), seeds).tolist()  # the last valid token's first
+    for b in range(3):
+        last_first = [i for i in reversed(range(t)) if mask[b, i]]
+        following = z_end[b].tolist()
+        y = list(following)
+        for slot, i in enumerate(last_first):
+            picked = [y[j] if coins[b][slot][j] else following[j] for j in range(4)]
+            y, following = [rewards[b, i].item() + gamma * x for x in picked], values[b, i].tolist()
+            assert_close(targets[b, i], torch.tensor(sorted(y), dtype=torch.float64))
+    assert (targets[~mask] == 0).all()
+
+
+def test_a_lambda_per_token_may_be_constant_or_one_per_sequence() -> None:
+    data = batch(7)
+    one_each = torch.tensor([[0.2], [0.5], [1.0]])
+    seeds = torch.arange(3)
+    for b in range(3):
+        part = tuple(x[b : b + 1] for x in data)
+        lam = one_each[b].item()
+        assert_close(distributional_gae(*data, 0.9, one_each)[b : b + 1], distributional_gae(*part, 0.9, lam))
+        whole = mixture_targets(*data, 0.9, one_each, seeds)
+        assert_close(whole[b : b + 1], mixture_targets(*part, 0.9, lam, seeds[b : b + 1]))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.999, 1.0])
+def test_long_sequences_in_float32(gamma: float) -> None:
+    t = 4096
+    rewards, values, mask, z_end = batch(8, b=1, t=t, m=2)
+    args = rewards, values[..., 0], mask, z_end[:, 0], gamma
+    float32 = tuple(x.float() for x in args[:2])
+    _, exact = scalar_gae(*args, 0.95)
+    steps = [i for i in reversed(range(t)) if mask[0, i]]
+    following = [z_end[0, 0].item()] + [values[0, i, 0].item() for i in steps[:-1]]
+    b = [rewards[0, i].item() + gamma * 0.05 * v for i, v in zip(steps, following, strict=True)]
+    expected = reference_scan(b, [gamma * 0.95] * len(b), z_end[0, 0].item())
+    assert_close(exact[0, steps], torch.tensor(expected, dtype=torch.float64))
+    assert_close(scalar_gae(*float32, mask, z_end[:, 0].float(), gamma, 0.95)[1].double(), exact, rtol=0, atol=1e-4)
+    targets = distributional_gae(rewards.float(), values.float(), mask, z_end.float(), gamma, 0.95)
+    assert targets.dtype == torch.float32
+    assert_close(targets[..., 0].double(), exact, rtol=0, atol=1e-4)
 
 
 @given(st.integers(0, 2**31), st.integers(0, 6), st.sampled_from((math.nan, 1e9, math.inf)))
@@ -87,6 +148,49 @@ def test_scalar_gae_is_the_mean_of_the_distributional_one() -> None:
     advantages, returns = scalar_gae(rewards, values.mean(-1), mask, z_end.mean(-1), 0.99, 0.9)
     assert_close(returns, targets.mean(-1))
     assert_close(advantages, torch.where(mask, targets.mean(-1) - values.mean(-1), 0.0))
+
+
+def test_a_row_depends_on_its_valid_tokens_alone_to_the_last_bit() -> None:
+    """Over several chunks, in float32: with company and holes, or alone and packed."""
+    rewards, values, mask, z_end = (x.float() if x.is_floating_point() else x for x in batch(11, t=300, m=5))
+    seeds = torch.arange(3)
+    whole = distributional_gae(rewards, values, mask, z_end, 0.99, 0.95)
+    mixed = mixture_targets(rewards, values, mask, z_end, 0.99, 0.95, seeds)
+    scalar, _ = scalar_gae(rewards, values[..., 0], mask, z_end[:, 0], 0.99, 0.95)
+    for b in range(3):
+        valid = mask[b]
+        r, v, full, end = rewards[b, valid][None], values[b, valid][None], mask[b, valid][None], z_end[b : b + 1]
+        assert torch.equal(distributional_gae(r, v, full, end, 0.99, 0.95)[0], whole[b, valid])
+        assert torch.equal(mixture_targets(r, v, full, end, 0.99, 0.95, seeds[b : b + 1])[0], mixed[b, valid])
+        assert torch.equal(scalar_gae(r, v[..., 0], full, end[:, 0], 0.99, 0.95)[0][0], scalar[b, valid])
+
+
+def test_a_right_critic_leaves_no_rounding_to_whiten() -> None:
+    values, mask = torch.full((2, 300), 0.3), torch.ones(2, 300, dtype=torch.bool)
+    advantages, _ = scalar_gae(torch.zeros(2, 300), values, mask, values[:, 0], 1.0, 0.95)
+    assert (advantages == 0).all()
+
+
+def test_returns_to_go_are_the_point_targets() -> None:
+    rewards, values, mask, _ = batch(9)
+    targets = distributional_gae(rewards, values, mask, torch.zeros(3, 4), 0.9, 1.0)
+    assert_close(returns_to_go(rewards.masked_fill(~mask, math.nan), mask, 0.9)[..., None].expand(3, 6, 4), targets)
+
+
+def test_length_adaptive_lambda() -> None:
+    mask = torch.arange(100) < torch.tensor([0, 20, 40, 100])[:, None]
+    assert_close(length_adaptive_lambda(mask, 0.05), torch.tensor([[0.0], [0.0], [0.5], [0.8]]))
+    with pytest.raises(ValueError, match="alpha"):
+        length_adaptive_lambda(mask, 0.0)
+
+
+def test_neither_autocast_nor_bfloat16_costs_precision() -> None:
+    rewards, values, mask, z_end = batch(10)
+    exact = distributional_gae(rewards, values, mask, z_end, 0.99, 0.95)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        targets = distributional_gae(rewards.float(), values.float(), mask, z_end.float(), 0.99, 0.95)
+    assert_close(targets, exact.float())
+    assert distributional_gae(rewards, values.bfloat16(), mask, z_end, 0.99, 0.95).dtype == torch.float32
 
 
 def test_rewards_on_masked_tokens_are_not_read() -> None:
@@ -164,3 +268,5 @@ def test_bad_input() -> None:
         scalar_gae(rewards, values, mask, z_end, 1.0, 0.9)
     with pytest.raises(ValueError, match="seed"):
         mixture_targets(rewards, values, mask, z_end, 1.0, 0.9, torch.tensor([1]))
+    with pytest.raises(ValueError, match="lambda"):
+        scalar_gae(rewards, values[..., 0], mask, z_end[:, 0], 1.0, torch.ones(3, 5))

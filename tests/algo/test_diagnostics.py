@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvpo_service.algo.diagnostics import critic_metrics, critic_sums, rollout_kl_metrics, rollout_kl_sums
+from dvpo_service.algo.diagnostics import (
+    critic_metrics,
+    critic_sums,
+    policy_metrics,
+    policy_sums,
+    rollout_kl_metrics,
+    rollout_kl_sums,
+)
 from dvpo_service.algo.quantiles import quantile_levels
 
 LEVELS = quantile_levels(100, "midpoint")
@@ -25,6 +32,9 @@ def test_a_calibrated_critic_is_seen_as_such() -> None:
     metrics = critic_metrics(critic_sums(z, returns, mask, LEVELS, 0.1, 0.1))
     for level in (0.1, 0.25, 0.5, 0.75, 0.9):
         assert metrics[f"critic/coverage/{level}"] == pytest.approx(level, abs=0.015)
+    assert metrics["critic/calibration_error"] < 0.015
+    assert metrics["critic/return_mean"] == pytest.approx(float(returns.mean()), rel=1e-4)
+    assert metrics["critic/return_sd"] == pytest.approx(1.25**0.5, abs=0.02)
     assert metrics["critic/explained_variance"] == pytest.approx(0.8, abs=0.02)
     assert metrics["critic/head_disagreement"] == 0
     assert metrics["critic/crossing_rate"] == 0
@@ -53,6 +63,72 @@ def test_head_disagreement_by_hand() -> None:
     assert math.isnan(metrics["critic/explained_variance"])
 
 
+def test_calibration_error_by_hand() -> None:
+    """Every return is above all atoms: coverage 0 at 0.1, 0.25, 0.5, 0.75, 0.9, which are 0.5 on average."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    metrics = critic_metrics(critic_sums(torch.zeros(1, 1, 1, 100), torch.ones(1, 1), mask, LEVELS, 0.1, 0.1))
+    assert metrics["critic/calibration_error"] == pytest.approx(0.5)
+    assert metrics["critic/coverage/0.9"] == 0
+    assert "critic/head_disagreement" not in metrics  # one head agrees with itself
+
+
+def test_a_scalar_critic_has_a_mean_and_no_quantiles() -> None:
+    z, returns = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1), torch.tensor([[1.0, 3.0, 5.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    metrics = critic_metrics(critic_sums(z, returns, mask, quantile_levels(1, "midpoint"), 0.1, 0.1))
+    assert metrics == pytest.approx(
+        {
+            "critic/quantile_mean": 7 / 3,
+            "critic/return_mean": 3.0,
+            "critic/return_sd": (8 / 3) ** 0.5,
+            "critic/explained_variance": 1 - (2 / 9) / (8 / 3),
+        }
+    )
+    assert critic_metrics(critic_sums(z.expand(1, 3, 2, 1), returns, mask, LEVELS[:1], 1, 1)).keys() == metrics.keys()
+
+
+def test_policy_metrics_by_hand() -> None:
+    """Ratios 2 and 1, one token clipped; what stands on padding is never read."""
+    mask = torch.tensor([[True, True, False]])
+    logprobs = torch.tensor([[math.log(0.5), math.log(0.25), math.nan]])
+    old = torch.tensor([[math.log(0.25), math.log(0.25), math.nan]])
+    clipped = torch.tensor([[True, False, True]])
+    metrics = policy_metrics(policy_sums(logprobs, old, clipped, mask))
+    assert metrics == pytest.approx(
+        {
+            "policy/clip_fraction": 0.5,
+            "policy/approx_kl": (1 - math.log(2)) / 2,
+            "policy/ratio_ess": 9 / (2 * 5),
+        }
+    )
+    entropy = torch.tensor([[1.0, 2.0, math.nan]])
+    metrics = policy_metrics(policy_sums(logprobs, old, clipped, mask, ref_logprobs=old, entropy=entropy))
+    assert metrics["policy/entropy"] == 1.5
+    assert metrics["policy/ref_kl"] == pytest.approx((0.5 - 1 + math.log(2)) / 2)
+
+
+def test_policy_kl_estimates_the_closed_form() -> None:
+    """Expected over the tokens that the old policy samples, approx_kl is KL(old || new) exactly."""
+    old, new = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
+    sampled = torch.tensor([[0] * 5 + [1] * 3 + [2] * 2])  # in the old policy's proportions
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    metrics = policy_metrics(policy_sums(new.log()[sampled], old.log()[sampled], mask, mask))
+    assert metrics["policy/approx_kl"] == pytest.approx(float((old * (old / new).log()).sum()), rel=1e-5)
+
+
+def test_policy_sums_add_up() -> None:
+    logprobs, old, entropy = -torch.rand(4, 5), -torch.rand(4, 5), torch.rand(4, 5)
+    mask, clipped = torch.rand(4, 5) < 0.7, torch.rand(4, 5) < 0.3
+    mask[:, 0] = True
+    whole = policy_metrics(policy_sums(logprobs, old, clipped, mask, ref_logprobs=old, entropy=entropy))
+    rows = [slice(i, i + 1) for i in range(4)]
+    parts = [
+        policy_sums(logprobs[i], old[i], clipped[i], mask[i], ref_logprobs=old[i], entropy=entropy[i]) for i in rows
+    ]
+    assert policy_metrics(added(parts)) == pytest.approx(whole)
+    assert all(x.dtype == torch.float64 for x in parts[0].values())
+
+
 def test_rollout_metrics() -> None:
     mask = torch.tensor([[True, True, False]])
     same = torch.tensor([[-1.0, -2.0, math.nan]])
@@ -70,4 +146,5 @@ def test_no_valid_token_is_nan_not_an_error() -> None:
     sums = critic_sums(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2), none, quantile_levels(3, "midpoint"), 0.1, 0.1)
     assert all(math.isnan(x) for x in critic_metrics(sums).values())
     zeros = torch.zeros(1, 2)
+    assert all(math.isnan(x) for x in policy_metrics(policy_sums(zeros, zeros, none, none)).values())
     assert all(math.isnan(x) for x in rollout_kl_metrics(rollout_kl_sums(zeros, zeros, none)).values())

@@ -73,14 +73,56 @@ def test_kl_estimators_against_closed_form() -> None:
         kl_penalty(p, r, "k4")  # type: ignore[arg-type]
 
 
+def test_dual_clip_by_hand() -> None:
+    """c = 3: a bad token's loss stops at -3 A; good tokens and the inner clip are as without it."""
+    ratio = torch.tensor([[1.5, 0.5, 5.0, 2.0, 5.0]])
+    advantages = torch.tensor([[2.0, -2.0, -2.0, -2.0, 0.0]])
+    logprobs = ratio.log().requires_grad_()
+    loss, clipped = clipped_surrogate(
+        logprobs, torch.zeros_like(ratio), advantages, clip_low=0.2, clip_high=0.28, dual_clip=3.0
+    )
+    assert_close(loss, torch.tensor([[-2.56, 1.6, 6.0, 4.0, 0.0]]))
+    assert clipped.tolist() == [[True, True, True, False, False]]
+    loss.sum().backward()
+    assert_close(logprobs.grad, torch.tensor([[0.0, 0.0, 0.0, 4.0, 0.0]]))
+    for bound in (1.0, math.nan):
+        with pytest.raises(ValueError, match="dual clip"):
+            clipped_surrogate(logprobs, logprobs, advantages, clip_low=0.2, clip_high=0.2, dual_clip=bound)
+
+
+def test_dual_clip_bounds_what_the_clip_does_not() -> None:
+    logprobs = torch.tensor([[200.0]], requires_grad=True)
+    bad = torch.tensor([[-1.0]])
+    free, _ = clipped_surrogate(logprobs, torch.zeros(1, 1), bad, clip_low=0.2, clip_high=0.2)
+    held, clipped = clipped_surrogate(
+        logprobs, torch.zeros(1, 1), bad, clip_low=0.2, clip_high=0.2, dual_clip=3.0, is_weights=torch.tensor([[0.5]])
+    )
+    assert free.item() > 1e8
+    assert held.item() == 1.5
+    assert clipped.all()
+
+
 def test_importance_weights_are_capped_and_detached() -> None:
     proximal = torch.log(torch.tensor([[1.0, 3.0, 0.5]])).requires_grad_()
     weights = importance_weights(proximal, torch.zeros(1, 3), cap=2.0)
     assert_close(weights, torch.tensor([[1.0, 2.0, 0.5]]))
     assert not weights.requires_grad
     assert importance_weights(torch.tensor([[900.0]]), torch.tensor([[0.0]]), cap=2.0).item() == 2.0
-    with pytest.raises(ValueError, match="cap"):
-        importance_weights(proximal, proximal, cap=0.0)
+    for cap, floor, match in ((0.0, 0.0, "cap"), (2.0, 2.5, "floor"), (2.0, -0.1, "floor")):
+        with pytest.raises(ValueError, match=match):
+            importance_weights(proximal, proximal, cap, floor=floor)
+
+
+def test_masked_importance_weights_leave_tokens_out_on_both_sides() -> None:
+    proximal = torch.log(torch.tensor([[1.0, 3.0, 0.5, 0.25, 1.5]])).requires_grad_()
+    rollout = torch.zeros(1, 5)
+    masked = importance_weights(proximal, rollout, 2.0, beyond="mask", floor=0.4)
+    assert_close(masked, torch.tensor([[1.0, 0.0, 0.5, 0.0, 1.5]]))
+    assert not masked.requires_grad
+    assert_close(importance_weights(proximal, rollout, 2.0, beyond="mask")[0, 3], torch.tensor(0.25))
+    assert_close(importance_weights(proximal, rollout, 2.0, floor=0.4)[0, 3], torch.tensor(0.25))
+    with pytest.raises(ValueError, match="drop"):
+        importance_weights(proximal, rollout, 2.0, beyond="drop")  # type: ignore[arg-type]
 
 
 def test_masked_reductions() -> None:

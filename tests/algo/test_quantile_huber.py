@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -130,9 +131,24 @@ def test_bf16_and_autocast_work_in_float32() -> None:
 def test_nan_stays_in_its_token() -> None:
     z, y = torch.randn(3, 2, 4), torch.randn(3, 6)
     y[1, 2] = math.nan
+    z[2, 0, 3] = math.nan
     loss = quantile_huber(z, y, quantile_levels(4, "midpoint"), 1.0)
     assert loss[1].isnan().all()
-    assert loss[[0, 2]].isfinite().all()
+    assert loss[2].isnan().sum() == 1
+    assert loss[0].isfinite().all()
+    assert loss[2, 0, 3].isnan()
+
+
+def test_float64_targets_of_float32_atoms() -> None:
+    z, y, tau = torch.randn(3, 2, 4), torch.randn(3, 6, dtype=torch.float64), quantile_levels(4, "midpoint")
+    assert_close(quantile_huber(z, y, tau, 1.0), quantile_huber(z.double(), y, tau, 1.0).float())
+
+
+def test_path() -> None:
+    """On a CPU the kernel is used in Triton's interpreter only, and where float32 can hold delta."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    assert (module._kernel_for(torch.zeros(1), 1.0) is not None) == interpreted
+    assert module._kernel_for(torch.zeros(1), 1e-50) is None
 
 
 def test_empty_batch() -> None:

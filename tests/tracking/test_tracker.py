@@ -61,10 +61,10 @@ def test_a_whole_run(tmp_path, make_config):
     tracker = Tracker(run_dir, make_config(tags=tags, run_name="first", experiment="exp"))
     fan = FanData("1+1=", ["2"], np.linspace(0, 1, 5), np.random.default_rng(0).random((1, 5)), 1.0)
     for step in range(3):
-        tracker.log(step, {"reward/mean": step / 10, "critic/loss/qr": math.inf, "eval/my (split)/accuracy": 0.5})
+        metrics = {"reward/mean": step / 10, "critic/loss/qr": math.inf, "eval/my (split)/accuracy": 0.5}
+        tracker.log(step, metrics | {"critic/coverage/0.1": 0.2, "critic/coverage/0.9": 0.8})
         tracker.log_samples(step, [{"prompt": "1+1=", "response": "2", "reward": 1.0}] * 2)
     tracker.log_fan(2, [fan])
-    tracker.log_calibration(2, {0.1: 0.2, 0.9: 0.8})
     tracker.finish("FINISHED", {"held_out_after": {"val": 0.7}, "held_out_greedy_before": {"val": 0.4}})
 
     assert tracker.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -200,10 +200,10 @@ def test_the_display_gets_metrics_and_warnings(tmp_path, make_config, monkeypatc
         raise ConnectionError("down")
 
     monkeypatch.setattr(tracker._sink._client, "log_figure", down)
-    tracker.log(0, {"reward/mean": 0.5})
-    tracker.log_calibration(0, {0.5: 0.5})
+    metrics = {"eval/val/accuracy": 0.5, "critic/coverage/0.5": 0.5}
+    tracker.log(0, metrics)
     tracker.finish("FAILED", None)
-    assert display.steps == [(0, {"reward/mean": 0.5})]
+    assert display.steps == [(0, metrics)]
     assert len(display.notes) == 1
     assert client_of(tracker).get_run(tracker.run_id).info.status == "FAILED"
 
@@ -252,3 +252,17 @@ def test_a_deleted_experiment_is_told(tmp_path, make_config):
 
 def test_the_default_store_stands_beside_the_run_folders(tmp_path):
     assert default_tracking_uri(tmp_path / "runs" / "x") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+def test_a_run_says_in_words_what_is_wrong(tmp_path, make_config):
+    display = Display()
+    tracker = Tracker(tmp_path / "a", make_config(), display=display)
+    for step in range(1, 6):
+        tracker.log(step, {"policy/clip_fraction": 0.7})
+    tracker.finish("KILLED", None)
+    assert len(display.notes) == len(tracker.advice) == 1
+    assert "[clip_fraction_high] 70% of the tokens are clipped" in display.notes[0]
+    again = Tracker(tmp_path / "a", make_config(), run_id=tracker.run_id, resume_step=6, display=display)
+    again.log(6, {"policy/clip_fraction": 0.7})
+    again.finish("FINISHED", None)
+    assert len(display.notes) == 1, "what was said before the run was cut off is not said again"

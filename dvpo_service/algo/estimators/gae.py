@@ -1,0 +1,51 @@
+"""PPO's scalar critic (arXiv 1707.06347); its advantages are ``advantages.scalar_gae``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dvpo_service.algo.masks import float32_or_better, masked_mean, zero_masked
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    old_values: Tensor | None = None,
+    clip: float | None = None,
+    denominator: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``0.5 (V - R)^2`` over valid tokens, if wanted with PPO's value clipping.
+
+    Clipped, a token's loss is the greater of that and ``0.5 (V_old + clamp(V - V_old, -clip, clip) - R)^2``:
+    once V has moved by more than ``clip`` away from R's side it has no gradient. It stands in PPO's code
+    rather than in the paper.
+
+    Args:
+      values: [B, T], the prediction; gradient flows here alone.
+      returns: [B, T].
+      mask: [B, T] bool.
+      old_values: [B, T], the prediction before the update; needed where ``clip`` is given.
+      clip: > 0, in units of the return; None for no clipping.
+      denominator: the global count of valid tokens (``masked_mean``).
+
+    Returns:
+      The loss (scalar, float32 or better), and [B, T] bool: valid tokens whose loss is the clipped one.
+
+    Raises:
+      ValueError: on shapes that differ, a ``clip`` without ``old_values`` or not above 0.
+    """
+    values = zero_masked(float32_or_better(values), mask)
+    returns = zero_masked(returns.detach().to(values.dtype), mask)
+    error = (values - returns).square()
+    if clip is None:
+        return 0.5 * masked_mean(error, mask, denominator), torch.zeros_like(mask)
+    if old_values is None or not clip > 0:
+        raise ValueError(f"value clipping needs old values and a clip > 0, got clip={clip}")
+    old_values = zero_masked(old_values.detach().to(values.dtype), mask)
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    clipped_error = (near - returns).square()
+    loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, denominator)
+    return loss, (clipped_error > error) & mask

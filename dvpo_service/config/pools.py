@@ -1,0 +1,72 @@
+"""``critic`` and ``policy``: the two pools that train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dvpo_service.config.base import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+)
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class TrainerPool(Section):
+    """What critic and policy pools share. Batch sizes count sequences: ``mini_batch_size`` per
+    optimizer step over all ranks (the whole batch when absent), ``micro_batch_size`` per forward
+    pass of one rank. ``packing`` lays a micro-batch's sequences end to end instead of padding them."""
+
+    world_size: Positive = 1
+    epochs: Positive = 1
+    mini_batch_size: Positive | None = None
+    micro_batch_size: Positive = 64
+    gradient_checkpointing: bool = False
+    packing: bool = False
+    step_timeout_s: PositiveFloat = 1800.0
+
+
+class CriticConfig(TrainerPool):
+    """``value_clip``: how far a scalar critic (gae, robust_gae) may move from its old value in one step."""
+
+    optim: OptimConfig = OptimConfig(lr=5e-4)
+    init_from_policy: bool = True
+    value_clip: PositiveFloat | None = None
+
+
+class KLConfig(Section):
+    """KL to the frozen reference policy; ``coef`` 0 turns it off and loads no reference."""
+
+    coef: NonNegativeFloat = 0.0
+    kind: Literal["k1", "k2", "k3"] = "k3"
+    where: Literal["reward", "loss"] = "loss"
+
+
+class PolicyConfig(TrainerPool):
+    """``dual_clip`` bounds the loss of a bad token whose ratio ran away (> 1, or null for off);
+    ``loss_agg`` is how tokens and sequences share the loss (docs/algorithm.md)."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-4)
+    clip_low: Fraction = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
+        "token_mean"
+    )
+    entropy_coef: float = 0.0
+    kl: KLConfig = KLConfig()

@@ -1,0 +1,79 @@
+"""``adv_estimator: dvpo``: the distributional critic (arXiv 2512.03847)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dvpo_service.algo.advantages import distributional_gae, mixture_targets, scalar_gae
+from dvpo_service.algo.critic_loss import critic_loss, shift_sum
+from dvpo_service.algo.risk_advantage import cvar_advantages, entropic_advantages, head_trust
+from dvpo_service.config import AlgorithmConfig
+from dvpo_service.estimators.objective import Carried, Estimate, bootstrap, critic_lambda, policy_lambda
+from dvpo_service.types import Rollouts
+
+
+class DvpoObjective:
+    """Targets of M atoms, the eight loss terms, and an advantage that may carry risk."""
+
+    loss_name = "dvpo_loss"
+
+    def __init__(self, algorithm: AlgorithmConfig):
+        self.algorithm = algorithm
+        self.spec = algorithm.critic_loss_spec()
+        self.heads, self.quantiles = algorithm.n_heads, algorithm.n_quantiles
+
+    def estimate(
+        self, z: Tensor, z_end: Tensor, part: Rollouts, *, seeds: Tensor, pretraining: bool, carried: Carried
+    ) -> Estimate:
+        rewards, mask = part.rewards.to(z.device), part.response_mask.to(z.device)
+        heads = z.sort(dim=-1).values
+        atoms, end = heads.mean(-2), bootstrap(self.algorithm, part, z_end.sort(dim=-1).values.mean(-2))
+        lam = critic_lambda(self.algorithm, pretraining)
+        targets = self._targets(rewards, atoms, mask, end, lam, seeds)
+        value = atoms.mean(-1)
+        advantages = self._advantages(rewards, atoms, value, mask, end, seeds)
+        if self.algorithm.head_trust:
+            advantages = head_trust(advantages, heads, mask, self.algorithm.head_trust)
+        return Estimate(targets, advantages, torch.where(mask, value, 0.0))
+
+    def loss(
+        self, z: Tensor, kept: Estimate, mask: Tensor, *, denominator: float, carried: Carried, gate: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        delta = self._delta(carried)
+        loss = critic_loss(z, kept.targets, mask, self.spec, delta=delta, denominator=denominator, mean_shift=gate)
+        parts = {f"loss/{t}": v for t, v in loss.raw.items()} | {f"weighted/{t}": v for t, v in loss.weighted.items()}
+        # A share each, so that the parts of the batch add up to delta itself.
+        parts["huber_delta"] = delta * mask.sum() / denominator
+        return loss.total, parts
+
+    def gate(self, z: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Eq. 7 over a batch has its relu around the mean over all tokens of all ranks."""
+        if self.spec.shift_over == "token":
+            return torch.zeros((), dtype=torch.float64, device=z.device)
+        return shift_sum(z, targets, mask, self.spec)
+
+    def _targets(
+        self, rewards: Tensor, atoms: Tensor, mask: Tensor, end: Tensor, lam: float | Tensor, seeds: Tensor
+    ) -> Tensor:
+        gamma = self.algorithm.gamma
+        if self.algorithm.critic_target == "gae":
+            return distributional_gae(rewards, atoms, mask, end, gamma, lam)
+        return mixture_targets(rewards, atoms, mask, end, gamma, lam, seeds)
+
+    def _advantages(
+        self, rewards: Tensor, atoms: Tensor, value: Tensor, mask: Tensor, end: Tensor, seeds: Tensor
+    ) -> Tensor:
+        a, lam = self.algorithm, policy_lambda(self.algorithm, mask)
+        cvar = a.advantage == "cvar" and a.advantage_alpha < 1
+        entropic = a.advantage == "entropic" and a.advantage_beta != 0
+        if not (cvar or entropic):  # any fixed weighting of atoms is scalar GAE with another baseline
+            return scalar_gae(rewards, value, mask, end.mean(-1), a.gamma, lam)[0]
+        targets = self._targets(rewards, atoms, mask, end, lam, seeds)
+        if cvar:
+            return cvar_advantages(atoms, targets, mask, a.advantage_alpha)
+        return entropic_advantages(atoms, targets, mask, a.advantage_beta)
+
+    def _delta(self, carried: Carried) -> float:
+        absolute = self.algorithm.huber_scale == "absolute"
+        return self.algorithm.huber_delta * (1.0 if absolute else carried.return_sd or 1.0)

@@ -1,0 +1,99 @@
+"""The stream on engines and reward workers in memory: dynamic sampling, the overlong penalty, the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.stream import SyncStream
+from dvpo_service.data.dataset import Dataset
+from dvpo_service.types import Prompt, Sample, Score
+from tests.builders import make_config
+
+
+@dataclass
+class FakeEngines:
+    asked: list[list[int]] = field(default_factory=list)
+
+    def generate(self, prompts: list[Prompt], sampling: Any, *, run_seed: int, step: int) -> list[list[Sample]]:
+        self.asked.append([p.index for p in prompts])
+        return [
+            [Sample(p.index, j, (5,) * (j + 1), (-1.0,) * (j + 1), "x" * (j + 1), "stop", step) for j in range(4)]
+            for p in prompts
+        ]
+
+
+@dataclass
+class FakeRewards:
+    """Prompts with an even index get equal rewards."""
+
+    flat: Any = lambda index: index % 2 == 0
+
+    def score(self, work: list[tuple[list[str], str, list[int]]], *, noisy: bool) -> list[list[Score]]:
+        return [
+            [Score(r, r) for r in ((1.0,) * 4 if self.flat(int(answer)) else (0.0, 1.0, 0.0, 1.0))]
+            for _, answer, _ in work
+        ]
+
+
+def make_stream(tiny_model: Path, prompts: int = 16, rewards: FakeRewards | None = None, **sections: Any) -> SyncStream:
+    sections["rollout"] = {"prompts_per_step": 4, "n": 4, "max_new_tokens": 8} | sections.get("rollout", {})
+    rows = tuple(Prompt(i, ({"role": "user", "content": "?"},), str(i), "test", (7, 8)) for i in range(prompts))
+    config = make_config(tiny_model, **sections)
+    return SyncStream(config, Dataset("test", rows, ("",) * prompts), FakeEngines(), rewards or FakeRewards())  # type: ignore[arg-type]
+
+
+def test_without_dynamic_sampling_a_batch_is_one_draw(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model)
+    batch = stream.next(0)
+    assert [len(a) for a in stream.engines.asked] == [4]  # type: ignore[attr-defined]
+    assert batch.rollouts.prompt_index.tolist() == [i for i in stream.engines.asked[0] for _ in range(4)]  # type: ignore[attr-defined]
+
+
+def test_groups_without_spread_are_replaced(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model, rollout={"dynamic_sampling": True, "max_draws": 9})
+    batch = stream.next(0)
+    asked: list[list[int]] = stream.engines.asked  # type: ignore[attr-defined]
+    useful = [i for draw in asked for i in draw if i % 2]
+    assert batch.rollouts.prompt_index[::4].tolist() == useful, "every useful group, in the order drawn"
+    assert len(useful) == 4
+    assert batch.metrics["rollout/draws"] == len(asked) > 1
+    drawn = sum(map(len, asked))
+    assert batch.metrics["reward/groups_without_spread"] == pytest.approx((drawn - 4) / drawn), (
+        "over all that was drawn"
+    )
+    assert len(batch.rows) == 16
+
+
+def test_draws_end_and_the_batch_keeps_its_size(tiny_model: Path) -> None:
+    stream = make_stream(
+        tiny_model, rollout={"dynamic_sampling": True, "max_draws": 3}, rewards=FakeRewards(lambda i: True)
+    )
+    batch = stream.next(0)
+    assert len(stream.engines.asked) == 3  # type: ignore[attr-defined]
+    assert len(batch.rollouts) == 16
+
+
+def test_every_prompt_is_drawn_once_an_epoch_also_by_dynamic_sampling(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model, rollout={"dynamic_sampling": True})
+    for step in range(4):
+        stream.next(step)
+    drawn = [i for draw in stream.engines.asked for i in draw]  # type: ignore[attr-defined]
+    whole = len(drawn) // 16 * 16
+    for start in range(0, whole, 16):
+        assert sorted(drawn[start : start + 16]) == list(range(16))
+
+
+def test_long_answers_lose_reward_but_not_clean_reward(tiny_model: Path) -> None:
+    stream = make_stream(
+        tiny_model,
+        rewards=FakeRewards(lambda i: True),
+        rollout={"max_new_tokens": 4},
+        reward={"overlong_buffer": 2, "overlong_penalty": 0.5},
+    )
+    rollouts = stream.next(0).rollouts
+    assert rollouts.scores[:4].tolist() == [1.0, 1.0, 0.75, 0.5], "lengths 1 to 4 of at most 4"
+    assert rollouts.clean_scores[:4].tolist() == [1.0] * 4

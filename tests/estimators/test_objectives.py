@@ -1,0 +1,129 @@
+"""Objectives and estimators as a config makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from dvpo_service.algo.advantages import scalar_gae
+from dvpo_service.config import AlgorithmConfig
+from dvpo_service.estimators import GroupEstimator, critic_objective
+from dvpo_service.estimators.objective import Carried, Estimate
+from dvpo_service.types import Rollouts
+from tests.builders import make_rollouts
+
+CARRIED = Carried(return_sd=0.5, worst_value=-1.0)
+
+
+def estimate(*, pretraining: bool = False, seed: int = 0, **algorithm: Any) -> tuple[Estimate, Tensor, Rollouts]:
+    config = AlgorithmConfig.model_validate({"n_quantiles": 12, "n_heads": 3} | algorithm)
+    objective, part = critic_objective(config, None), make_rollouts(seed=seed)
+    b, t = part.rewards.shape
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(b, t, objective.heads, objective.quantiles, generator=rng)
+    z_end = torch.randn(b, objective.heads, objective.quantiles, generator=rng)
+    seeds = torch.arange(b)
+    found = objective.estimate(z, z_end, part, seeds=seeds, pretraining=pretraining, carried=CARRIED)
+    return found, z, part
+
+
+@pytest.mark.parametrize("form", ["paper", "calibrated"])
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"advantage": "cvar", "advantage_alpha": 1.0},
+        {"advantage": "entropic", "advantage_beta": 0.0},
+        {"head_trust": 0.0},
+    ],
+    ids=["cvar", "entropic", "head_trust"],
+)
+def test_risk_is_the_mean_at_its_neutral_value(form: str, neutral: dict[str, Any]) -> None:
+    mean, _, _ = estimate(form=form)
+    assert torch.equal(estimate(form=form, **neutral)[0].advantages, mean.advantages)
+
+
+@pytest.mark.parametrize(
+    "risky",
+    [
+        {"advantage": "cvar", "advantage_alpha": 0.2},
+        {"advantage": "entropic", "advantage_beta": -2.0},
+        {"head_trust": 1.0},
+    ],
+    ids=["cvar", "entropic", "head_trust"],
+)
+def test_risk_changes_the_advantage_elsewhere(risky: dict[str, Any]) -> None:
+    mean, _, part = estimate(form="calibrated")
+    found, _, _ = estimate(form="calibrated", **risky)
+    assert not torch.allclose(found.advantages, mean.advantages)
+    assert torch.isfinite(found.advantages).all()
+    assert (found.advantages[~part.response_mask] == 0).all()
+
+
+def test_the_advantage_is_scalar_gae_on_the_mean_atom() -> None:
+    found, z, part = estimate(form="paper", lam=0.9, bootstrap_truncated=False)
+    value = z.sort(-1).values.mean((-1, -2))
+    expected, _ = scalar_gae(part.rewards, value, part.response_mask, torch.zeros(len(part)), 1.0, 0.9)
+    assert_close(found.advantages, expected)
+    assert_close(found.targets.mean(-1) - found.values, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_response_is_bootstrapped_and_a_finished_one_is_not() -> None:
+    (cut,) = (~make_rollouts().finished).nonzero().flatten().tolist()
+    booted, _, part = estimate(lam=1.0)
+    plain, _, _ = estimate(lam=1.0, bootstrap_truncated=False)
+    rows = torch.arange(len(part)) != cut
+    assert torch.equal(booted.targets[rows], plain.targets[rows])
+    assert not torch.equal(booted.targets[cut], plain.targets[cut])
+
+
+@pytest.mark.parametrize("estimator", ["dvpo", "gae", "robust_gae"])
+def test_pretraining_aims_at_plain_returns(estimator: str) -> None:
+    rho = {"robust_rho": 0.0} if estimator == "robust_gae" else {}
+    found, _, part = estimate(pretraining=True, lam=0.5, adv_estimator=estimator, bootstrap_truncated=False, **rho)
+    returns = torch.where(part.response_mask, part.scores.nan_to_num()[:, None], 0.0)
+    assert_close(found.targets, returns[..., None].expand_as(found.targets))
+
+
+def test_decoupled_lambdas() -> None:
+    both, _, _ = estimate(lam=0.5, form="paper")
+    split, _, _ = estimate(lam=0.5, critic_lam=1.0, form="paper")
+    ones, _, _ = estimate(lam=1.0, form="paper")
+    assert torch.equal(split.advantages, both.advantages)
+    assert torch.equal(split.targets, ones.targets)
+
+
+def test_a_long_answer_has_a_longer_trace() -> None:
+    adaptive, z, part = estimate(length_adaptive_alpha=0.5, form="paper", bootstrap_truncated=False)
+    row = int(part.response_mask.sum(1).argmax())
+    length = int(part.response_mask[row].sum())
+    fixed, _, _ = estimate(lam=1 - 1 / (0.5 * length), form="paper", bootstrap_truncated=False)
+    assert_close(adaptive.advantages[row], fixed.advantages[row])
+
+
+def test_robust_gae_is_gae_without_contamination_and_lower_with() -> None:
+    plain, _, part = estimate(adv_estimator="gae")
+    none, _, _ = estimate(adv_estimator="robust_gae", robust_rho=0.0)
+    some, _, _ = estimate(adv_estimator="robust_gae", robust_rho=0.1)
+    assert torch.equal(plain.targets, none.targets)
+    first = part.response_mask & (part.response_mask.sum(1, keepdim=True) > 1)
+    assert (some.targets[first].mean() < plain.targets[first].mean()).item()
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"])
+def test_group_estimators_need_no_critic_and_leave_failed_samples_out(estimator: str) -> None:
+    config = AlgorithmConfig.model_validate({"adv_estimator": estimator})
+    assert not config.has_critic
+    part = make_rollouts()
+    found, metrics = GroupEstimator(config).advantages(part, 0)
+    assert torch.isfinite(found.advantages).all()
+    assert (found.advantages[~part.response_mask] == 0).all()
+    assert (found.advantages[0] == 0).all(), "its scoring failed"
+    assert metrics["advantage/std"] > 0
+    if estimator != "reinforce_plus_plus":  # the first group has one failed sample; outcomes balance without it
+        outcomes = part.scores[1:4]
+        signs = found.advantages[1:4, 0].sign()
+        assert torch.equal(signs, (outcomes - outcomes.mean()).sign())
