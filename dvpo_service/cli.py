@@ -100,6 +100,23 @@ def doctor(
 
 
 @app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="quantile-huber, advantages or critic-step.")],
+) -> None:
+    """Measure one part of the algorithm on this machine; prints JSON."""
+    import importlib
+    import json
+
+    from dvpo_service.bench import NAMES
+    from dvpo_service.errors import ConfigError
+
+    if name not in NAMES:
+        raise ConfigError(f"no benchmark {name!r}: one of {', '.join(NAMES)}")
+    module = importlib.import_module(f"dvpo_service.bench.{name.replace('-', '_')}")
+    typer.echo(json.dumps(module.run(), indent=2))
+
+
+@app.command()
 def configs() -> None:
     """List the shipped configs."""
     from dvpo_service.config import shipped_configs

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dvpo_service.algo.advantages import scalar_gae
-from dvpo_service.algo.estimators.gae import value_loss
-from dvpo_service.algo.estimators.robust_gae import robust_gae
+from dvpo_service.algo.baselines.gae import value_loss
+from dvpo_service.algo.baselines.robust_gae import robust_gae
 from dvpo_service.config import AlgorithmConfig
 from dvpo_service.estimators.objective import Carried, Estimate, bootstrap, critic_lambda, policy_lambda
 from dvpo_service.types import Rollouts

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dvpo_service.algo.estimators.dr_grpo import dr_grpo
-from dvpo_service.algo.estimators.grpo import grpo
-from dvpo_service.algo.estimators.reinforce_plus_plus import reinforce_plus_plus
-from dvpo_service.algo.estimators.rloo import rloo
+from dvpo_service.algo.baselines.dr_grpo import dr_grpo
+from dvpo_service.algo.baselines.grpo import grpo
+from dvpo_service.algo.baselines.reinforce_plus_plus import reinforce_plus_plus
+from dvpo_service.algo.baselines.rloo import rloo
 from dvpo_service.config import AlgorithmConfig
 from dvpo_service.types import Advantages, Metrics, Rollouts, advantage_metrics
 

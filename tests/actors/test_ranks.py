@@ -80,20 +80,24 @@ def assert_same(a: tuple[list[Tensor], list[Metrics]], b: tuple[list[Tensor], li
             assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-5, nan_ok=True), name
 
 
-@pytest.mark.parametrize("form", ["paper", "calibrated"])
+@pytest.mark.parametrize(
+    "kind",
+    [{"form": "paper"}, {"form": "calibrated"}, {"adv_estimator": "robust_gae", "robust_rho": 0.1}],
+    ids=["paper", "calibrated", "robust_gae"],
+)
 def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
-    form: str, tiny_model: Path, tmp_path: Path
+    kind: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32, "form": form}
+    algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32} | kind
     one = make_config(tiny_model, algorithm=algorithm, critic={"micro_batch_size": 8, "epochs": 2})
     two = make_config(tiny_model, algorithm=algorithm, critic={"world_size": 2, "micro_batch_size": 3, "epochs": 2})
     first = launch(critic_run, one, tiny_model, 1, tmp_path / "one")
     assert_same(first, launch(critic_run, two, tiny_model, 2, tmp_path / "two"))
-    losses = [m["critic/dvpo_loss"] for m in first[1]]
+    scalar = "adv_estimator" in kind
+    losses = [m["critic/value_loss" if scalar else "critic/dvpo_loss"] for m in first[1]]
     assert all(torch.isfinite(torch.tensor(losses)))
-    assert {f"critic/loss/{t}" for t in ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")} <= set(
-        first[1][0]
-    )
+    terms = {f"critic/loss/{t}" for t in ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")}
+    assert scalar or terms <= first[1][0].keys()
 
 
 def test_policy_gives_the_same_on_two_ranks_and_in_other_micro_batches(tiny_model: Path, tmp_path: Path) -> None:

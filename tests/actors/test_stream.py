@@ -62,9 +62,7 @@ def test_groups_without_spread_are_replaced(tiny_model: Path) -> None:
     assert len(useful) == 4
     assert batch.metrics["rollout/draws"] == len(asked) > 1
     drawn = sum(map(len, asked))
-    assert batch.metrics["reward/groups_without_spread"] == pytest.approx((drawn - 4) / drawn), (
-        "over all that was drawn"
-    )
+    assert batch.metrics["reward/groups_without_spread"] == pytest.approx((drawn - 4) / drawn), "of all drawn"
     assert len(batch.rows) == 16
 
 

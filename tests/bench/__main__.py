@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from tests.bench import bench_generation, bench_quantile_huber, bench_step
+import json
+
+from dvpo_service.bench import quantile_huber
+from tests.bench import bench_generation, bench_step
 
 if __name__ == "__main__":
-    for bench in (bench_quantile_huber, bench_generation, bench_step):
+    print(json.dumps(quantile_huber.run(), indent=2))
+    for bench in (bench_generation, bench_step):
         bench.main()

@@ -79,7 +79,7 @@ def test_a_bare_validation_file_names_its_split(path: str) -> None:
         ("policy.optim.lr=fast", r"policy\.optim\.lr: .*valid number.*\(got 'fast'\)"),
         ("policy.optim.lr=.inf", r"policy\.optim\.lr: .*finite"),
         ("algorithm.form=best", r"algorithm\.form: Input should be 'paper' or 'calibrated' \(got 'best'\)$"),
-        ("algorithm.dvpo_alpha=0", r"algorithm\.dvpo_alpha: .*greater than 0"),
+        ("algorithm.dvpo_alpha=0", r"algorithm\.dvpo_alpha: .*more than 0 and at most 1.*ablate_cvar or .*got 0"),
         ("critic.world_size=3", r"critic: the batch of prompts_per_step x n = 256 .* world_size = 3 ranks"),
         ("model.warmstart={}", r"model: give exactly one of path .* and warmstart"),
         ("seed", r"override 'seed': write it as key\.sub=value"),
@@ -114,3 +114,49 @@ def test_recipe_keys_are_where_its_users_look() -> None:
 
 def test_the_dump_is_plain_yaml(path: str) -> None:
     assert yaml.safe_load(to_yaml(load_config(path)))["rollout"]["n"] == 8
+
+
+def test_a_config_may_start_from_another_one(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "model: {path: some/model}\ndata: {train_files: a.jsonl, val_files: {val: b.jsonl}}\nrollout: {n: 4}\n"
+    )
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nrollout: {temperature: 0.5}\n")
+    (tmp_path / "shipped.yaml").write_text("extends: demo\ntrainer: {num_steps: 7}\n")
+    mine, shipped = load_config(str(tmp_path / "mine.yaml")), load_config(str(tmp_path / "shipped.yaml"))
+    assert (mine.name, mine.rollout.n, mine.rollout.temperature) == ("mine", 4, 0.5)
+    assert shipped == load_config("demo", ["name=shipped", "trainer.num_steps=7"])
+
+
+def test_a_circle_of_configs_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"extends 'a\.yaml', which extends it again"):
+        load_config(str(tmp_path / "a.yaml"))
+
+
+def test_every_estimator_has_a_shipped_config() -> None:
+    used = {load_config(name).algorithm.adv_estimator for name in shipped_configs()}
+    assert used == {"dvpo", "gae", "robust_gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm.dvpo_alpha=0.6", "algorithm.dvpo_beta=0.5"], "the tails would overlap"),
+        (["algorithm.n_quantiles=1", "algorithm.quantile_levels=endpoint"], "only rises"),
+        (["algorithm.adv_estimator=grpo", "rollout.n=1"], "compares a prompt's samples: rollout.n must be 2"),
+        (["algorithm.adv_estimator=rloo", "trainer.critic_warmup=5"], "rloo has no critic"),
+        (["rollout.n=1", "rollout.dynamic_sampling=true"], "rollout.n must be 2 or more"),
+        (["reward.overlong_buffer=99"], "must be shorter than rollout.max_new_tokens = 16"),
+        (["policy.dual_clip=1"], "greater than 1"),
+        (["algorithm.adv_estimator=ppo"], "Input should be 'dvpo', 'gae'"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused_with_the_reason(path: str, overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    assert said in str(error.value)
+
+
+def test_one_head_and_one_quantile_are_a_critic(path: str) -> None:
+    load_config(path, ["algorithm.n_heads=1", "algorithm.n_quantiles=1", "algorithm.form=calibrated"])

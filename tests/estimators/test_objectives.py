@@ -97,7 +97,7 @@ def test_decoupled_lambdas() -> None:
 
 
 def test_a_long_answer_has_a_longer_trace() -> None:
-    adaptive, z, part = estimate(length_adaptive_alpha=0.5, form="paper", bootstrap_truncated=False)
+    adaptive, _, part = estimate(length_adaptive_alpha=0.5, form="paper", bootstrap_truncated=False)
     row = int(part.response_mask.sum(1).argmax())
     length = int(part.response_mask[row].sum())
     fixed, _, _ = estimate(lam=1 - 1 / (0.5 * length), form="paper", bootstrap_truncated=False)

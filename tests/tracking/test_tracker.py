@@ -55,6 +55,17 @@ def paths_of(tracker, folder=None):
     return sorted(found)
 
 
+class Display:
+    def __init__(self):
+        self.steps, self.notes = [], []
+
+    def update(self, step, metrics):
+        self.steps.append((step, dict(metrics)))
+
+    def note(self, text):
+        self.notes.append(text)
+
+
 def test_a_whole_run(tmp_path, make_config):
     run_dir = tmp_path / "runs" / "a"
     tags = {"team": "rl", "hf_token": "hunter2"}
@@ -82,7 +93,7 @@ def test_a_whole_run(tmp_path, make_config):
     assert "32 prompts x 8 responses" in run.data.tags["mlflow.note.content"]
     assert paths_of(tracker) == [
         "config.yaml",
-        "figures/calibration/step-000002.png",
+        *(f"figures/calibration/step-00000{step}.png" for step in range(3)),
         "figures/value_fan/step-000002.png",
         "samples.json",
         "summary.json",
@@ -183,16 +194,6 @@ def test_finish_has_a_deadline_and_says_what_was_not_sent(tmp_path, make_config,
 
 
 def test_the_display_gets_metrics_and_warnings(tmp_path, make_config, monkeypatch):
-    class Display:
-        def __init__(self):
-            self.steps, self.notes = [], []
-
-        def update(self, step, metrics):
-            self.steps.append((step, dict(metrics)))
-
-        def note(self, text):
-            self.notes.append(text)
-
     display = Display()
     tracker = Tracker(tmp_path / "a", make_config(), display=display)
 

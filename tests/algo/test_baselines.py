@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dvpo_service.algo.advantages import scalar_gae
-from dvpo_service.algo.estimators.dr_grpo import dr_grpo
-from dvpo_service.algo.estimators.gae import value_loss
-from dvpo_service.algo.estimators.grpo import grpo
-from dvpo_service.algo.estimators.reinforce_plus_plus import reinforce_plus_plus
-from dvpo_service.algo.estimators.rloo import rloo
-from dvpo_service.algo.estimators.robust_gae import robust_gae
+from dvpo_service.algo.baselines.dr_grpo import dr_grpo
+from dvpo_service.algo.baselines.gae import value_loss
+from dvpo_service.algo.baselines.grpo import grpo
+from dvpo_service.algo.baselines.reinforce_plus_plus import reinforce_plus_plus
+from dvpo_service.algo.baselines.rloo import rloo
+from dvpo_service.algo.baselines.robust_gae import robust_gae
 
 UNIT = st.one_of(st.sampled_from((0.0, 1.0)), st.floats(0, 1))
 GROUPED = [grpo, dr_grpo, rloo]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dvpo_service.algo.estimators.groups import grouped_outcomes, over_tokens
+from dvpo_service.algo.baselines.groups import grouped_outcomes, over_tokens
 
 
 @torch.no_grad()
