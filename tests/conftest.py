@@ -18,13 +18,14 @@ from tests.builders import make_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` need two CUDA devices; nothing else is ever skipped."""
+    """A test marked ``gpu(n)`` needs n CUDA devices; nothing else is ever skipped."""
     import torch
 
-    if torch.cuda.device_count() < 2:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+    devices = torch.cuda.device_count()
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker and devices < marker.args[0]:
+            item.add_marker(pytest.mark.skip(reason=f"needs CUDA devices: {marker.args[0]}"))
 
 
 @pytest.fixture(scope="session")

@@ -157,6 +157,21 @@ def test_the_exported_policy_loads_and_scores_the_same(run_dir: Path, rows: list
         assert found[name] == pytest.approx(rows[-1][name], abs=0.02)
 
 
+def test_an_estimator_without_a_critic_learns_without_its_pool(run_dir: Path) -> None:
+    """GRPO with dynamic sampling, packing and the overlong penalty, from the same base model."""
+    config, run = str(run_dir.parent / "tiny.yaml"), run_dir.parent / "grpo"
+    keys = ["algorithm.adv_estimator=grpo", "policy.loss_agg=seq_mean_token_mean", "policy.packing=true"]
+    keys += ["rollout.dynamic_sampling=true", "reward.overlong_buffer=2", "policy.dual_clip=3", "trainer.num_steps=8"]
+    done = dvpo("train", "--config", config, "--run-dir", str(run), *keys)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert not any(name.startswith("critic/") for name in rows[-1])
+    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows[1:]), "packed log-probs are the engine's"
+    assert rows[1]["rollout/draws"] > 1
+    clean = [r["reward/clean_mean"] for r in rows[1:]]
+    assert sum(clean[-2:]) > sum(clean[:2])
+
+
 def test_nothing_is_left_running(run_dir: Path) -> None:
     left = [
         p.info["cmdline"]

@@ -16,7 +16,7 @@ from actors.weight_transfer import weight_backend
 from tests.builders import make_config
 from tests.e2e.test_weight_sync import ScrambledPolicy, engine_logprobs, furthest, model_logprobs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.e2e]
+pytestmark = [pytest.mark.gpu(2), pytest.mark.e2e]
 
 
 def test_engine_equals_trainer_over_nccl(tiny_model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dvpo_service.algo.quantile_huber import _by_sorting
 from dvpo_service.algo.quantile_huber_triton import losses_and_slopes
 from dvpo_service.algo.quantiles import quantile_levels
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu(1)
 
 
 @pytest.mark.parametrize("shape", [(257, 3, 200, 200), (33, 1, 500, 77), (5, 2, 1, 1), (64, 3, 30, 1)])
