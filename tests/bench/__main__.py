@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
-from dvpo_service.bench import quantile_huber
+from dvpo_service.bench import advantages, critic_step, quantile_huber
 from tests.bench import bench_generation, bench_step
 
 if __name__ == "__main__":
-    print(json.dumps(quantile_huber.run(), indent=2))
+    for algorithm in (quantile_huber, advantages, critic_step):
+        print(json.dumps(algorithm.run(), indent=2))
     for bench in (bench_generation, bench_step):
         bench.main()

@@ -167,7 +167,7 @@ def test_an_estimator_without_a_critic_learns_without_its_pool(run_dir: Path) ->
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert not any(name.startswith("critic/") for name in rows[-1])
     assert all(r["policy/rollout_kl"] < 1e-8 for r in rows[1:]), "packed log-probs are the engine's"
-    assert rows[1]["rollout/draws"] > 1
+    assert all(1 <= r["rollout/draws"] <= 4 for r in rows[1:])
     clean = [r["reward/clean_mean"] for r in rows[1:]]
     assert sum(clean[-2:]) > sum(clean[:2])
 
