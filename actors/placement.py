@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 
 from dvpo_service.config import Config
 from dvpo_service.errors import ClusterError
@@ -93,11 +98,19 @@ def alive_nodes() -> list[Mapping[str, float]]:
 
 
 class Placement:
-    """A reserved placement group with one bundle per actor."""
+    """A reserved placement group with one bundle per actor.
+
+    In a trial of a sweep the group is the trial's, whose bundles after the first are those of the run.
+    """
 
     def __init__(self, bundles: list[Bundle], *, timeout_s: float):
-        check_plan(bundles, alive_nodes())
         self.bundles = bundles
+        outer = get_current_placement_group()
+        self.first = 1 if outer else 0
+        if outer:
+            self._take_from(outer)
+            return
+        check_plan(bundles, alive_nodes())
         self.group: PlacementGroup = placement_group([dict(b.resources) for b in bundles], strategy="PACK")
         if not self.group.wait(timeout_seconds=timeout_s):
             remove_placement_group(self.group)
@@ -115,9 +128,19 @@ class Placement:
             "num_cpus": bundle.resources.get("CPU", 0),
             "num_gpus": bundle.resources.get("GPU", 0),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self.group, placement_group_bundle_index=position, placement_group_capture_child_tasks=True
+                self.group,
+                placement_group_bundle_index=self.first + position,
+                placement_group_capture_child_tasks=True,
             ),
         }
 
     def release(self) -> None:
-        remove_placement_group(self.group)
+        if self.first == 0:
+            remove_placement_group(self.group)
+
+    def _take_from(self, outer: PlacementGroup) -> None:
+        held = [{k: v for k, v in spec.items() if k in ("CPU", "GPU")} for spec in outer.bundle_specs[1:]]
+        wanted = [dict(b.resources) for b in self.bundles]
+        if held != wanted:
+            raise ClusterError(f"the placement group of this trial holds {held} after its own bundle, not {wanted}")
+        self.group = outer

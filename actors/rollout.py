@@ -32,7 +32,9 @@ class RolloutEngine:
         self.engine: Any = None
 
     async def start(self) -> None:
-        """Load the model; returns when the engine can serve."""
+        """Load the model; returns when the engine can serve, at once if it does already."""
+        if self.engine is not None:
+            return
         # Read by vLLM when it is imported. The actor owns its thread count; vLLM must not pin cores.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

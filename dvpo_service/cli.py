@@ -100,6 +100,47 @@ def doctor(
 
 
 @app.command()
+def sweep(
+    config: ConfigOption,
+    grid: Annotated[str, typer.Option("--grid", "-g", help="A built-in grid or a YAML file.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="How many: 0, 1, ...")] = 3,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at a time.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in its folder.")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="Its folder; runs/GRID-CONFIG by default.")] = None,
+) -> None:
+    """Compare settings with paired seeds: each arm of a grid is a run; ends with the report."""
+    from tune_sweeps.run import run_sweep
+
+    folder = (run_dir or Path("runs") / f"{Path(grid).stem}-{Path(config).stem}").absolute()
+    page, failed = run_sweep(
+        grid, config, overrides or [], range(seeds), folder, max_concurrent=max_concurrent, resume=resume
+    )
+    typer.echo(f"report: {page}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a sweep.")],
+) -> None:
+    """Make the page of a sweep from what its trials have measured so far."""
+    from tune_sweeps.report import write_report
+
+    typer.echo(f"report: {write_report(folder.absolute())}")
+
+
+@app.command()
+def grids() -> None:
+    """List the built-in grids."""
+    from tune_sweeps.grid import GRIDS
+
+    for name, grid in GRIDS.items():
+        typer.echo(f"{name:16} {len(grid.arms):2} arms  {grid.title}")
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="quantile-huber, advantages or critic-step.")],
 ) -> None:

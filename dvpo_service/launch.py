@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.cluster import connected, plan_fit
 from actors.critic import CriticWorker
-from actors.engines import EnginePool
+from actors.engines import EnginePool, WarmEngines
 from actors.evaluation import HeldOut
 from actors.placement import Placement, plan_bundles
 from actors.policy import PolicyWorker
@@ -32,7 +32,7 @@ from dvpo_service.lock import locked
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver, NoPictures
 from dvpo_service.rewards.scoring import resolve
-from dvpo_service.roles import Observer
+from dvpo_service.roles import Display, Observer
 from dvpo_service.summary import plan_facts, summarize
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.warmstart import base_model
@@ -48,29 +48,40 @@ class Pools:
     engines: EnginePool
     rewards: RewardPool
     backend: Backend
+    keep_engines: bool = False
 
     def shutdown(self) -> None:
         """End every process that this run started; one that fails to end does not keep the others."""
         with ExitStack() as stack:
             stack.callback(self.placement.release)
             for pool in (self.rewards, self.critic, self.policy, self.engines):
-                if pool:
+                if pool and not (pool is self.engines and self.keep_engines):
                     stack.callback(pool.shutdown)
 
 
-def train(config: Config, run_dir: Path) -> dict[str, Any]:
+def train(
+    config: Config, run_dir: Path, *, watch: Display | None = None, warm: WarmEngines | None = None
+) -> dict[str, Any]:
     """Run a config to its end, from the newest checkpoint in ``run_dir`` if there is one.
 
     What a person may have got wrong is found before anything costs time: reward function, data,
     model, plan, checkpoint, tracking store.
 
+    ``watch`` is told what happens in place of the terminal, and ``warm`` keeps the engines for the
+    next run in this process: both for trials of a sweep.
+
     Returns the summary that is also in ``run_dir/summary.json``.
     """
     with locked(run_dir):
-        return _train(config, run_dir)
+        try:
+            return _train(config, run_dir, watch, warm)
+        except BaseException:
+            if warm:
+                warm.drop()
+            raise
 
 
-def _train(config: Config, run_dir: Path) -> dict[str, Any]:
+def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngines | None) -> dict[str, Any]:
     started = time.time()
     resolve(config.reward.function)
     raw = load_data(config.data)
@@ -79,7 +90,7 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(run_dir, keep=config.trainer.keep_checkpoints)
     resume = resume_point(config, checkpoints)
     done = resume.record["state"]["step"] if resume else 0
-    display = terminal.TrainingDisplay(config.trainer.num_steps, start=done)
+    display = watch or terminal.TrainingDisplay(config.trainer.num_steps, start=done)
     tracker = open_tracker(config, run_dir, resume, display)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     try:
@@ -87,10 +98,11 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
             model_path = base_model(config, raw.train, run_dir.parent)
             tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
             data = raw.encoded(config.data, tokenizer)
-            terminal.show_plan(config, plan_facts(model_path, data, run_dir, resume))
+            if watch is None:
+                terminal.show_plan(config, plan_facts(model_path, data, run_dir, resume))
             stack.enter_context(display)
             display.status("starting engines and trainers")
-            pools = start_pools(config, model_path, stack)
+            pools = start_pools(config, model_path, stack, warm)
             roles = assemble(config, data, tokenizer, pools, tracker)
             state = restore(roles, resume)
             display.status("")
@@ -105,11 +117,12 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     except BaseException:
         tracker.finish("FAILED", None)
         raise
-    terminal.closing(summary, run_dir, tracker.tracking_uri)
+    if watch is None:
+        terminal.closing(summary, run_dir, tracker.tracking_uri)
     return summary
 
 
-def start_pools(config: Config, model_path: str, stack: ExitStack) -> Pools:
+def start_pools(config: Config, model_path: str, stack: ExitStack, warm: WarmEngines | None = None) -> Pools:
     """Spawn every actor and wait until all are ready; ``stack`` ends them, also when one does not start."""
     placement = Placement(plan_bundles(config), timeout_s=config.cluster.placement_timeout_s)
     backend = weight_backend(config)
@@ -119,9 +132,10 @@ def start_pools(config: Config, model_path: str, stack: ExitStack) -> Pools:
         critic=RankPool.spawn("critic", config.critic.world_size, placement, timeout_s=config.critic.step_timeout_s)
         if config.algorithm.has_critic
         else None,
-        engines=EnginePool.spawn(config, model_path, backend, placement),
+        engines=(warm.lend if warm else EnginePool.spawn)(config, model_path, backend, placement),
         rewards=RewardPool(config.reward, placement),
         backend=backend,
+        keep_engines=warm is not None,
     )
     stack.callback(pools.shutdown)
     starting = [
@@ -178,7 +192,7 @@ def restore(roles: loop.Roles, resume: Checkpoint | None) -> loop.TrainState:
 
 
 def open_tracker(
-    config: Config, run_dir: Path, resume: Checkpoint | None, display: terminal.TrainingDisplay
+    config: Config, run_dir: Path, resume: Checkpoint | None, display: Display
 ) -> Tracker:
     if resume is None:
         return Tracker(run_dir, config, display=display)

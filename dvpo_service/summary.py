@@ -53,5 +53,7 @@ def summarize(config: Config, state: TrainState, run_dir: Path, tracker: Tracker
             "mlflow_run_id": tracker.run_id or "",
         },
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    beside = run_dir / "summary.json.tmp"
+    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    beside.replace(run_dir / "summary.json")  # whole or absent: a sweep's report reads it at any time
     return summary

@@ -60,8 +60,8 @@ CRITIC = (
         "quantiles_miscalibrated",
         limit("critic/calibration_error", ">", 0.15, smooth=True),
         "The share of returns below a predicted quantile is off its level by {value:.2f} on average.",
-        "Use algorithm.form=calibrated (of it algorithm.critic_target=mixture, algorithm.qr_over=heads and a small "
-        "algorithm.huber_delta matter most), or raise critic.epochs.",
+        "The paper's form cannot fit them (algorithm.form=calibrated can: its critic_target, qr_over and huber_delta "
+        "matter most); otherwise raise critic.epochs or trainer.critic_warmup.",
         after=CRITIC_STEPS,
     ),
     Rule(

@@ -21,7 +21,7 @@ COVERAGE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 @torch.no_grad()
 def critic_sums(
-    z: Tensor, returns: Tensor, mask: Tensor, levels: Tensor, alpha: float, beta: float
+    z: Tensor, returns: Tensor, mask: Tensor, levels: Tensor, alpha: float, beta: float, tolerance: float = 0.0
 ) -> dict[str, Tensor]:
     """Sufficient sums of the critic's metrics.
 
@@ -31,11 +31,12 @@ def critic_sums(
       mask: [B, T] bool; what stands where it is False is never read.
       levels: tau [M] of the atoms.
       alpha, beta: the tails' fractions.
+      tolerance: a return so near to a predicted quantile is equal to it, in the returns' units.
 
     Returns:
       float64 scalars: "count", "value", "return", "return_sq", "error", "error_sq"; with M > 1 "pairs",
-      "crossings", "lower_tail", "upper_tail" and "covered/<level>"; with M > 1 and H > 1 "disagreement".
-      Additive. (One atom is a scalar critic: it has no quantiles, and its coverage would mean nothing.)
+      "crossings", "lower_tail", "upper_tail", "covered/<level>" and "below/<level>"; with M > 1 and H > 1
+      "disagreement". Additive. (One atom is a scalar critic: it has no quantiles, and its coverage would mean nothing.)
     """
     heads = zero_masked(float32_or_better(z), mask).sort(-1).values
     returns = zero_masked(float32_or_better(returns), mask)
@@ -54,7 +55,9 @@ def critic_sums(
     num_heads, num_atoms = z.shape[-2:]
     if num_atoms > 1:
         per_token |= {"lower_tail": lower_tail_mean(q, alpha), "upper_tail": upper_tail_mean(q, beta)}
-        per_token |= {f"covered/{p}": returns <= _quantile(q, levels, p) for p in COVERAGE_LEVELS}
+        at = {p: _quantile(q, levels, p) for p in COVERAGE_LEVELS}
+        per_token |= {f"covered/{p}": returns <= x + tolerance for p, x in at.items()}
+        per_token |= {f"below/{p}": returns < x - tolerance for p, x in at.items()}
         sums |= {"pairs": count * (num_heads * (num_atoms - 1)), "crossings": crossing_count(z, mask)}
         if num_heads > 1:
             per_token["disagreement"] = heads.mean(-1).std(-1, correction=0)
@@ -68,8 +71,9 @@ def critic_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     ``return_mean``, ``return_sd`` are of the scalar returns, per token. With more than one atom also:
     ``crossing_rate``, the share of neighbouring atoms out of order before sorting (atoms that the loss sorts
     have no order to learn: 0.5 is what heads start with and may keep); ``coverage/p``, the share of returns at or
-    below the predicted p-quantile: p when calibrated (for continuous returns); ``calibration_error``, the mean of
-    |coverage/p - p| over the levels; the tails' means; and with more than one head ``head_disagreement``, the
+    below the predicted p-quantile: p when calibrated, more where returns are equal to it; ``calibration_error``,
+    the mean over the levels of p's distance to [share below, share at or below], which is 0 for the right
+    quantiles of any law, of 0/1 rewards too; the tails' means; and with more than one head ``head_disagreement``, the
     mean population sd over heads of the heads' means.
     """
     s = {name: float(x) for name, x in sums.items()}
@@ -90,7 +94,10 @@ def critic_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
             "critic/crossing_rate": _ratio(s["crossings"], s["pairs"]),
             "critic/lower_tail_mean": _ratio(s["lower_tail"], n),
             "critic/upper_tail_mean": _ratio(s["upper_tail"], n),
-            "critic/calibration_error": sum(abs(seen - p) for p, seen in coverage.items()) / len(coverage),
+            "critic/calibration_error": sum(
+                max(_ratio(s[f"below/{p}"], n) - p, p - seen, 0.0) for p, seen in coverage.items()
+            )
+            / len(coverage),
         }
         metrics |= {f"critic/coverage/{p}": seen for p, seen in coverage.items()}
     if "disagreement" in s:

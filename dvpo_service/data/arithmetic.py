@@ -6,7 +6,8 @@ model learns the rule in that order within minutes.
 ``python -m dvpo_service.data.arithmetic --out dvpo_service/data/shipped`` writes what is
 shipped: ``demo-train.jsonl``, ``demo-val.jsonl`` (the same distribution, unseen),
 ``demo-ood.jsonl`` (out of distribution: an operand from a band that training never shows), and
-``demo-warmstart.jsonl``, the training prompts as a careless person answered them. A model that
+``calc-ood.jsonl`` (out of distribution for ``gsm8k-calc``: operands drawn evenly, where people write
+round ones), and ``demo-warmstart.jsonl``, the training prompts as a careless person answered them. A model that
 has read those knows both the rule and the slip; the reward tells them apart.
 """
 
@@ -61,6 +62,17 @@ def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
     return rows
 
 
+def make_calculations(count: int, seed: int) -> list[dict[str, str]]:
+    """``count`` distinct additions and subtractions of numbers of one to three digits, each length as often;
+    no result is negative. Answers are written as people write them."""
+    rng, rows = random.Random(seed), dict[str, dict[str, str]]()
+    while len(rows) < count:
+        a, b = sorted((rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2)), reverse=True)
+        sign, answer = rng.choice((("+", a + b), ("-", a - b)))
+        rows[f"{a}{sign}{b}="] = {"prompt": f"{a}{sign}{b}=", "answer": str(answer), "data_source": "calc-ood"}
+    return list(rows.values())
+
+
 def _row(a: int, b: int, answer: int) -> dict[str, str]:
     return {"prompt": f"{a}+{b}=", "answer": str(answer)[::-1], "data_source": "demo"}
 
@@ -89,8 +101,14 @@ def write_demo(task: DemoTask, out: Path) -> list[Path]:
     paths = []
     for split, rows in make_demo(task).items():
         paths.append(out / f"demo-{split}.jsonl")
-        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        _write(paths[-1], rows)
+    paths.append(out / "calc-ood.jsonl")
+    _write(paths[-1], make_calculations(200, task.seed))
     return paths
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

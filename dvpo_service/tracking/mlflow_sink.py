@@ -126,7 +126,7 @@ class MlflowSink:
 
     def _create(self, experiment: str, run_name: str) -> str:
         return self._client.create_run(
-            _experiment_id(self._client, experiment, self.uri), run_name=run_name
+            experiment_id(self._client, experiment, self.uri), run_name=run_name
         ).info.run_id
 
     def _log_config(self, config: dict[str, Any], text: str, old: Run | None, resume_step: int) -> None:
@@ -146,7 +146,8 @@ class MlflowSink:
         self._client.log_text(self.run_id, text, name)
 
 
-def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """The experiment of that name, made where there is none. Raises TrackingError when it was deleted."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)

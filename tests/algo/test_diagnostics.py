@@ -63,6 +63,19 @@ def test_head_disagreement_by_hand() -> None:
     assert math.isnan(metrics["critic/explained_variance"])
 
 
+def test_the_right_quantiles_of_a_coin_are_calibrated() -> None:
+    """Rewards 0 (30 %) and 1: quantiles near 0 up to the level 0.3, near 1 above it, a little off as a critic's are."""
+    returns = torch.tensor([[0.0] * 3 + [1.0] * 7]).double()
+    levels = quantile_levels(20, "midpoint")
+    atoms = torch.where(levels < 0.3, -0.01, 0.98).expand(1, 10, 2, 20)
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    strict = critic_metrics(critic_sums(atoms, returns, mask, levels, 0.1, 0.1))
+    lenient = critic_metrics(critic_sums(atoms, returns, mask, levels, 0.1, 0.1, tolerance=0.03))
+    assert strict["critic/calibration_error"] > 0.1
+    assert lenient["critic/calibration_error"] == 0.0
+    assert lenient["critic/coverage/0.1"] == pytest.approx(0.3)
+
+
 def test_calibration_error_by_hand() -> None:
     """Every return is above all atoms: coverage 0 at 0.1, 0.25, 0.5, 0.75, 0.9, which are 0.5 on average."""
     mask = torch.ones(1, 1, dtype=torch.bool)

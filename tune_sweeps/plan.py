@@ -1,0 +1,169 @@
+"""A grid becomes trials: every config resolved and checked before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dvpo_service.config import Config, load_config
+from dvpo_service.errors import ConfigError
+from tune_sweeps.grid import GRIDS, Arm, Grid
+from tune_sweeps.records import Sweep, trial_name
+
+SAMPLERS = ("choice", "uniform", "loguniform", "quniform", "qloguniform", "randint", "lograndint", "qrandint", "randn")
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """One run to make."""
+
+    arm: Arm
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return trial_name(self.arm.name, self.seed)
+
+
+def find_grid(name_or_path: str) -> Grid:
+    """A built-in grid, or one in a YAML file with ``arms`` (name to overrides) or ``space`` (key to sampler).
+
+    Raises ConfigError: no such grid, bad YAML, unknown or missing keys, a sampler that Tune does not have.
+    """
+    if name_or_path in GRIDS:
+        return GRIDS[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(f"no grid {name_or_path!r}: neither a file nor one of {', '.join(GRIDS)}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"grid {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or bool(tree.get("arms")) == bool(tree.get("space")):
+        raise ConfigError(f"grid {path}: give either arms (name: overrides) or space (key: sampler), and not empty")
+    return _user_grid(path, tree)
+
+
+def _user_grid(path: Path, tree: dict[str, Any]) -> Grid:
+    known = set(asdict(GRIDS["forms"]))
+    if unknown := sorted(set(tree) - known):
+        raise ConfigError(f"grid {path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    arms = tuple(Arm(str(name), values or {}) for name, values in (tree.pop("arms", None) or {}).items())
+    if bad := [a.name for a in arms if not isinstance(a.overrides, dict)]:
+        raise ConfigError(f"grid {path}: arm {bad[0]!r} must map dotted config keys to values")
+    for key, sampler in (tree.get("space") or {}).items():
+        one = isinstance(sampler, dict) and len(sampler) == 1
+        if not one or next(iter(sampler)) not in SAMPLERS:
+            raise ConfigError(f"grid {path}: {key}: write one of {', '.join(SAMPLERS)}, as in {{choice: [1, 2]}}")
+    if tree.get("reference") not in (None, *(a.name for a in arms)):
+        raise ConfigError(f"grid {path}: reference {tree['reference']!r} is none of its arms")
+    fields = {"name": path.stem, "title": path.stem} | {k: v for k, v in tree.items() if v is not None}
+    return Grid(arms=arms, **fields)
+
+
+def resolve(config: str, overrides: Sequence[str], arm: Mapping[str, Any], seed: int) -> Config:
+    """The config of one run. Raises ConfigError for a key or value that the config does not take."""
+    keys = [f"{key}={json.dumps(value)}" for key, value in arm.items()]
+    resolved = load_config(config, [*overrides, *keys, f"trainer.seed={seed}"])
+    if resolved.model.warmstart is None:
+        return resolved
+    # The seeds differ in everything that is random, the base model too; the arms of a seed share it.
+    return load_config(config, [*overrides, *keys, f"trainer.seed={seed}", f"model.warmstart.seed={seed}"])
+
+
+def plan_trials(grid: Grid, config: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[TrialPlan]:
+    """All runs of a grid of arms, seed by seed, so that a sweep cut short has whole comparisons.
+
+    Raises ConfigError: an empty grid, no seeds, a key that is no config key, two arms that are the same run.
+    """
+    if not grid.arms:
+        raise ConfigError(f"grid {grid.name!r} has no arms")
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise ConfigError(f"a sweep needs distinct seeds, got {list(seeds)}")
+    trials = [
+        TrialPlan(arm, seed, _resolved(grid, config, overrides, arm, seed)) for seed in seeds for arm in grid.arms
+    ]
+    _refuse_twins(grid, trials)
+    return trials
+
+
+def _resolved(grid: Grid, config: str, overrides: Sequence[str], arm: Arm, seed: int) -> Config:
+    try:
+        return resolve(config, overrides, arm.overrides, seed)
+    except ConfigError as error:
+        raise ConfigError(f"grid {grid.name!r}, arm {arm.name!r}: {error}") from error
+
+
+def _refuse_twins(grid: Grid, trials: Iterable[TrialPlan]) -> None:
+    seen: dict[str, str] = {}
+    for trial in trials:
+        tree = trial.config.model_dump_json()
+        if tree in seen:
+            raise ConfigError(
+                f"grid {grid.name!r}: arms {seen[tree]!r} and {trial.arm.name!r} are the same run; remove one, or an "
+                "override that makes them equal"
+            )
+        seen[tree] = trial.arm.name
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial has to know, wherever it runs."""
+
+    folder: Path
+    cwd: Path  # relative paths of the config mean files here
+    config: str
+    overrides: list[str]
+    seeds: list[int]
+    arms: dict[str, Arm]
+    models: dict[int, str | None]  # base model by seed, where one was made
+    mlflow_uri: str | None
+    mlflow_run_id: str | None
+
+    @classmethod
+    def of(cls, sweep: Sweep, models: dict[int, str | None]) -> Job:
+        path = Path(sweep.config)
+        return cls(
+            folder=sweep.folder.absolute(),
+            cwd=Path.cwd(),
+            config=str(path.absolute()) if path.is_file() else sweep.config,
+            overrides=sweep.overrides,
+            seeds=sweep.seeds,
+            arms={arm.name: arm for arm in sweep.grid.arms},
+            models=models,
+            mlflow_uri=sweep.mlflow_uri,
+            mlflow_run_id=sweep.mlflow_run_id,
+        )
+
+    def trial(self, params: Mapping[str, Any]) -> TrialPlan:
+        """The run that Tune's ``params`` (see ``space.param_space``) ask for."""
+        if "trial" in params:
+            name, seed = params["trial"]
+            arm = self.arms[name]
+        else:
+            seed, drawn = params["seed"], dict(params["space"])
+            arm = Arm(",".join(f"{k.rpartition('.')[2]}={_short(v)}" for k, v in drawn.items()), drawn)
+        config = resolve(self.config, self.overrides, arm.overrides, seed)
+        return TrialPlan(arm, seed, self._placed(config, arm, seed))
+
+    def _placed(self, config: Config, arm: Arm, seed: int) -> Config:
+        """With the seed's base model, and as a child of the sweep's MLflow run."""
+        name = trial_name(arm.name, seed)
+        tags = dict(config.tracking.tags) | {"arm": arm.name, "seed": str(seed), "sweep": self.folder.name}
+        if self.mlflow_run_id:
+            tags["mlflow.parentRunId"] = self.mlflow_run_id
+        tracking = {"tags": tags, "run_name": name, "mlflow_uri": self.mlflow_uri}
+        update: dict[str, Any] = {"name": name, "tracking": config.tracking.model_copy(update=tracking)}
+        if model := self.models[seed]:
+            update["model"] = config.model.model_copy(update={"path": model, "warmstart": None})
+        return config.model_copy(update=update)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
