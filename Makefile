@@ -21,6 +21,7 @@ bench: setup      ## speed and memory, as JSON
 	.venv/bin/python -m tests.bench
 
 mlflow: setup     ## open the runs in a browser, on loopback
+	@echo "runs, side by side: http://127.0.0.1:$(or $(PORT),5000)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
 	.venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(or $(PORT),5000)
 
 clean:

@@ -128,9 +128,9 @@ class CriticWorker:
 
     @torch.no_grad()
     def distributions(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """Levels [M] and sorted ensemble quantiles [B, T, M] of given responses. Collective."""
+        """Levels [M] and every head's sorted atoms [B, T, H, M] of given responses, on the CPU. Collective."""
         z, _ = self._atoms(rollouts)
-        return self.levels, z.sort(dim=-1).values.mean(dim=2).cpu()
+        return self.levels, z.float().sort(dim=-1).values.cpu()
 
     def save(self, folder: str) -> None:
         self.trainer.save(Path(folder))
@@ -186,7 +186,8 @@ class CriticWorker:
         algorithm = self.config.algorithm
         returns = monte_carlo_returns(part, algorithm.gamma).to(z.device)
         mask = part.response_mask.to(z.device)
-        return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta)
+        near = 0.05 * self._carried().return_sd  # where a predicted quantile and a 0/1 reward are the same
+        return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta, near)
 
     def _totals(self, z: Tensor, targets: Tensor, part: Rollouts) -> Tensor:
         mask = part.response_mask.to(z.device)

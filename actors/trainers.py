@@ -85,7 +85,7 @@ class CriticEstimator:
         return MetricsJob(self.ranks.submit("update"))
 
     def distributions(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """Levels [M] and quantiles [B, T, M] of given responses."""
+        """Levels [M] and every head's sorted atoms [B, T, H, M] of given responses."""
         return self.ranks.call("distributions", ray.put(rollouts))[0]
 
     def save(self, folder: Path) -> None:

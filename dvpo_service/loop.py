@@ -55,6 +55,7 @@ def train(config: TrainerConfig, roles: Roles, checkpoints: Checkpoints, state: 
     if state.step == 0:
         with clock("eval"):
             state.before = state.after = r.evaluator.run(0)
+            r.observer.observe(0)
         r.tracker.log(0, state.before | clock.lap())
     for step in range(state.step, config.num_steps):
         started = time.perf_counter()

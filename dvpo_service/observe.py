@@ -10,6 +10,8 @@ from dvpo_service.data.collate import collate
 from dvpo_service.tracking.figures import FanData
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 
+_KEPT = 64  # observations for the picture over training; beyond that every second one goes
+
 
 class Distributions(Protocol):
     def distributions(self, rollouts: Rollouts) -> tuple[Any, Any]: ...
@@ -30,6 +32,7 @@ class FanObserver:
 
     def __init__(self, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, critic: Distributions, tracker: Any):
         self.critic, self.tracker = critic, tracker
+        self.history: list[tuple[int, list[FanData]]] = []  # (step, right and wrong answer), since this process began
         self.titles: list[str] = []
         self.texts: list[list[str]] = []
         self.outcomes: list[float] = []
@@ -46,15 +49,18 @@ class FanObserver:
         self.rollouts = collate(twice, [[s] for s in samples], scores) if samples else None
 
     def observe(self, step: int) -> None:
-        """Log a fan chart of this moment's critic."""
+        """Log pictures of this moment's critic, and of what it became over the steps observed so far."""
         if self.rollouts is None:
             return
-        levels, quantiles = self.critic.distributions(self.rollouts)
+        levels, heads = self.critic.distributions(self.rollouts)
         charts = [
-            FanData(title, tokens, levels.numpy(), quantiles[i, : len(tokens)].numpy(), outcome)
+            FanData(title, tokens, levels.numpy(), heads[i, : len(tokens)].numpy(), outcome)
             for i, (title, tokens, outcome) in enumerate(zip(self.titles, self.texts, self.outcomes, strict=True))
         ]
-        self.tracker.log_fan(step, charts)
+        # Of the first prompt only, and always a new list: another thread draws it.
+        kept = self.history if len(self.history) < _KEPT else self.history[::2]
+        self.history = [*kept, (step, charts[:2])]
+        self.tracker.log_critic_pictures(step, charts, self.history)
 
 
 def _wrong(answer: str) -> str:

@@ -37,6 +37,7 @@ def test_order_of_a_step(tmp_path: Path) -> None:
     assert log.names() == [
         "push",
         "evaluate",
+        "observe",
         "generate",
         "logprobs",
         "advantages",

@@ -1,8 +1,12 @@
-"""Pictures of the critic: its value distribution along a response, and its calibration."""
+"""Pictures of the critic: its value distribution along a response, and its calibration.
+
+Axes: ``T`` response tokens, ``H`` critic heads, ``M`` quantiles. More of them in ``critic_figures.py``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _RED, _GREY = "#2563a8", "#d9780f", "#b3261e", "#5f6368"
+BLUE, ORANGE, RED, GREY = "#2563a8", "#d9780f", "#b3261e", "#5f6368"
 _MAX_PANELS = 6
 _MAX_LABELS = 60
 _BLANKS = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u2192"})  # made visible
@@ -21,45 +25,31 @@ _SHORT = 14  # responses up to so many tokens stand side by side, three in a row
 
 @dataclass
 class FanData:
-    """One response: its tokens, and the critic's quantiles of the return at each of them."""
+    """One response: its tokens, and what every head of the critic predicts at each of them."""
 
     title: str
     tokens: list[str]  # [T]
     levels: np.ndarray  # [M], ascending in [0, 1]
-    quantiles: np.ndarray  # [T, M]
+    heads: np.ndarray  # [T, H, M]
     outcome: float | None  # the observed return, where there is one
+
+    @property
+    def quantiles(self) -> np.ndarray:
+        """The ensemble's, [T, M]: the mean over heads of their atoms in ascending order."""
+        return np.sort(np.asarray(self.heads, dtype=float), axis=-1).mean(axis=1)
 
 
 def fan_chart(charts: list[FanData], step: int) -> Figure:
     """A panel per response: 5-95 % and 25-75 % bands, median, mean and the observed outcome."""
-    from matplotlib.figure import Figure
-
-    charts = [c for c in charts if c.tokens][:_MAX_PANELS]
-    if not charts:
-        raise ValueError("a fan chart needs a response of at least one token")
-    longest = max(len(c.tokens) for c in charts)
-    cols = min(3, len(charts)) if longest <= _SHORT else 1
-    rows = math.ceil(len(charts) / cols)
-    width = (3.9 * cols + 0.8) if cols > 1 else min(16.0, max(7.0, 2.0 + 0.24 * longest))
-    figure = Figure(figsize=(width, 3.1 * rows + 0.9), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, cols, sharey=True, squeeze=False).ravel()
-    for ax, chart in zip(axes, charts, strict=False):
-        _fan_panel(ax, chart)
-    for ax in axes[len(charts) :]:
-        ax.remove()
-    for ax in axes[: len(charts) : cols]:
-        ax.set_ylabel("return", color=_GREY)
+    charts = drawable(charts)
+    figure, axes, cols = panels(charts, height=3.1)
+    for (ax,), chart in zip(axes, charts, strict=True):
+        draw_fan(ax, chart)
+        name_panel(ax, chart)
+    for (ax,) in axes[::cols]:
+        ax.set_ylabel("return", color=GREY)
     figure.suptitle(f"Value distribution along fixed responses, step {step}", fontsize=13, fontweight="bold")
-    # The panel that shows an outcome has every entry.
-    full = next((i for i, c in enumerate(charts) if c.outcome is not None), 0)
-    entries = axes[full].get_legend_handles_labels()
-    figure.legend(
-        *entries,
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-        fontsize=9,
-    )
+    legend_below(figure, (ax for (ax,) in axes))
     return figure
 
 
@@ -71,9 +61,9 @@ def calibration_plot(coverage: dict[float, float], step: int | None = None) -> F
     observed = [coverage[level] for level in levels]
     figure = Figure(figsize=(5.2, 5.2), dpi=120, layout="constrained")
     ax = figure.subplots()
-    ax.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1.2, label="calibrated")
-    ax.fill_between(levels, levels, observed, color=_BLUE, alpha=0.15, linewidth=0)
-    ax.plot(levels, observed, color=_BLUE, marker="o", markersize=5, linewidth=2, label="critic")
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="calibrated")
+    ax.fill_between(levels, levels, observed, color=BLUE, alpha=0.15, linewidth=0)
+    ax.plot(levels, observed, color=BLUE, marker="o", markersize=5, linewidth=2, label="critic")
     gap = float(np.mean(np.abs(np.subtract(observed, levels))))
     title = "Quantile calibration" + ("" if step is None else f", step {step}")
     ax.set_title(f"{title}\nmean distance from the diagonal {gap:.3f}", fontsize=12)
@@ -83,51 +73,99 @@ def calibration_plot(coverage: dict[float, float], step: int | None = None) -> F
     ax.set_ylim(-0.02, 1.02)
     ax.set_aspect("equal")
     ax.legend(frameon=False, loc="upper left")
-    _tidy(ax)
+    tidy(ax)
     return figure
 
 
-def _fan_panel(ax: Axes, chart: FanData) -> None:
-    x = np.arange(len(chart.tokens))
-    # An untrained critic's quantiles may cross; a band needs them in order.
-    ordered = np.sort(np.asarray(chart.quantiles, dtype=float), axis=1)
-    q5, q25, q50, q75, q95 = (_at(ordered, chart.levels, level) for level in (0.05, 0.25, 0.5, 0.75, 0.95))
+def drawable(charts: list[FanData]) -> list[FanData]:
+    """The first few that have a token at all."""
+    found = [c for c in charts if c.tokens][:_MAX_PANELS]
+    if not found:
+        raise ValueError("a picture of responses needs one of at least one token")
+    return found
+
+
+def panels(charts: list[FanData], height: float, strips: int = 1) -> tuple[Figure, list[list[Axes]], int]:
+    """An empty figure, the axes of each response, and how many responses stand in a row.
+
+    A response has ``strips`` axes under each other, the first of them tall; each strip has one scale throughout.
+    """
+    from matplotlib.figure import Figure
+
+    longest = max(len(c.tokens) for c in charts)
+    cols = min(3, len(charts)) if longest <= _SHORT else 1
+    rows = math.ceil(len(charts) / cols)
+    width = (3.9 * cols + 0.8) if cols > 1 else min(16.0, max(7.0, 2.0 + 0.24 * longest))
+    figure = Figure(figsize=(width, height * rows + 0.9), dpi=120, layout="constrained")
+    grid = figure.subplots(rows * strips, cols, squeeze=False, height_ratios=([2.4] + [1.0] * (strips - 1)) * rows)
+    axes: list[list[Axes]] = []
+    for i in range(rows * cols):
+        mine = list(grid[i // cols * strips : (i // cols + 1) * strips, i % cols])
+        if i >= len(charts):
+            for ax in mine:
+                ax.remove()
+            continue
+        axes.append(mine)
+        for ax, first in zip(mine, axes[0], strict=True):
+            if ax is not first:
+                ax.sharey(first)
+            ax.tick_params(labelleft=i % cols == 0, labelbottom=ax is mine[-1])
+    return figure, axes, cols
+
+
+def draw_fan(ax: Axes, chart: FanData, labels: int = _MAX_LABELS) -> None:
+    x, ordered = np.arange(len(chart.tokens)), chart.quantiles
+    q5, q25, q50, q75, q95 = (at_level(ordered, chart.levels, level) for level in (0.05, 0.25, 0.5, 0.75, 0.95))
     wide = x if len(x) > 1 else np.array([-0.3, 0.3])  # a band of a single token has a width too
-    ax.fill_between(wide, q5, q95, color=_BLUE, alpha=0.14, linewidth=0, label="5-95 %")
-    ax.fill_between(wide, q25, q75, color=_BLUE, alpha=0.30, linewidth=0, label="25-75 %")
+    ax.fill_between(wide, q5, q95, color=BLUE, alpha=0.14, linewidth=0, label="5-95 %")
+    ax.fill_between(wide, q25, q75, color=BLUE, alpha=0.30, linewidth=0, label="25-75 %")
     marker = "o" if len(x) <= _SHORT else None
-    ax.plot(x, q50, color=_BLUE, linewidth=2, marker=marker, markersize=3.5, label="median")
-    ax.plot(x, ordered.mean(axis=1), color=_ORANGE, linewidth=1.6, label="mean")
+    ax.plot(x, q50, color=BLUE, linewidth=2, marker=marker, markersize=3.5, label="median")
+    ax.plot(x, ordered.mean(axis=1), color=ORANGE, linewidth=1.6, label="mean")
     if chart.outcome is not None:
-        ax.axhline(chart.outcome, color=_RED, linestyle="--", linewidth=1.4, label="observed outcome")
-    title = _shorten(" ".join(chart.title.split()), 44 if len(x) <= _SHORT else 100)
-    ax.set_title(_printable(title), fontsize=10.5, loc="left")
-    _token_ticks(ax, chart.tokens)
-    _tidy(ax)
+        ax.axhline(chart.outcome, color=RED, linestyle="--", linewidth=1.4, label="observed outcome")
+    token_ticks(ax, chart.tokens, labels)
+    tidy(ax)
 
 
-def _at(ordered: np.ndarray, levels: np.ndarray, level: float) -> np.ndarray:
-    """The quantile at ``level`` for each token, between the predicted levels."""
-    return np.array([np.interp(level, levels, row) for row in ordered])
+def name_panel(ax: Axes, chart: FanData) -> None:
+    title = shorten(" ".join(chart.title.split()), 44 if len(chart.tokens) <= _SHORT else 100)
+    ax.set_title(printable(title), fontsize=10.5, loc="left")
 
 
-def _token_ticks(ax: Axes, tokens: list[str]) -> None:
-    every = math.ceil(len(tokens) / _MAX_LABELS)
+def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Every label of the panels, once."""
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    rows = math.ceil(len(entries) / min(5, figure.get_figwidth() // 2.1))  # 2.1 inches hold the longest label
+    cols = math.ceil(len(entries) / rows)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=cols, frameon=False, fontsize=9)
+
+
+def at_level(ordered: np.ndarray, levels: np.ndarray, level: float) -> np.ndarray:
+    """The quantile at ``level`` for each row of [..., M], between the predicted levels."""
+    return np.apply_along_axis(lambda row: np.interp(level, levels, row), -1, ordered)
+
+
+def token_ticks(ax: Axes, tokens: list[str], most: int = _MAX_LABELS) -> None:
+    every = math.ceil(len(tokens) / most)
     at = range(0, len(tokens), every)
-    labels = [_printable(_shorten(tokens[i].translate(_BLANKS), 10)) for i in at]
+    labels = [printable(shorten(tokens[i].translate(_BLANKS), 10)) for i in at]
     upright = max((len(label) for label in labels), default=0) > 3
     ax.set_xticks(list(at), labels, fontsize=9, family="monospace", rotation=90 if upright else 0)
     ax.set_xlim(-0.5, max(len(tokens) - 0.5, 0.5))
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
     ax.grid(axis="y", color="#dddddd", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=9, colors="#3c4043")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """``$`` kept from being read as maths, and no character that the font lacks."""
     return "".join(c if _has_glyph(c) else "\u25a1" for c in text).replace("$", r"\$")
 
@@ -139,5 +177,5 @@ def _has_glyph(char: str) -> bool:
     return font.get_char_index(ord(char)) != 0
 
 
-def _shorten(text: str, limit: int) -> str:
+def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"

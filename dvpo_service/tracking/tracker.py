@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvpo_service.advice import Advisor
 from dvpo_service.config.schema import Config
+from dvpo_service.tracking.critic_figures import fan_over_training, head_disagreement, quantile_heatmap
 from dvpo_service.tracking.figures import FanData, calibration_plot, fan_chart
 from dvpo_service.tracking.jsonl import MetricsFile
 from dvpo_service.tracking.masking import mask
@@ -18,7 +19,7 @@ from dvpo_service.tracking.mlflow_sink import MlflowSink, RunStatus
 from dvpo_service.tracking.store import default_tracking_uri
 
 if TYPE_CHECKING:
-    from dvpo_service.terminal import TrainingDisplay
+    from dvpo_service.roles import Display
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Tracker:
         *,
         run_id: str | None = None,
         resume_step: int = 0,
-        display: TrainingDisplay | None = None,
+        display: Display | None = None,
     ) -> None:
         self._display = display
         self._file = MetricsFile(run_dir / "metrics.jsonl", resume_step)
@@ -68,7 +69,7 @@ class Tracker:
         if any(name.startswith("eval/") for name in metrics):
             self._log_calibration(step, metrics)
         if self._display:
-            self._display.update(step, metrics)
+            self._display.update(step, dict(metrics))
         for line in self._advisor.check(step, metrics):
             self.advice.append(line)
             self._warn(line)
@@ -78,10 +79,20 @@ class Tracker:
         if self._sink:
             self._sink.log_samples(step, rows)
 
-    def log_fan(self, step: int, charts: list[FanData]) -> None:
-        """The value distribution along fixed responses."""
-        if self._sink and charts:
-            self._sink.log_figure(step, "value_fan", lambda: fan_chart(charts, step))
+    def log_critic_pictures(
+        self, step: int, charts: list[FanData], history: list[tuple[int, list[FanData]]] | None = None
+    ) -> None:
+        """What the critic believes along fixed responses: now, and with ``history`` (step, charts) over training.
+
+        Drawn later on another thread: leave what was handed in as it is.
+        """
+        if not (self._sink and charts):
+            return
+        self._sink.log_figure(step, "value_fan", lambda: fan_chart(charts, step))
+        self._sink.log_figure(step, "quantile_heatmap", lambda: quantile_heatmap(charts, step))
+        self._sink.log_figure(step, "head_disagreement", lambda: head_disagreement(charts, step))
+        if history:
+            self._sink.log_figure(step, "fan_over_training", lambda: fan_over_training(history))
 
     def _log_calibration(self, step: int, metrics: Mapping[str, float]) -> None:
         """A picture of quantile level against the share of returns at or below the predicted quantile."""
@@ -149,16 +160,51 @@ def _description(config: Config, run_dir: Path) -> str:
     a, r, noise = config.algorithm, config.rollout, config.reward.noise
     model = config.model.path or "a small model made by `dvpo warmstart`"
     off = [name for name, weight in a.dvpo_loss_weights.effective().items() if weight == 0]
+    critic = f"- critic: {a.n_heads} heads x {a.n_quantiles} quantiles; terms off: {', '.join(off) or 'none'}"
     lines = [
         f"**{config.name}**: `{a.adv_estimator}`{f' ({a.form} form)' if a.adv_estimator == 'dvpo' else ''} on {model}.",
         "",
         f"- {config.trainer.num_steps} steps of {r.prompts_per_step} prompts x {r.n} responses",
-        f"- critic: {a.n_heads} heads x {a.n_quantiles} quantiles; terms off: {', '.join(off) or 'none'}",
+        *([critic] if a.adv_estimator == "dvpo" else []),
         f"- reward `{config.reward.function}`, noise {noise.kind}",
         f"- data: {', '.join(config.data.train_files)}",
         f"- run folder: `{run_dir.absolute()}`",
+        "- repeat it: save the artifact `config.yaml` (secrets in it are masked), then "
+        "`dvpo train --config config.yaml --run-dir runs/again`",
         "",
-        "Charts: `critic/loss/*` has every term, also the removed ones. Artifacts: `figures/value_fan`, "
-        "`samples.json`, `config.yaml`.",
+        "**Model metrics** (a section per group of charts):",
+        "",
+        *_sections(config),
+        "",
+        "**Artifacts**: `samples.json` (responses with their rewards, as a table), `config.yaml`, `summary.json`",
+        "",
+        *_figures(config),
     ]
     return "\n".join(lines)
+
+
+def _sections(config: Config) -> list[str]:
+    """MLflow's metric page has a section for what stands before the last slash of a name."""
+    dvpo, critic = config.algorithm.adv_estimator == "dvpo", config.algorithm.has_critic
+    lines = {
+        "- `eval/<split>`: held-out accuracy, sampled and greedy; step 0 is before training": True,
+        "- `critic`: `explained_variance` (above 0 is better than a constant), `grad_norm`, the loss": critic,
+        "- `critic/loss`: the eight components as measured, also those of weight 0": dvpo,
+        "- `critic/weighted`: the components times their weights, so what each adds to the loss": dvpo,
+        "- `critic/coverage`: share of returns at or below each predicted quantile; its own name is right": dvpo,
+        "- `policy`: `entropy`, `approx_kl`; `rollout_kl` is engine against trainer, about 0 when all is well": True,
+        "- `reward`, `rollout`: what training saw (`reward/clean_mean` without the noise), length, staleness": True,
+        "- `time`: seconds per stage; `time/step` is the whole update": True,
+    }
+    return [line for line, applies in lines.items() if applies]
+
+
+def _figures(config: Config) -> list[str]:
+    if config.algorithm.adv_estimator != "dvpo":
+        return []
+    return [
+        "- `figures/value_fan`: the predicted return along fixed responses, a right and a wrong one per prompt",
+        "- `figures/fan_over_training`: the same for the first prompt at up to six steps; the newest file has them all",
+        "- `figures/quantile_heatmap`: every quantile along them; `figures/head_disagreement`: where heads differ",
+        "- `figures/calibration`: predicted level against observed coverage",
+    ]

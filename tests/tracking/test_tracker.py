@@ -17,7 +17,7 @@ from dvpo_service.tracking import store
 from dvpo_service.tracking.figures import FanData
 from dvpo_service.tracking.jsonl import read_metrics
 from dvpo_service.tracking.store import default_tracking_uri
-from dvpo_service.tracking.tracker import Tracker
+from dvpo_service.tracking.tracker import Tracker, _description
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ def test_a_whole_run(tmp_path, make_config):
     run_dir = tmp_path / "runs" / "a"
     tags = {"team": "rl", "hf_token": "hunter2"}
     tracker = Tracker(run_dir, make_config(tags=tags, run_name="first", experiment="exp"))
-    fan = FanData("1+1=", ["2"], np.linspace(0, 1, 5), np.random.default_rng(0).random((1, 5)), 1.0)
+    fan = FanData("1+1=", ["2"], np.linspace(0, 1, 5), np.random.default_rng(0).random((1, 2, 5)), 1.0)
     for step in range(3):
         metrics = {"reward/mean": step / 10, "critic/loss/qr": math.inf, "eval/my (split)/accuracy": 0.5}
         tracker.log(step, metrics | {"critic/coverage/0.1": 0.2, "critic/coverage/0.9": 0.8})
         tracker.log_samples(step, [{"prompt": "1+1=", "response": "2", "reward": 1.0}] * 2)
-    tracker.log_fan(2, [fan])
+    tracker.log_critic_pictures(2, [fan], [(1, [fan]), (2, [fan])])
     tracker.finish("FINISHED", {"held_out_after": {"val": 0.7}, "held_out_greedy_before": {"val": 0.4}})
 
     assert tracker.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -94,6 +94,9 @@ def test_a_whole_run(tmp_path, make_config):
     assert paths_of(tracker) == [
         "config.yaml",
         *(f"figures/calibration/step-00000{step}.png" for step in range(3)),
+        "figures/fan_over_training/step-000002.png",
+        "figures/head_disagreement/step-000002.png",
+        "figures/quantile_heatmap/step-000002.png",
         "figures/value_fan/step-000002.png",
         "samples.json",
         "summary.json",
@@ -107,6 +110,20 @@ def test_a_whole_run(tmp_path, make_config):
     assert any("mlartifacts" in p.parts for p in everything)
     assert not [p for p in everything if b"hunter2" in p.read_bytes()]
     assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_the_description_says_what_to_look_at(tmp_path, make_config):
+    config = make_config()
+    text = _description(config, tmp_path / "a")
+    assert "32 prompts x 8 responses" in text
+    for name in ("critic/loss", "critic/weighted", "figures/fan_over_training", "figures/head_disagreement"):
+        assert f"`{name}`" in text
+    assert "dvpo train --config config.yaml" in text
+    algorithm = config.algorithm.model_copy(update={"adv_estimator": "grpo"})
+    text = _description(config.model_copy(update={"algorithm": algorithm}), tmp_path / "a")
+    assert "`eval/<split>`" in text
+    assert "critic" not in text
+    assert "figures" not in text
 
 
 def test_resume_continues_the_same_run_with_each_step_once(tmp_path, make_config):
