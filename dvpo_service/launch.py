@@ -191,9 +191,7 @@ def restore(roles: loop.Roles, resume: Checkpoint | None) -> loop.TrainState:
     return loop.TrainState(**resume.record["state"])
 
 
-def open_tracker(
-    config: Config, run_dir: Path, resume: Checkpoint | None, display: Display
-) -> Tracker:
+def open_tracker(config: Config, run_dir: Path, resume: Checkpoint | None, display: Display) -> Tracker:
     if resume is None:
         return Tracker(run_dir, config, display=display)
     step = resume.record["state"]["step"]

@@ -125,9 +125,7 @@ class MlflowSink:
         self._client.log_dict(self.run_id, summary, "summary.json")
 
     def _create(self, experiment: str, run_name: str) -> str:
-        return self._client.create_run(
-            experiment_id(self._client, experiment, self.uri), run_name=run_name
-        ).info.run_id
+        return self._client.create_run(experiment_id(self._client, experiment, self.uri), run_name=run_name).info.run_id
 
     def _log_config(self, config: dict[str, Any], text: str, old: Run | None, resume_step: int) -> None:
         """Parameters cannot change in MLflow: what a resumed run changed is told in a tag."""
