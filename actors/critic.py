@@ -19,11 +19,12 @@ from actors.fsdp import (
     all_reduce_sums,
     init_process_group,
 )
+from dvpo_service.algo.advantages import returns_to_go
 from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.config import Config
-from dvpo_service.estimators.objective import Carried, Estimate, critic_objective, monte_carlo_returns
+from dvpo_service.estimators.objective import Carried, Estimate, critic_objective
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.load import load_backbone
 from dvpo_service.models.sharding import shard
@@ -184,8 +185,8 @@ class CriticWorker:
 
     def _measure(self, z: Tensor, part: Rollouts) -> Sums:
         algorithm = self.config.algorithm
-        returns = monte_carlo_returns(part, algorithm.gamma).to(z.device)
         mask = part.response_mask.to(z.device)
+        returns = returns_to_go(part.rewards.to(z.device), mask, algorithm.gamma)
         near = 0.05 * self._carried().return_sd  # where a predicted quantile and a 0/1 reward are the same
         return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta, near)
 

@@ -52,7 +52,14 @@ class WarmEngines:
 
 def engine_key(config: Config, model_path: str, backend: Backend) -> str:
     """Equal for runs whose engines are interchangeable. NCCL engines never are: they belong to a group of ranks."""
-    names = ("num_engines", "tensor_parallel_size", "max_num_seqs", "enforce_eager", "kv_cache_gib")
+    names = (
+        "num_engines",
+        "tensor_parallel_size",
+        "max_num_seqs",
+        "enforce_eager",
+        "kv_cache_gib",
+        "generate_timeout_s",
+    )
     settings = config.rollout.model_dump(include={*names, "gpu_memory_utilization"})
     parts = [str(settings), config.model.dtype, str(config.max_model_len), backend]
     folder = Path(model_path)

@@ -24,7 +24,7 @@ from actors.weight_sync import WeightSync
 from actors.weight_transfer import Backend, weight_backend
 from dvpo_service import loop, terminal
 from dvpo_service.checkpoint import Checkpoint, Checkpoints
-from dvpo_service.config import Config, to_yaml
+from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
@@ -179,7 +179,23 @@ def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
             f"{found.folder} is at step {found.record['state']['step']}, beyond trainer.num_steps = "
             f"{config.trainer.num_steps}; raise num_steps, choose another --run-dir, or give trainer.resume=never"
         )
+    if found:
+        _check_same_critic(config, checkpoints.run_dir)
     return found
+
+
+def _check_same_critic(config: Config, run_dir: Path) -> None:
+    """Raise CheckpointError when the run in ``run_dir`` trains another kind of critic."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        return
+    before, now = load_config(str(file)).algorithm, config.algorithm
+    for key in ("adv_estimator", "n_heads", "n_quantiles", "critic_hidden_dim"):
+        if getattr(before, key) != getattr(now, key):
+            raise CheckpointError(
+                f"the checkpoints in {run_dir} are of algorithm.{key}={getattr(before, key)}, the config now has "
+                f"{getattr(now, key)}; give the old value, choose another --run-dir, or give trainer.resume=never"
+            )
 
 
 def restore(roles: loop.Roles, resume: Checkpoint | None) -> loop.TrainState:

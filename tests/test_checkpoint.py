@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from dvpo_service.checkpoint import Checkpoints
+from dvpo_service.config import load_config, to_yaml
 from dvpo_service.errors import CheckpointError
+from dvpo_service.launch import resume_point
 
 
 def write(text: str):
@@ -58,3 +60,14 @@ def test_an_unreadable_record_names_the_file(tmp_path: Path) -> None:
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"step-000001/state\.json: cannot be read"):
         checkpoints.latest()
+
+
+def test_a_run_does_not_continue_with_another_critic(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(5, {"policy": write("weights")}, {"state": {"step": 5}})
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("demo")))
+    same = resume_point(load_config("demo", ["critic.optim.lr=1e-3"]), checkpoints)
+    assert same is not None
+    with pytest.raises(CheckpointError, match=r"algorithm\.adv_estimator=dvpo, the config now has grpo; give the old"):
+        resume_point(load_config("demo", ["algorithm.adv_estimator=grpo"]), checkpoints)
+    assert resume_point(load_config("demo-grpo", ["trainer.resume=never"]), checkpoints) is None

@@ -11,7 +11,7 @@ from ray import tune
 from ray.tune import FailureConfig, ResultGrid, RunConfig, Tuner
 
 from actors.cluster import connected
-from actors.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
+from actors.placement import Bundle, alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from dvpo_service.config import Config
 from dvpo_service.data.splits import load_data
 from dvpo_service.errors import ConfigError, UserError
@@ -22,7 +22,7 @@ from tune_sweeps.plan import Job, find_grid, plan_trials, resolve
 from tune_sweeps.records import Sweep, read_sweep, save_sweep
 from tune_sweeps.space import one_draw, param_space, tune_config
 from tune_sweeps.tracking import close_parent, open_parent
-from tune_sweeps.trainable import run_trial, trial_resources
+from tune_sweeps.trainable import OWN_CPU, run_trial, trial_resources
 
 RETRIES = 2
 
@@ -110,7 +110,7 @@ def _with_cpus(config: Config, slots: int) -> Config:
 
 
 def _check_budget(config: Config, slots: int) -> None:
-    bundles = plan_bundles(config) * max(1, slots)
+    bundles = [Bundle("trial", 0, {"CPU": OWN_CPU}), *plan_bundles(config)] * max(1, slots)
     try:
         check_plan(bundles, alive_nodes())
     except UserError as error:

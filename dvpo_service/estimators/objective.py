@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dvpo_service.algo.advantages import length_adaptive_lambda, scalar_gae
+from dvpo_service.algo.advantages import length_adaptive_lambda
 from dvpo_service.config import AlgorithmConfig
 from dvpo_service.types import Rollouts
 
@@ -85,9 +85,3 @@ def bootstrap(algorithm: AlgorithmConfig, part: Rollouts, end: Tensor) -> Tensor
         return torch.zeros_like(end)
     cut = ~part.finished.to(end.device)
     return torch.where(cut.reshape(-1, *(1 for _ in range(end.dim() - 1))), end, torch.zeros_like(end))
-
-
-def monte_carlo_returns(part: Rollouts, gamma: float) -> Tensor:
-    """Discounted rewards to go [b, T]: what the diagnostics compare values with."""
-    zeros = torch.zeros_like(part.rewards)
-    return scalar_gae(part.rewards, zeros, part.response_mask, zeros.new_zeros(len(part)), gamma, 1.0)[1]
