@@ -28,7 +28,9 @@ from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
+from dvpo_service.export import CRITIC, POLICY, describe, writing
 from dvpo_service.lock import locked
+from dvpo_service.models.base import save_base
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver, NoPictures
 from dvpo_service.rewards.scoring import resolve
@@ -97,6 +99,7 @@ def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngin
         with connected(config), ExitStack() as stack:
             model_path = base_model(config, raw.train, run_dir.parent)
             tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
+            save_base(model_path, run_dir, trust_remote_code=config.model.trust_remote_code)
             data = raw.encoded(config.data, tokenizer)
             if watch is None:
                 terminal.show_plan(config, plan_facts(model_path, data, run_dir, resume))
@@ -107,8 +110,8 @@ def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngin
             state = restore(roles, resume)
             display.status("")
             state = loop.train(config.trainer, roles, checkpoints, state)
-            display.status("exporting the policy")
-            roles.policy.export(run_dir / "policy")
+            display.status("exporting policy and critic")
+            export_final(config, roles, run_dir, state.step)
             summary = summarize(config, state, run_dir, tracker, time.time() - started)
         tracker.finish("FINISHED", summary)
     except KeyboardInterrupt:
@@ -168,6 +171,14 @@ def assemble(
         tracker=tracker,
         mismatch=engine_mismatch,
     )
+
+
+def export_final(config: Config, roles: loop.Roles, run_dir: Path, step: int) -> None:
+    """The trained policy, critic and model card in ``run_dir/policy``."""
+    with writing(run_dir / POLICY, own=True) as folder:
+        roles.policy.export(folder)
+        roles.estimator.export(folder / CRITIC)
+        describe(folder, run_dir, config, step, roles.tracker.run_id)
 
 
 def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
