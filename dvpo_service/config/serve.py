@@ -10,7 +10,7 @@ from dvpo_service.config.base import NonNegativeFloat, Positive, PositiveFloat, 
 
 
 class ServeConfig(Section):
-    """An engine's own settings are ``rollout``'s (``max_num_seqs``, ``kv_cache_gib``, ...), its resources ``cluster``'s.
+    """Engines have ``rollout``'s settings (``max_num_seqs``, ``kv_cache_gib``, ...) and ``cluster``'s resources.
 
     ``min_replicas`` to ``max_replicas`` engines, so many that each has about ``target_requests`` under way.
     ``max_requests`` under way at a gateway; more are answered 429 at once. ``max_model_len`` is what the model reads by

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from hashlib import sha256
 from importlib import resources
 from typing import Any
@@ -84,9 +83,10 @@ class Gateway:
         return Response(generate_latest(self.measures.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
-        async with self._request(request) as answer:
-            answer.response = Response(await self.policy.call("models"), media_type="application/json")
-        return answer.response
+        async def work(_: UnderWay) -> Response:
+            return Response(await self.policy.call("models"), media_type="application/json")
+
+        return await self._answer(request, work)
 
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat completions; ``rank_by`` returns the best of ``n`` by the critic's distribution."""
@@ -98,35 +98,34 @@ class Gateway:
 
     async def token_values(self, request: Request) -> Response:
         """The distribution of the return after each token of a response."""
-        async with self._request(request) as answer:
-            asked = parse_values(await self._body(request))
-            found = await self._critic().call("along", asked)
-            answer.response = self._json(found["body"], found["version"])
-        return answer.response
+
+        async def work(_: UnderWay) -> Response:
+            found = await self._critic().call("along", parse_values(await self._body(request)))
+            return JSONResponse(found["body"], headers={VERSION_HEADER: found["version"]})
+
+        return await self._answer(request, work)
 
     async def _generate(self, kind: Kind, request: Request) -> Response:
-        async with self._request(request) as answer:
+        async def work(under_way: UnderWay) -> Response:
             asked = parse(await self._body(request))
             check_generation(asked, self.limits)
             rank_by = pop_rank(asked)
             if asked.get("stream"):
-                return await self._stream(kind, asked, answer)
+                return await self._stream(kind, asked, under_way)
             if rank_by:
                 body, version = await best_of_n(kind, asked, rank_by, self.policy, self._critic())
-                answer.response = self._json(body, version)
-            else:
-                made = await self.policy.call("complete", kind, asked)
-                headers = {VERSION_HEADER: made.version}
-                answer.response = Response(made.body, made.status, headers, media_type="application/json")
-        return answer.response
+                return JSONResponse(body, headers={VERSION_HEADER: version})
+            made = await self.policy.call("complete", kind, asked)
+            return Response(made.body, made.status, {VERSION_HEADER: made.version}, media_type="application/json")
 
-    async def _stream(self, kind: Kind, asked: dict[str, Any], answer: UnderWay) -> Response:
+        return await self._answer(request, work)
+
+    async def _stream(self, kind: Kind, asked: dict[str, Any], under_way: UnderWay) -> Response:
         """Server-sent events. A replica lost before the first one is replaced unseen; later, an event says so."""
         events = self.policy.stream("stream", kind, asked)
         header = await anext(events)
         if header.status != 200:
-            answer.response = Response(header.body, header.status, media_type="application/json")
-            return answer.response
+            return Response(header.body, header.status, media_type="application/json")
 
         async def body() -> AsyncIterator[str]:
             try:
@@ -136,18 +135,14 @@ class Gateway:
                 why = BadRequest(f"the response was cut off: {error}", status=503, kind="Unavailable")
                 yield f"data: {json.dumps(why.body())}\n\ndata: [DONE]\n\n"
             finally:
-                answer.finish(200)
+                under_way.finish(200)
 
-        answer.streaming = True
         return StreamingResponse(body(), media_type="text/event-stream", headers={VERSION_HEADER: header.version})
 
     def _critic(self) -> Replicas:
         if self.values is None:
             raise BadRequest("this run has no critic, so there are no values and no rank_by", status=501)
         return self.values
-
-    def _json(self, body: dict[str, Any], version: str) -> JSONResponse:
-        return JSONResponse(body, headers={VERSION_HEADER: version})
 
     async def _body(self, request: Request) -> bytes:
         """The body, read no further than the limit. Raises BadRequest."""
@@ -166,23 +161,23 @@ class Gateway:
         if self.under_way >= self.limits.max_requests:
             raise BadRequest(f"{self.under_way} requests are under way, which is the limit; try again", status=429)
 
-    @asynccontextmanager
-    async def _request(self, request: Request) -> AsyncIterator[UnderWay]:
-        """Count and time a request, and turn what goes wrong in it into an answer."""
-        answer = UnderWay(self, request.url.path)
+    async def _answer(self, request: Request, work: Callable[[UnderWay], Awaitable[Response]]) -> Response:
+        """Admit, count and time a request; what goes wrong in it becomes an answer."""
+        under_way = UnderWay(self, request.url.path)
+        response = Response(status_code=499)  # if the client leaves before there is another
         try:
             self._admit(request)
-            answer.start()
-            yield answer
+            under_way.start()
+            response = await work(under_way)
         except BadRequest as error:
-            headers = {"retry-after": "1"} if error.status == 429 else None
-            answer.response = JSONResponse(error.body(), error.status, headers)
+            response = JSONResponse(error.body(), error.status, {"retry-after": "1"} if error.status == 429 else None)
         except Unavailable as error:
             down = BadRequest(f"no replica can take the request now: {error}", status=503, kind="Unavailable")
-            answer.response = JSONResponse(down.body(), 503, {"retry-after": "5"})
+            response = JSONResponse(down.body(), 503, {"retry-after": "5"})
         finally:
-            if not answer.streaming:
-                answer.finish(answer.response.status_code)
+            if not isinstance(response, StreamingResponse):
+                under_way.finish(response.status_code)
+        return response
 
 
 class UnderWay:
@@ -190,16 +185,15 @@ class UnderWay:
 
     def __init__(self, gateway: Gateway, route: str):
         self.gateway, self.route = gateway, route
-        self.response: Response = Response(status_code=499)  # the client left before there was an answer
-        self.streaming = self.counted = False
+        self.admitted = False
         self.began = time.perf_counter()
 
     def start(self) -> None:
-        self.counted = True
+        self.admitted = True
         self._change(+1)
 
     def finish(self, status: int) -> None:
-        if self.counted:
+        if self.admitted:
             self._change(-1)
         self.gateway.measures.requests.labels(self.route, status).inc()
         self.gateway.measures.seconds.labels(self.route).observe(time.perf_counter() - self.began)

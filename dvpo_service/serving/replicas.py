@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -29,7 +29,7 @@ class Replicas:
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """The result of ``method(*args)`` on some replica. It may run twice: methods called so change nothing.
 
-        Raises Unavailable.
+        Raises Unavailable, and what the method raises.
         """
         deadline = time.monotonic() + (timeout_s or self.timeout_s)
         async for left in _attempts(deadline):
@@ -37,6 +37,8 @@ class Replicas:
                 return await asyncio.wait_for(getattr(self.handle, method).remote(*args), left)
             except GONE:
                 continue
+            except RayTaskError as error:
+                raise error.cause from None
             except TimeoutError:
                 break
         raise Unavailable(f"no answer within {timeout_s or self.timeout_s:g} s")

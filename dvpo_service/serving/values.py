@@ -81,12 +81,12 @@ class ValueModel:
         heads = z[last if query.only_last else 0 : last + 1].sort(-1).values
         law = heads.mean(-2)
         alpha, beta = query.alpha or self.alpha, query.beta or self.beta
-        levels = self.levels if query.levels is None else torch.tensor(query.levels)
+        levels = self.levels.tolist() if query.levels is None else list(query.levels)
         return ResponseValues(
             alpha=alpha,
             beta=beta,
-            levels=levels.tolist(),
-            quantiles=interpolate(law, self.levels, levels).tolist(),
+            levels=[round(level, 6) for level in levels],
+            quantiles=interpolate(law, self.levels, torch.tensor(levels)).tolist(),
             mean=law.mean(-1).tolist(),
             cvar=lower_tail_mean(law, alpha).tolist(),
             upper_tail=upper_tail_mean(law, beta).tolist(),
