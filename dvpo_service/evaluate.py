@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ def from_run(source: Path, overrides: Sequence[str]) -> Iterator[Subject]:
     A checkpoint is exported beside itself, where every node sees it, for as long as it takes.
     """
     step, state = newest(source)
-    with tempfile.TemporaryDirectory(prefix=".eval-", dir=state.parent, ignore_cleanup_errors=True) as work:
-        folder = state if is_export(state) else export(state, Path(work) / "policy").folder
+    with ExitStack() as stack:
+        folder = state
+        if not is_export(state):
+            work = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eval-", dir=state.parent))
+            folder = export(state, Path(work) / "policy").folder
         yield Subject(load_config(str(folder / CONFIG_FILE), overrides), str(folder), str(source), step)
 
 
