@@ -182,8 +182,9 @@ def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     base = base_folder(run_dir)
     model: Any = empty_policy(base, trust_remote_code=config.model.trust_remote_code)
     unshard(checkpoint / "policy", model, "backbone.")
-    shutil.copytree(base, folder, dirs_exist_ok=True)
     model.save_pretrained(folder)
+    # Tokenizer and generation config as they came; the model's own config says what it is now (float32).
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
 
 
 def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvpo_service.eval_stats import PromptScores, by_group, ks, pass_at_k, summarize
@@ -17,6 +17,7 @@ from dvpo_service.eval_stats import PromptScores, by_group, ks, pass_at_k, summa
 outcomes = st.lists(st.booleans(), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(outcomes, st.data())
 def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_sample(right: list[bool], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(right)))
@@ -24,6 +25,7 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_sample(right: list[boo
     assert pass_at_k(len(right), sum(right), k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.data())
 def test_pass_at_k_is_the_product_form_of_the_paper(n: int, data: st.DataObject) -> None:
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
@@ -31,6 +33,7 @@ def test_pass_at_k_is_the_product_form_of_the_paper(n: int, data: st.DataObject)
     assert pass_at_k(n, c, k) == pytest.approx(product, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.data())
 def test_pass_at_k_rises_with_k_from_the_share_that_is_right(n: int, data: st.DataObject) -> None:
     c = data.draw(st.integers(0, n))
@@ -63,6 +66,7 @@ def test_ks() -> None:
 scores = st.lists(st.floats(0, 1), min_size=4, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(scores, st.sampled_from([0.0, 1.0])), min_size=2, max_size=20))
 def test_a_group_of_prompts(drawn: list[tuple[list[float], float]]) -> None:
     found = summarize([PromptScores("val", "a", tuple(s), g) for s, g in drawn], 4)

@@ -77,14 +77,23 @@ def write_run(run: Path, config: Config, model: Path, world: int) -> None:
     (checkpoint / "state.json").write_text(json.dumps(STATE))
 
 
-@pytest.fixture(scope="session", params=[1, 2], ids=["one-rank", "two-ranks"])
-def trained(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a DVPO run on one rank and on two. Read only."""
-    pool = {"world_size": request.param, "optim": {"lr": 1e-2}}
-    config = make_config(tiny_model, critic=pool, policy=pool, tracking={"mlflow_uri": "http://me:hush@host/mlflow"})
-    run = tmp_path_factory.mktemp("trained") / "run"
-    write_run(run, config, tiny_model, request.param)
-    return run
+def _train(model: Path, folder: Path, world: int) -> Path:
+    pool = {"world_size": world, "optim": {"lr": 1e-2}}
+    config = make_config(model, critic=pool, policy=pool, tracking={"mlflow_uri": "http://me:hush@host/mlflow"})
+    write_run(folder / "run", config, model, world)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a DVPO run. Read only."""
+    return _train(tiny_model, tmp_path_factory.mktemp("trained"), 1)
+
+
+@pytest.fixture(scope="session")
+def trained_on_two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks, so that every tensor is in two files. Read only."""
+    return _train(tiny_model, tmp_path_factory.mktemp("trained-on-two"), 2)
 
 
 @pytest.fixture(scope="session")

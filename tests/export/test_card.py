@@ -16,6 +16,8 @@ from dvpo_service.export import export
 from dvpo_service.model_card import model_card
 from tests.builders import make_config
 
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
 
 def front_matter(card: str) -> dict[str, Any]:
     _, head, _ = card.split("---\n", 2)
@@ -58,13 +60,13 @@ def test_training_files_are_named_without_their_folders(config: Config) -> None:
     assert "| training data | rows.jsonl, demo-train.jsonl |" in card
 
 
-def test_the_code_in_the_card_runs(trained: Path, tmp_path: Path) -> None:
-    folder = export(trained, tmp_path / "out").folder
-    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+def test_the_code_in_card_and_guide_runs(trained: Path, tmp_path: Path) -> None:
+    folder = export(trained, tmp_path / "demo-policy").folder
+    guide = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    card, written = (PYTHON.findall(text) for text in ((folder / "README.md").read_text(), guide))
+    assert (len(card), len(written)) == (2, 1)
+    code = "\n".join([*card, "import os", "os.chdir('..')", *written, "print('spread', disagreement.shape)"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "mean tensor(" in done.stdout
-    assert "CVaR tensor(" in done.stdout
+    for said in ("mean tensor(", "CVaR tensor(", "spread torch.Size"):
+        assert said in done.stdout

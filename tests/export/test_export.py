@@ -26,9 +26,14 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
 
 
+RANKS = pytest.mark.parametrize("fixture", ["trained", "trained_on_two"])
+
+
+@RANKS
 def test_a_checkpoint_becomes_the_policy_and_critic_that_were_trained(
-    trained: Path, tiny_model: Path, tmp_path: Path
+    fixture: str, request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path
 ) -> None:
+    trained: Path = request.getfixturevalue(fixture)
     done = export(trained, tmp_path / "out")
     assert done == open_export(tmp_path / "out")
     assert (done.step, done.mlflow_run_id) == (STEP, "run-7")
@@ -39,10 +44,21 @@ def test_a_checkpoint_becomes_the_policy_and_critic_that_were_trained(
     critic = DistributionalCritic.from_pretrained(done.critic)
     assert same(critic.state_dict(), load_file(trained / "live" / "critic-state.safetensors"))
     assert load_tokenizer(str(done.folder))("12+7=") == load_tokenizer(str(tiny_model))("12+7=")
-    assert (done.folder / "generation_config.json").is_file()
 
 
-def test_the_end_of_training_writes_the_same_weights(trained: Path, tmp_path: Path) -> None:
+def test_the_base_models_generation_config_is_kept(run: Path, tmp_path: Path) -> None:
+    """Chat models end at tokens that only it names."""
+    file = run / "base" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [1, 2]}))
+    done = export(run, tmp_path / "out")
+    assert load_causal_lm(str(done.folder)).generation_config.eos_token_id == [1, 2]  # type: ignore[union-attr]
+
+
+@RANKS
+def test_the_end_of_training_writes_the_same_weights(
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    trained: Path = request.getfixturevalue(fixture)
     done = export(trained, tmp_path / "out")
     live = load_causal_lm(str(trained / "live" / "policy")).state_dict()
     assert same(live, load_causal_lm(str(done.folder)).state_dict())
@@ -115,9 +131,12 @@ def test_an_export_that_fails_leaves_what_was_there(run: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("part", ["policy", "estimator"])
-@pytest.mark.parametrize("which", [0, -1])
-def test_a_shard_that_is_missing_is_noticed(part: str, which: int, run: Path, tmp_path: Path) -> None:
-    sorted((run / "checkpoints/step-000003" / part).glob("*.safetensors"))[which].unlink()
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_shard_that_is_missing_is_noticed(part: str, which: int, trained_on_two: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained_on_two, tmp_path / "run"))
+    files = sorted((run / "checkpoints/step-000003" / part).glob("*.safetensors"))
+    assert len(files) == 2
+    files[which].unlink()
     with pytest.raises(CheckpointError, match=f"step-000003/{part}: "):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
