@@ -75,6 +75,9 @@ class Trainer:
         self.schedule = get_scheduler(
             name, self.optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
         )
+        # A parameter that has several names, as an output layer that is the input embedding, is saved under one.
+        first: dict[int, str] = {}
+        self._names = {k: first.setdefault(id(p), k) for k, p in module.named_parameters(remove_duplicate=False)}
         # Further tensors to save with the state, the same on every rank.
         self.extra: dict[str, Tensor] = {}
 
@@ -128,7 +131,7 @@ class Trainer:
         set_state_dict(
             self.module,
             self.optimizer,
-            model_state_dict={k: tensors[f"model.{k}"] for k in model},
+            model_state_dict={k: tensors[f"model.{self._names.get(k, k)}"] for k in model},
             optim_state_dict={k: tensors.get(f"optim.{k}", v) for k, v in optim.items()},
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
@@ -149,7 +152,7 @@ class Trainer:
 
     def _tensors(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, Tensor]:
         """What changes in training. Hyper-parameters are the config's, not the checkpoint's."""
-        tensors = {f"model.{k}": v for k, v in model.items()}
+        tensors = {f"model.{k}": v for k, v in model.items() if self._names.get(k, k) == k}
         tensors |= {f"optim.{k}": v for k, v in optim.items() if k.startswith("state.")}
         tensors |= {f"extra.{k}": v for k, v in self.extra.items()}
         tensors["schedule"] = torch.tensor(self.schedule.last_epoch)

@@ -74,16 +74,43 @@ def warmstart(
 
 @app.command("eval")
 def evaluate(
-    config: ConfigOption,
-    model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder, e.g. runs/demo/policy.")],
     overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="A run directory, a checkpoint of it, or an export.")] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="With --model: a name or a YAML file.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A Hugging Face folder or hub name.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A file in place of the config's splits; repeatable.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Samples of each prompt.")] = 8,
     output: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
 ) -> None:
-    """Held-out accuracy of a model on a config's splits, as a training run measures it."""
+    """Accuracy, pass@k and greedy accuracy of a run (--run), or of any model on a config's splits."""
     from dvpo_service.config import load_config
-    from dvpo_service.evaluate import evaluate_model
+    from dvpo_service.errors import ConfigError
+    from dvpo_service.evaluate import Subject, from_run
+    from dvpo_service.evaluate import evaluate as measure
 
-    evaluate_model(load_config(config, overrides or []), model, output)
+    if run and not (config or model):
+        with from_run(run, overrides or []) as subject:
+            measure(subject, data or [], n, output)
+    elif config and model and not run:
+        measure(Subject(load_config(config, overrides or []), model, model), data or [], n, output)
+    else:
+        raise ConfigError("dvpo eval: give either --run, or both --config and --model")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="A run directory, a checkpoint of it, or an export.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    register: Annotated[str | None, typer.Option(help="Also a version of this model in the run's MLflow.")] = None,
+) -> None:
+    """The newest policy and critic of a run as a Hugging Face folder with a model card."""
+    from dvpo_service.export import export_and_register
+
+    done, version = export_and_register(run, output, register)
+    typer.echo(f"policy after {done.step} updates: {done.folder}")
+    typer.echo(f"critic: {done.critic or 'none, the run has none'}")
+    if version:
+        typer.echo(f"MLflow: version {version} of {register}")
 
 
 @app.command()

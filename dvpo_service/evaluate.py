@@ -1,39 +1,100 @@
-"""``dvpo eval``: the held-out accuracy of any model folder, with the engines and rewards of a run."""
+"""``dvpo eval``: how well a model answers, with the engines and rewards of a run."""
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from dvpo_service.config import Config
-from dvpo_service.types import Metrics
+from dvpo_service.config import Config, load_config
+from dvpo_service.data.splits import load_data, load_files
+from dvpo_service.eval_stats import by_group
+from dvpo_service.export import CONFIG_FILE, export, is_export, newest
+from dvpo_service.models.load import check_model
+from dvpo_service.terminal import make_console, progress
 
 
-def show(metrics: Metrics, sizes: dict[str, int], model: str) -> None:
-    table = Table(title=f"Held-out accuracy of {model}")
-    for column in ("split", "prompts", "sampled", "greedy"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for split, size in sizes.items():
-        table.add_row(
-            split,
-            str(size),
-            f"{metrics[f'eval/{split}/accuracy']:.3f}",
-            f"{metrics[f'eval/{split}/greedy']:.3f}",
-        )
-    Console().print(table)
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and how: ``step`` is the number of updates it has seen, None where nothing says."""
+
+    config: Config
+    model: str
+    name: str
+    step: int | None = None
 
 
-def evaluate_model(config: Config, model: str, output: Path | None) -> Metrics:
-    """Print a table by split; write it as JSON to ``output`` if given."""
+@contextmanager
+def from_run(source: Path, overrides: Sequence[str]) -> Iterator[Subject]:
+    """The newest state of a run, a checkpoint or an export, with its run's config.
+
+    A checkpoint is exported beside itself, where every node sees it, for as long as it takes.
+    """
+    step, state = newest(source)
+    with ExitStack() as stack:
+        folder = state
+        if not is_export(state):
+            work = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eval-", dir=state.parent))
+            folder = export(state, Path(work) / "policy").folder
+        yield Subject(load_config(str(folder / CONFIG_FILE), overrides), str(folder), str(source), step)
+
+
+def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None) -> dict[str, Any]:
+    """Sample every prompt n times and once greedily; print tables, and write JSON to ``output`` if given.
+
+    Args:
+        files: evaluated in place of the config's splits, each a split of its own name.
+    """
     from dvpo_service import launch
 
-    with launch.connected(config), ExitStack() as stack:
-        metrics, sizes = launch.held_out_accuracy(config, model, stack)
-    show(metrics, sizes, model)
+    config = subject.config
+    check_model(subject.model, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
+    data = load_files(config.data, files) if files else load_data(config.data).held_out
+    with progress(f"evaluating {subject.name}", sum(map(len, data.values()))) as bar:
+        scores = launch.evaluate(config, subject.model, data, n, bar.update)
+    sampling = {"n": n, "temperature": config.rollout.temperature, "seed": config.trainer.seed}
+    found = {"model": subject.name, "step": subject.step, **sampling, **by_group(scores, n)}
     if output:
-        output.write_text(json.dumps(metrics, indent=2) + "\n")
-    return metrics
+        output.write_text(json.dumps(found, indent=2) + "\n")
+    show(found)
+    return found
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """A table by split, and one by data source where that says more."""
+    console = make_console()
+    after = "" if found["step"] is None else f" after {found['step']} updates"
+    console.print(f"{found['model']}{after}: {found['n']} samples a prompt at temperature {found['temperature']:g}")
+    console.print(_table("split", found["splits"]))
+    if found["sources"].keys() != found["splits"].keys():
+        console.print(_table("source", found["sources"]))
+
+
+def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    passes = list(next(iter(groups.values()))["pass_at_k"])
+    table = Table()
+    for column in (title, "prompts", "accuracy", "95%", "sd in prompt", "greedy", *(f"pass@{k}" for k in passes)):
+        table.add_column(column, justify="left" if column == title else "right")
+    for name, g in groups.items():
+        interval = "-" if g["ci95"] is None else f"{g['ci95'][0]:.3f} to {g['ci95'][1]:.3f}"
+        figures = [_number(g[key]) for key in ("sd_within_prompt", "greedy")]
+        failed = f" ({g['failed']} failed)" if g["failed"] else ""
+        table.add_row(
+            name,
+            f"{g['prompts']}{failed}",
+            _number(g["accuracy"]),
+            interval,
+            *figures,
+            *(_number(g["pass_at_k"][k]) for k in passes),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -27,6 +27,8 @@ from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.unshard import unshard
 from dvpo_service.tracking.jsonl import read_metrics
 from dvpo_service.tracking.masking import mask
+from dvpo_service.tracking.registry import register, registry_uri
+from dvpo_service.tracking.store import open_store
 
 CONFIG_FILE, EXPORT_FILE, CARD_FILE, CRITIC, POLICY = "config.yaml", "export.json", "README.md", "critic", "policy"
 
@@ -98,7 +100,7 @@ def export(source: Path, output: Path) -> Exported:
         with writing(output) as folder:
             shutil.copytree(state, folder, dirs_exist_ok=True)
         return open_export(output)
-    run_dir = state.absolute().parent.parent
+    run_dir = run_of(state)
     config = run_config(run_dir)
     with writing(output) as folder:
         _export_policy(state, run_dir, config, folder)
@@ -106,6 +108,27 @@ def export(source: Path, output: Path) -> Exported:
             _export_critic(state, run_dir, config, folder / CRITIC)
         describe(folder, run_dir, config, step, _read_json(state / STATE_FILE).get("mlflow_run_id"))
     return open_export(output)
+
+
+def export_and_register(source: Path, output: Path, name: str | None) -> tuple[Exported, str | None]:
+    """``export``, and with a ``name`` a version of that model in the run's MLflow, which is tried first.
+
+    Returns the version's number, None without a name. Raises TrackingError when MLflow cannot be used.
+    """
+    if name is None:
+        return export(source, output), None
+    run_dir = run_of(newest(source)[1])
+    uri = registry_uri(run_config(run_dir), run_dir)
+    client = open_store(uri)
+    done = export(source, output)
+    return done, register(client, uri, name, done.folder, step=done.step, run_id=done.mlflow_run_id)
+
+
+def run_of(state: Path) -> Path:
+    """The run directory that a checkpoint or its ``policy/`` stands in; an export elsewhere stands for its run."""
+    if not is_export(state):
+        return state.absolute().parent.parent
+    return state.absolute().parent if (state.parent / CONFIG_FILE).is_file() else state
 
 
 def run_config(folder: Path) -> Config:
@@ -159,8 +182,9 @@ def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     base = base_folder(run_dir)
     model: Any = empty_policy(base, trust_remote_code=config.model.trust_remote_code)
     unshard(checkpoint / "policy", model, "backbone.")
-    shutil.copytree(base, folder, dirs_exist_ok=True)
     model.save_pretrained(folder)
+    # Tokenizer and generation config as they came; the model's own config says what it is now (float32).
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
 
 
 def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:

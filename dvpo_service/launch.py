@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ from actors.weight_transfer import Backend, weight_backend
 from dvpo_service import loop, terminal
 from dvpo_service.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.config import Config, load_config, to_yaml
-from dvpo_service.data.splits import Data, load_data
+from dvpo_service.data.dataset import Dataset
+from dvpo_service.data.splits import Data, encode, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
+from dvpo_service.eval_stats import PromptScores
 from dvpo_service.export import CRITIC, POLICY, describe, writing
 from dvpo_service.lock import locked
 from dvpo_service.models.base import save_base
@@ -226,17 +229,24 @@ def open_tracker(config: Config, run_dir: Path, resume: Checkpoint | None, displ
     return Tracker(run_dir, config, run_id=run_id, resume_step=step + 1, display=display)
 
 
-def held_out_accuracy(config: Config, model: str, stack: ExitStack) -> tuple[dict[str, float], dict[str, int]]:
-    """Accuracy of ``model`` on the config's splits, and the splits' sizes: engines and rewards only."""
-    check_model(model, config.max_model_len)
-    data = load_data(config.data).encoded(config.data, load_tokenizer(model))
-    bundles = [b for b in plan_bundles(config) if b.pool in ("rollout", "reward")]
-    placement = Placement(bundles, timeout_s=config.cluster.placement_timeout_s)
-    stack.callback(placement.release)
-    engines = EnginePool.spawn(config, str(Path(model).absolute()), weight_backend(config), placement)
-    stack.callback(engines.shutdown)
-    rewards = RewardPool(config.reward, placement)
-    stack.callback(rewards.shutdown)
-    engines.call("start", timeout_s=config.rollout.start_timeout_s)
-    metrics = HeldOut(config, data.held_out, engines, rewards).run(0)
-    return metrics, {name: len(d) for name, d in data.held_out.items()}
+def evaluate(
+    config: Config, model: str, data: Mapping[str, Dataset], n: int, on_progress: Callable[[int], None]
+) -> list[PromptScores]:
+    """Scores of ``model`` on ``data``, splits by name: engines and rewards only. See ``HeldOut.measure``."""
+    tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+    splits = {name: encode(config.data, split, tokenizer) for name, split in data.items()}
+    with connected(config), ExitStack() as stack:
+        bundles = [b for b in plan_bundles(config) if b.pool in ("rollout", "reward")]
+        placement = Placement(bundles, timeout_s=config.cluster.placement_timeout_s)
+        stack.callback(placement.release)
+        engines = EnginePool.spawn(config, _here(model), weight_backend(config), placement)
+        stack.callback(engines.shutdown)
+        rewards = RewardPool(config.reward, placement)
+        stack.callback(rewards.shutdown)
+        engines.call("start", timeout_s=config.rollout.start_timeout_s)
+        return HeldOut(config, splits, engines, rewards).measure(n, on_progress)
+
+
+def _here(model: str) -> str:
+    """A folder as actors elsewhere find it, a hub name as it is."""
+    return str(Path(model).absolute()) if Path(model).exists() else model

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from dvpo_service.config import Config
 
 TEMPLATE = "model_card.md.j2"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, critic: bool) -> str:

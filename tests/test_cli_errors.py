@@ -104,6 +104,22 @@ def test_ray_cluster_out_of_reach(refused, tmp_path: Path) -> None:
     assert "cannot connect to Ray at 127.0.0.1:9" in line
 
 
+def test_eval_of_nothing_or_of_two_things(refused) -> None:
+    for arguments in ((), ("--config", "demo"), ("--run", "runs/demo", "--model", "m")):
+        assert "give either --run, or both --config and --model" in refused("eval", *arguments)
+
+
+def test_eval_and_export_of_a_folder_that_is_no_run(refused, tmp_path: Path) -> None:
+    for command in (("eval",), ("export", "--output", "out")):
+        line = refused(*command, "--run", str(tmp_path))
+        assert "holds nothing to export: no whole checkpoint in checkpoints/, no finished policy/" in line
+
+
+def test_eval_of_a_file_that_is_not_there(refused, tiny_model: Path) -> None:
+    line = refused("eval", "--config", "demo", "--model", str(tiny_model), "--data", "nothere.jsonl")
+    assert re.search(r"nothere\.jsonl.*not found", line)
+
+
 def test_something_unforeseen_is_one_line_too(refused, monkeypatch: pytest.MonkeyPatch) -> None:
     import dvpo_service.launch
 

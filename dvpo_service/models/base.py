@@ -6,6 +6,7 @@ With it a checkpoint, which holds weights only, becomes a model later and on ano
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def base_folder(run_dir: Path) -> Path:
 
 
 def empty_policy(base: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM in float32 on the CPU, its weights left as memory has them: to be loaded."""
+    """The causal LM, its weights to be loaded. Raises CheckpointError when ``base`` describes none."""
     return _empty(AutoModelForCausalLM, base, trust_remote_code)
 
 
@@ -51,14 +52,22 @@ def empty_backbone(base: Path, *, trust_remote_code: bool = False) -> nn.Module:
     return _empty(AutoModel, base, trust_remote_code)
 
 
-def _empty(auto: type, base: Path, trust_remote_code: bool) -> nn.Module:
+def build_empty(auto: Any, folder: Path, *, trust_remote_code: bool) -> nn.Module:
+    """The architecture of ``folder/config.json`` in float32 on the CPU, its weights left as memory has them.
+
+    Raises what transformers raises: OSError, ValueError, KeyError, TypeError or ImportError.
+    """
     quiet()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with no_init_weights():
+        model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    model.tie_weights()  # which initialisation would have done
+    return model
+
+
+def _empty(auto: Any, base: Path, trust_remote_code: bool) -> nn.Module:
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        with no_init_weights():
-            return auto.from_config(  # type: ignore[attr-defined]
-                config, trust_remote_code=trust_remote_code, dtype=torch.float32
-            )
-    except (OSError, ValueError, KeyError) as error:
+        return build_empty(auto, base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"no model can be built from {base}: {reason}") from error

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
-from transformers.initialization import no_init_weights
+from transformers import AutoModel, PretrainedConfig
 
 from dvpo_service.algo.quantiles import LevelKind, quantile_levels
 from dvpo_service.errors import CheckpointError
+from dvpo_service.models.base import build_empty
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "dvpo_critic"
@@ -99,8 +98,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _build(config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
-    with tempfile.TemporaryDirectory() as work:  # AutoConfig finds the class of a config by reading it from a folder
+    with tempfile.TemporaryDirectory() as work:  # transformers finds the class of a config by reading it from a folder
         (Path(work) / CONFIG_FILE).write_text(json.dumps(config))
-        found = AutoConfig.from_pretrained(work, trust_remote_code=trust_remote_code)
-        with no_init_weights():
-            return AutoModel.from_config(found, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        return build_empty(AutoModel, Path(work), trust_remote_code=trust_remote_code)

@@ -14,8 +14,11 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 from dvpo_service.algo.critic_loss import TERMS
+from dvpo_service.export import export, open_export
+from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 
 pytestmark = pytest.mark.e2e
@@ -149,12 +152,39 @@ def test_the_exported_policy_loads_and_scores_the_same(run_dir: Path, rows: list
         assert model(**prompt).logits.isfinite().all()
 
     output = run_dir / "eval.json"
-    config = str(run_dir / "config.yaml")
-    done = dvpo("eval", "--config", config, "--model", str(policy), "--output", str(output))
+    done = dvpo("eval", "--run", str(run_dir), "--n", "4", "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "pass@4" in done.stdout
     found = json.loads(output.read_text())
-    for name in ("eval/id/greedy", "eval/ood/greedy", "eval/id/accuracy"):
-        assert found[name] == pytest.approx(rows[-1][name], abs=0.02)
+    assert found["step"] == STEPS
+    for split in ("id", "ood"):
+        figures = found["splits"][split]
+        assert figures["prompts"] == 32
+        for name in ("accuracy", "greedy"):
+            assert figures[name] == pytest.approx(rows[-1][f"eval/{split}/{name}"], abs=0.02)
+
+
+def test_checkpoints_export_to_what_training_exports(run_dir: Path) -> None:
+    last = export(run_dir / "checkpoints" / f"step-{STEPS:06d}", run_dir / "from-checkpoint")
+    final = open_export(run_dir / "policy")
+    assert last.step == final.step == STEPS
+    assert last.mlflow_run_id == final.mlflow_run_id
+    for file in ("model.safetensors", "critic/model.safetensors"):
+        one, two = (load_file(e.folder / file) for e in (last, final))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert DistributionalCritic.from_pretrained(final.folder / "critic").spec.num_quantiles == 20
+    assert f"Before training, and after {STEPS} updates." in (final.folder / "README.md").read_text()
+
+    done = dvpo(
+        *("export", "--run", str(run_dir / "checkpoints" / f"step-{STEPS - 4:06d}")),
+        *("--output", str(run_dir / "earlier"), "--register", "tiny"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"policy after {STEPS - 4} updates: {run_dir / 'earlier'}" in done.stdout
+    where = json.loads((run_dir / "summary.json").read_text())["where"]
+    version = MlflowClient(where["mlflow_tracking_uri"]).get_model_version("tiny", "1")
+    assert version.run_id == where["mlflow_run_id"]
 
 
 def test_an_estimator_without_a_critic_learns_without_its_pool(run_dir: Path) -> None:
@@ -166,6 +196,7 @@ def test_an_estimator_without_a_critic_learns_without_its_pool(run_dir: Path) ->
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert not any(name.startswith("critic/") for name in rows[-1])
+    assert open_export(run / "policy").critic is None
     assert all(r["policy/rollout_kl"] < 1e-8 for r in rows[1:]), "packed log-probs are the engine's"
     assert all(1 <= r["rollout/draws"] <= 4 for r in rows[1:])
     clean = [r["reward/clean_mean"] for r in rows[1:]]

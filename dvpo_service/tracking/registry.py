@@ -1,0 +1,55 @@
+"""An export as a version of a model in MLflow's registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dvpo_service.config import Config
+from dvpo_service.errors import TrackingError
+from dvpo_service.tracking.masking import MASK
+from dvpo_service.tracking.store import default_tracking_uri, reaching, sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def registry_uri(config: Config, run_dir: Path) -> str:
+    """The run's tracking URI, where its registry is too. Raises TrackingError when the run has none."""
+    uri = config.tracking.mlflow_uri
+    if uri and MASK in uri:
+        raise TrackingError(f"{run_dir}: the password of its MLflow store is masked; register from the run directory")
+    if uri:
+        return uri
+    if not config.tracking.mlflow:
+        raise TrackingError(f"{run_dir}: the run had no MLflow (tracking.mlflow=false), so there is no registry")
+    return default_tracking_uri(run_dir)
+
+
+def register(client: MlflowClient, uri: str, name: str, folder: Path, *, step: int, run_id: str | None) -> str:
+    """Make ``folder`` the newest version of the registered model ``name``; the version's number.
+
+    A SQLite store gets the folder itself as the version's source. A server takes none but its own artifacts, so
+    there the folder is uploaded to the run first.
+
+    Raises TrackingError when MLflow refuses, or a server has no run to upload to.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+    with reaching(uri):
+        try:
+            client.create_registered_model(name, description="Policies trained by the DVPO service.")
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        source = folder.absolute().as_uri() if sqlite_path(uri) else _upload(client, folder, step, run_id)
+        return str(client.create_model_version(name, source, run_id=run_id, tags={"step": str(step)}).version)
+
+
+def _upload(client: MlflowClient, folder: Path, step: int, run_id: str | None) -> str:
+    if run_id is None:
+        raise TrackingError(f"{folder}: its run is not known to MLflow, and a server keeps models of runs only")
+    path = f"export/step-{step:06d}"
+    client.log_artifacts(run_id, str(folder), path)
+    return f"runs:/{run_id}/{path}"

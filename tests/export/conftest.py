@@ -1,0 +1,117 @@
+"""Run directories with real checkpoints, written by trainers in gloo process groups."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+
+from actors.critic import CriticWorker
+from actors.fsdp import Rendezvous, full_state
+from actors.policy import PolicyWorker
+from dvpo_service.config import Config, to_yaml
+from dvpo_service.models.base import save_base
+from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from tests.builders import make_config, make_rollouts
+
+STEP = 3
+STATE = {"state": {"step": STEP}, "mlflow_run_id": "run-7"}
+
+
+def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, run: str, checkpoint: str) -> None:
+    """Train both pools for a step; save, export live, and keep the whole state as the module has it."""
+    torch.set_num_threads(1)
+    rollouts = make_rollouts()
+    policy = PolicyWorker(config, model, Rendezvous(rank, world, "127.0.0.1", ports[0], 120))
+    policy.update(rollouts.with_(logprobs=rollouts.rollout_logprobs), torch.ones(rollouts.rewards.shape), 0)
+    policy.save(f"{checkpoint}/policy")
+    policy.load(f"{checkpoint}/policy")
+    policy.export(f"{run}/live/policy")
+    state = full_state(policy.trainer.module.backbone)
+    dist.destroy_process_group()
+    critic = CriticWorker(config, model, Rendezvous(rank, world, "127.0.0.1", ports[1], 120))
+    critic.evaluate(rollouts, 0)
+    critic.update()
+    critic.save(f"{checkpoint}/estimator")
+    critic.export(f"{run}/live/critic")
+    critic_state = full_state(critic.trainer.module)
+    if rank == 0:
+        save_file({k: v.clone() for k, v in state.items()}, f"{run}/live/policy-state.safetensors")
+        save_file(critic_state, f"{run}/live/critic-state.safetensors")
+    dist.barrier()
+    os._exit(0)  # gloo's threads can abort the interpreter's own shutdown
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def write_run(run: Path, config: Config, model: Path, world: int) -> None:
+    """``run`` as ``dvpo train`` leaves it when it is cut off after step 3, with ``live/`` beside to compare with."""
+    checkpoint = run / "checkpoints" / f"step-{STEP:06d}"
+    for folder in (checkpoint / "policy", checkpoint / "estimator", run / "live"):
+        folder.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    save_base(str(model), run)
+    rows = [
+        {"step": 0, "time": 0.0, "eval/val/accuracy": 0.25, "eval/val/greedy": 0.5},
+        {"step": 2, "time": 1.0, "eval/val/accuracy": 0.75, "eval/val/greedy": None},
+        {"step": STEP, "time": 2.0, "policy/loss": 0.1},
+        {"step": STEP + 1, "time": 3.0, "eval/val/accuracy": 0.99, "eval/val/greedy": 0.99},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mp.spawn(_rank, (world, _free_ports(2), config, str(model), str(run), str(checkpoint)), nprocs=world)
+    (checkpoint / "state.json").write_text(json.dumps(STATE))
+
+
+def _train(model: Path, folder: Path, world: int) -> Path:
+    pool = {"world_size": world, "optim": {"lr": 1e-2}}
+    config = make_config(model, critic=pool, policy=pool, tracking={"mlflow_uri": "http://me:hush@host/mlflow"})
+    write_run(folder / "run", config, model, world)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a DVPO run. Read only."""
+    return _train(tiny_model, tmp_path_factory.mktemp("trained"), 1)
+
+
+@pytest.fixture(scope="session")
+def trained_on_two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks, so that every tensor is in two files. Read only."""
+    return _train(tiny_model, tmp_path_factory.mktemp("trained-on-two"), 2)
+
+
+@pytest.fixture(scope="session")
+def tied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a scalar critic, of a policy whose output layer is its input embedding. Read only."""
+    folder = tmp_path_factory.mktemp("tied")
+    model: Any = load_causal_lm(str(tiny_model))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder / "model")
+    load_tokenizer(str(tiny_model)).save_pretrained(folder / "model")
+    pool = {"optim": {"lr": 1e-2}}
+    config = make_config(folder / "model", algorithm={"adv_estimator": "gae"}, critic=pool, policy=pool)
+    write_run(folder / "run", config, folder / "model", 1)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -1,0 +1,113 @@
+"""Statistics of an evaluation against independent references."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dvpo_service.eval_stats import PromptScores, by_group, ks, pass_at_k, summarize
+
+outcomes = st.lists(st.booleans(), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(outcomes, st.data())
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_sample(right: list[bool], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(right)))
+    subsets = list(itertools.combinations(right, k))
+    assert pass_at_k(len(right), sum(right), k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.data())
+def test_pass_at_k_is_the_product_form_of_the_paper(n: int, data: st.DataObject) -> None:
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    product = 1.0 if n - c < k else 1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1))
+    assert pass_at_k(n, c, k) == pytest.approx(product, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.data())
+def test_pass_at_k_rises_with_k_from_the_share_that_is_right(n: int, data: st.DataObject) -> None:
+    c = data.draw(st.integers(0, n))
+    values = [pass_at_k(n, c, k) for k in range(1, n + 1)]
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(c / n)
+    assert values[-1] == (1.0 if c else 0.0)
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    """Its mean over draws is 1 - (1-p)^k, which that of the plug-in 1 - (1 - c/n)^k is not."""
+    p, n, k = 0.2, 8, 4
+    chance = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    mean = sum(w * pass_at_k(n, c, k) for c, w in enumerate(chance))
+    plug_in = sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(chance))
+    assert mean == pytest.approx(1 - (1 - p) ** k)
+    assert abs(plug_in - mean) > 0.02
+
+
+@pytest.mark.parametrize(("n", "right", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_of_more_than_there_is(n: int, right: int, k: int) -> None:
+    with pytest.raises(ValueError, match="not defined"):
+        pass_at_k(n, right, k)
+
+
+def test_ks() -> None:
+    assert [ks(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+scores = st.lists(st.floats(0, 1), min_size=4, max_size=4)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(scores, st.sampled_from([0.0, 1.0])), min_size=2, max_size=20))
+def test_a_group_of_prompts(drawn: list[tuple[list[float], float]]) -> None:
+    found = summarize([PromptScores("val", "a", tuple(s), g) for s, g in drawn], 4)
+    table = np.array([s for s, _ in drawn])
+    means, greedy = table.mean(1), np.array([g for _, g in drawn])
+    assert found["accuracy"] == pytest.approx(means.mean())
+    assert found["standard_error"] == pytest.approx(scipy.stats.sem(means), abs=1e-12)
+    interval = scipy.stats.t.interval(0.95, len(means) - 1, means.mean(), scipy.stats.sem(means) or 1e-300)
+    assert found["ci95"] == pytest.approx(interval, abs=1e-9)
+    assert found["sd_within_prompt"] == pytest.approx(math.sqrt(table.var(1, ddof=1).mean()), abs=1e-12)
+    assert found["greedy"] == pytest.approx(greedy.mean())
+    assert found["greedy_standard_error"] == pytest.approx(scipy.stats.sem(greedy), abs=1e-12)
+    right = (table >= 0.5).sum(1)
+    assert found["pass_at_k"]["1"] == pytest.approx((right / 4).mean())
+    assert found["pass_at_k"]["4"] == pytest.approx((right > 0).mean())
+
+
+def test_samples_that_failed_are_counted_and_left_out() -> None:
+    prompts = [PromptScores("val", "a", (1.0,), None, failed=1), PromptScores("val", "a", (0.0, 1.0), 1.0)]
+    found = summarize(prompts, 2)
+    assert (found["prompts"], found["samples"], found["failed"]) == (2, 3, 1)
+    assert found["accuracy"] == pytest.approx(0.75)
+    assert found["greedy"] == 1.0
+    assert found["pass_at_k"] == {"1": pytest.approx(0.75), "2": 1.0}, "only the second prompt has two samples"
+
+
+def test_what_is_not_defined_is_null() -> None:
+    found = summarize([PromptScores("val", "a", (), None, failed=2)], 2)
+    names = ("accuracy", "standard_error", "ci95", "sd_within_prompt", "greedy", "greedy_standard_error")
+    assert all(found[name] is None for name in names)
+    assert found["pass_at_k"] == {"1": None, "2": None}
+    assert "NaN" not in json.dumps(found)
+
+
+def test_groups_by_split_and_by_source() -> None:
+    prompts = [
+        PromptScores("id", "gsm8k", (1.0, 1.0), 1.0),
+        PromptScores("id", "maths", (0.0, 0.0), 0.0),
+        PromptScores("ood", "maths", (1.0, 0.0), 0.0),
+    ]
+    found = by_group(prompts, 2)
+    assert {name: g["accuracy"] for name, g in found["splits"].items()} == {"id": 0.5, "ood": 0.5}
+    assert {name: g["accuracy"] for name, g in found["sources"].items()} == {"gsm8k": 1.0, "maths": 0.25}
+    assert found["sources"]["maths"]["prompts"] == 2
