@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Makes .venv with everything in it. Does nothing when pyproject.toml has not changed since.
-#   EXTRA=cpu (default) or gpu; PYTHON=python3.12 to choose the interpreter.
+#   EXTRA=cpu (default) or gpu; PYTHON=python3.12 to choose the interpreter; WITH=dev (default) or another
+#   extra beside it, or nothing (the images take postgres, and no tools of development).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 extra=${EXTRA:-cpu}
+with=${WITH-dev}
+extras=$extra${with:+,$with}
 python=${PYTHON:-python3}
-stamp=.venv/.setup-$(cat pyproject.toml scripts/setup.sh | cksum | tr ' ' '-')-$extra
+stamp=.venv/.setup-$(cat pyproject.toml scripts/setup.sh | cksum | tr ' ' '-')-$extras
 [ -f "$stamp" ] && exit 0
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || {
   echo "error: $("$python" --version 2>&1) at $(command -v "$python"): this needs Python 3.11 to 3.13; give PYTHON=python3.11" >&2
   exit 2
 }
-echo "setting up .venv (extra: $extra); a first time takes a few minutes"
+echo "setting up .venv (extras: $extras); a first time takes a few minutes"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 
@@ -21,10 +24,10 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check)
 # elsewhere it is on PyTorch's own index, which uv knows.
 install() {
   if [ "$extra" = gpu ] || "${pip[@]}" install -q --dry-run --no-deps --ignore-installed "$(torch_build)" >/dev/null 2>&1; then
-    "${pip[@]}" install -q -e ".[$extra,dev]"
+    "${pip[@]}" install -q -e ".[$extras]"
   else
     "${pip[@]}" install -q uv
-    .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu -e ".[$extra,dev]"
+    .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu -e ".[$extras]"
   fi
 }
 torch_build() {
