@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +17,9 @@ import ray
 from actors.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from dvpo_service.config import Config
 from dvpo_service.errors import ClusterError
+
+# Set by `ray job submit`: the job's runtime_env, among others.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @contextmanager
@@ -42,13 +48,14 @@ def connected(config: Config) -> Iterator[None]:
         }
     )
     try:
-        ray.init(
-            address=address or "local",
-            runtime_env={"env_vars": environment},
-            log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
-            logging_level=logging.ERROR,
-            **local,
-        )
+        with _own_sigterm():
+            ray.init(
+                address=address or "local",
+                runtime_env={"env_vars": _beside_the_jobs(environment)},
+                log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
+                logging_level=logging.ERROR,
+                **local,
+            )
     except (ConnectionError, OSError, ValueError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}. "
@@ -58,6 +65,31 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def in_ray_job() -> bool:
+    """Whether `ray job submit` started this process."""
+    return JOB_CONFIG in os.environ
+
+
+def _beside_the_jobs(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those that the job's own runtime_env does not set: Ray refuses to start when both set one."""
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {k: v for k, v in variables.items() if k not in given}
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """``ray.init`` puts its own handler for SIGTERM in place, which ends the process with nothing saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_reachable(address: str) -> None:

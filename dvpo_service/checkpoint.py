@@ -30,6 +30,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, *, keep: int):
         self.run_dir, self.keep = run_dir, keep
         self.folder = run_dir / "checkpoints"
+        self.newest: int | None = None  # step of the last one that this run wrote or read
 
     def save(self, step: int, parts: Mapping[str, Callable[[Path], None]], record: dict[str, Any]) -> Path:
         """Write a checkpoint; the previous one stays until this one is whole.
@@ -54,6 +55,7 @@ class Checkpoints:
                 f"cannot write checkpoint {final}: {error.strerror or error}. Earlier checkpoints are whole; "
                 "free some space and give the same command to continue from the newest"
             ) from error
+        self.newest = step
         for old in self._whole()[: -self.keep]:
             shutil.rmtree(old)
         return final
@@ -65,11 +67,13 @@ class Checkpoints:
             return None
         file = whole[-1] / STATE_FILE
         try:
-            return Checkpoint(whole[-1], json.loads(file.read_text()))
+            found = Checkpoint(whole[-1], json.loads(file.read_text()))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: cannot be read ({error}); remove the folder to use the one before"
             ) from error
+        self.newest = int(found.folder.name.removeprefix("step-"))
+        return found
 
     def _whole(self) -> list[Path]:
         return sorted(p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}"))

@@ -13,6 +13,7 @@ import typer
 
 from dvpo_service import __version__
 from dvpo_service.errors import UserError
+from dvpo_service.stopping import SIGNALS, Stopped, raise_stopped
 
 # Heavy imports (torch, ray, transformers) stand in the commands, so that --help is quick.
 
@@ -176,13 +177,14 @@ def main() -> None:
     from dvpo_service.failure import describe
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: pools shut down, nothing left
+    for signum in SIGNALS:  # SIGTERM ends like Ctrl-C: pools shut down, nothing left
+        signal.signal(signum, raise_stopped)
     sys.path.insert(0, os.getcwd())  # so that module:function rewards beside the user are found
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command continues from the last checkpoint", err=True)
-        sys.exit(130)
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
     except Exception as error:
         if os.environ.get("DVPO_DEBUG"):
             raise

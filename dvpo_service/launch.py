@@ -33,6 +33,7 @@ from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver, NoPictures
 from dvpo_service.rewards.scoring import resolve
 from dvpo_service.roles import Display, Observer
+from dvpo_service.stopping import Stopping
 from dvpo_service.summary import plan_facts, summarize
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.warmstart import base_model
@@ -94,7 +95,7 @@ def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngin
     tracker = open_tracker(config, run_dir, resume, display)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     try:
-        with connected(config), ExitStack() as stack:
+        with Stopping(display.status).listening() as stopping, connected(config), ExitStack() as stack:
             model_path = base_model(config, raw.train, run_dir.parent)
             tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
             data = raw.encoded(config.data, tokenizer)
@@ -106,7 +107,7 @@ def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngin
             roles = assemble(config, data, tokenizer, pools, tracker)
             state = restore(roles, resume)
             display.status("")
-            state = loop.train(config.trainer, roles, checkpoints, state)
+            state = loop.train(config.trainer, roles, checkpoints, state, stopping)
             display.status("exporting the policy")
             roles.policy.export(run_dir / "policy")
             summary = summarize(config, state, run_dir, tracker, time.time() - started)

@@ -1,0 +1,97 @@
+"""A request to stop (SIGTERM, Ctrl-C): a checkpoint of a step boundary first, then a clean end.
+
+At once where nothing is lost by it; in the part of a step that changes the trainers, that step ends
+first. A second request ends the run without a checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """A person or a scheduler asked the run to end. The message says what was saved."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports a process that the signal ended: 130 or 143."""
+        return 128 + self.signum
+
+
+def raise_stopped(signum: int, frame: Any = None) -> None:
+    """A signal handler for where there is nothing to save."""
+    raise Stopped("interrupted; the same command continues from the last checkpoint", signum)
+
+
+class Stopping:
+    """Requests to stop a training run. ``tell`` is given a line for the person who waits.
+
+    Without ``listening`` no request comes: a unit test, or a trial of a sweep.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda text: None):
+        self.tell = tell
+        self.requested: int | None = None  # the signal's number
+        self._at_once = True
+
+    @contextmanager
+    def listening(self) -> Iterator[Self]:
+        """Take signals in this block; outside the main thread (a trial of a sweep) none come."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self.request) for s in SIGNALS}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def request(self, signum: int, frame: Any = None) -> None:
+        """Ask to stop. A signal handler: it runs in the middle of whatever the main thread does."""
+        if self.requested is not None:
+            raise Stopped("stopped at once; the same command continues from the last checkpoint", signum)
+        self.requested = signum
+        if self._at_once:
+            raise_stopped(signum)
+        self.tell("stopping after the step under way; once more ends at once, without a checkpoint")
+
+    def steps(self, numbers: Iterable[int]) -> Iterator[int]:
+        """The training steps: a request waits for the next ``at_boundary``, or for the end of the last step."""
+        self._at_once = False
+        yield from numbers
+        self._at_once = True
+        if self.requested is not None:
+            raise Stopped("stopping: the last step is saved; the same command exports the policy", self.requested)
+
+    @contextmanager
+    def at_boundary(self, step: int, save: Callable[[], object]) -> Iterator[None]:
+        """Work that leaves the trainers as they were after ``step``: a request cuts it short and saves.
+
+        Raises Stopped once ``save`` has returned; for a request that came before, without starting the work.
+        """
+        try:
+            self._at_once = True
+            if self.requested is not None:
+                raise_stopped(self.requested)
+            yield
+            self._at_once = False  # in here: a request before this line still ends in the save below
+        except Stopped as stopped:
+            self._at_once = False
+            self.tell(f"stopping: writing the checkpoint of step {step}")
+            save()
+            raise Stopped(
+                f"stopping: checkpoint at step {step} written; the same command continues", stopped.signum
+            ) from None
+        finally:
+            self._at_once = False
