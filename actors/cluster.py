@@ -17,9 +17,7 @@ import ray
 from actors.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from dvpo_service.config import Config
 from dvpo_service.errors import ClusterError
-
-# Set by `ray job submit`: the job's runtime_env, among others.
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+from dvpo_service.rundir import JOB_CONFIG
 
 
 @contextmanager
@@ -65,11 +63,6 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def in_ray_job() -> bool:
-    """Whether `ray job submit` started this process."""
-    return JOB_CONFIG in os.environ
 
 
 def _beside_the_jobs(variables: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -134,10 +133,10 @@ class CriticWorker:
         return self.levels, z.float().sort(dim=-1).values.cpu()
 
     def save(self, folder: str) -> None:
-        self.trainer.save(Path(folder))
+        self.trainer.save(folder)
 
     def load(self, folder: str) -> None:
-        self.trainer.load(Path(folder))
+        self.trainer.load(folder)
 
     def _step(self, mini: MiniBatch) -> dict[str, float]:
         carried, sums = self._carried(), {"gate": torch.zeros((), dtype=torch.float64)}

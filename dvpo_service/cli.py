@@ -46,31 +46,36 @@ def options(
 def train(
     config: ConfigOption,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Where results go, a folder or URL (s3://...); runs/NAME by default.")
+    ] = None,
 ) -> None:
     """Train a policy. The same command again continues a run that was cut off."""
     from dvpo_service.config import load_config
     from dvpo_service.launch import train as launch
+    from dvpo_service.rundir import resolve_run_dir
 
     resolved = load_config(config, overrides or [])
-    launch(resolved, _run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
+    launch(resolved, resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
 
 
 @app.command()
 def warmstart(
     config: ConfigOption,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Its folder base-models/ holds the model.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="base-models/ beside it holds the model.")] = None,
 ) -> None:
     """Make the base model of a config that asks for one, and print its folder."""
     from dvpo_service.config import load_config
     from dvpo_service.data.splits import load_data
     from dvpo_service.launch import base_model, connected
+    from dvpo_service.rundir import RunDir, resolve_run_dir
 
     resolved = load_config(config, overrides or [])
     train_data = load_data(resolved.data).train
     with connected(resolved):
-        typer.echo(base_model(resolved, train_data, _run_dir(run_dir, resolved.trainer.run_dir, resolved.name).parent))
+        run = RunDir(resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
+        typer.echo(base_model(resolved, train_data, run.local.parent))
 
 
 @app.command("eval")
@@ -166,10 +171,6 @@ def configs() -> None:
     for name, path in shipped_configs().items():
         first = path.read_text().splitlines()[0].removeprefix("#").strip()
         typer.echo(f"{name:26} {first}")
-
-
-def _run_dir(option: Path | None, configured: str | None, name: str) -> Path:
-    return (option or Path(configured or f"runs/{name}")).absolute()
 
 
 def main() -> None:

@@ -15,8 +15,11 @@ from typing import Any, Self
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(KeyboardInterrupt):
-    """A person or a scheduler asked the run to end. The message says what was saved."""
+class Stopped(BaseException):
+    """A person or a scheduler asked the run to end. The message says what was saved.
+
+    No Exception, as KeyboardInterrupt is none; and not that either, which typer takes for itself.
+    """
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
