@@ -13,7 +13,7 @@ from typing import Any
 
 from dvpo_service.errors import CheckpointError
 from dvpo_service.rundir import RunDir
-from dvpo_service.storage import Place
+from dvpo_service.storage import Place, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +103,11 @@ class SharedCheckpoints(Checkpoints):
             self.run.check_owner()
             self._remove(final)
             for name, write in parts.items():
-                (final / name).mkdir(parents=True, exist_ok=True)
+                make_folder(final / name)
                 write(final / name)
             self.run.mirror()
             self.run.check_owner()
+            make_folder(final)
             (final / STATE_FILE).write_text(json.dumps(record))
         except OSError as error:
             raise CheckpointError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from upath import UPath
 
 from dvpo_service.errors import CheckpointError, UserError
-from dvpo_service.storage import Place, is_url, place_of
+from dvpo_service.storage import Place, is_url, make_folder, place_of
 
 # Set by Ray in the process that `ray job submit` starts: the job's runtime_env, among others.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -60,7 +60,7 @@ class RunDir:
             return
         self.local.mkdir(parents=True, exist_ok=True)
         try:
-            self.place.mkdir(parents=True, exist_ok=True)
+            make_folder(self.place)
             (self.place / OWNER).write_text(self._token)
             for name in SMALL_FILES:
                 (self.local / name).unlink(missing_ok=True)

@@ -28,6 +28,12 @@ def is_url(path: str | Place) -> bool:
     return "://" in str(path)
 
 
+def make_folder(place: Place) -> None:
+    """Where there are folders: object stores have none, and s3fs would make a bucket out of a slip of the pen."""
+    if isinstance(place, Path) or place.protocol == "file":
+        place.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def written_locally(folder: str) -> Iterator[str]:
     """A local folder to write to, whose content is in ``folder`` when the block ends."""

@@ -85,7 +85,14 @@ def make_base_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _save_untrained(warm, work / "model")
+        save_small_model(
+            work / "model",
+            hidden_size=warm.hidden_size,
+            num_layers=warm.num_layers,
+            num_heads=warm.num_heads,
+            max_positions=warm.max_positions,
+            seed=warm.seed,
+        )
         tokenizer = load_tokenizer(str(work / "model"))
         examples = [
             (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id])
@@ -98,18 +105,6 @@ def make_base_model(
         (work / "model").rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _save_untrained(warm: WarmstartConfig, folder: Path) -> None:
-    """The model before training: the same bytes wherever it is called."""
-    save_small_model(
-        folder,
-        hidden_size=warm.hidden_size,
-        num_layers=warm.num_layers,
-        num_heads=warm.num_heads,
-        max_positions=warm.max_positions,
-        seed=warm.seed,
-    )
 
 
 class Mailbox:
@@ -146,10 +141,12 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = config.cluster.gpus_per_trainer > 0
+    # Ranks may run on machines that do not see the driver's folder: files go there, and back, through Ray.
+    model = ray.put({f.name: f.read_bytes() for f in (work / "model").iterdir()})
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"warm": warm.model_dump(), "mailbox": mailbox, "examples": examples},
+        train_loop_config={"warm": warm.model_dump(), "mailbox": mailbox, "examples": examples, "model": model},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=warm.world_size,
@@ -171,9 +168,10 @@ def train_loop(args: dict[str, Any]) -> None:
 
     warm, mailbox = WarmstartConfig(**args["warm"]), args["mailbox"]
     rank, world = dist.get_rank(), dist.get_world_size()
-    with tempfile.TemporaryDirectory() as folder:  # the driver's folder may be on another machine
-        _save_untrained(warm, Path(folder) / "model")
-        model = load_causal_lm(f"{folder}/model")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in ray.get(args["model"], timeout=MAILBOX_S).items():
+            (Path(folder) / name).write_bytes(content)
+        model = load_causal_lm(folder)
     shard(model, ray.train.torch.get_device(), bfloat16=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(warm.seed)
