@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from actors.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from dvpo_service.config import Config
@@ -58,6 +59,11 @@ def connected(config: Config) -> Iterator[None]:
         raise ClusterError(
             f"cannot connect to Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}. "
             "Start a cluster with `ray start --head`, or leave cluster.address out to start one here"
+        ) from error
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"Ray at {address} asks for its token: give RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token "
+            "as on its head node"
         ) from error
     try:
         yield

@@ -137,11 +137,8 @@ def _hold(name: str, folder: Path, shared: Sequence[Path]) -> subprocess.Popen[b
         "echo ready",
         "exec sleep infinity",
     ]
-    holder = subprocess.Popen(
-        ["ip", "netns", "exec", name, "bash", "-euc", "\n".join(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    command = ["ip", "netns", "exec", name, "bash", "-euc", "\n".join(script)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert holder.stdout is not None
     said = holder.stdout.readline()
     assert said == b"ready\n", said + holder.stdout.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -28,9 +29,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+# Clusters of this process: nobody else's job gets in, and ours into nobody else's.
+TOKEN = secrets.token_hex(32)
+
+
 def environment() -> dict[str, str]:
     """Of a shell with the virtual environment activated; nothing of another cluster."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    kept |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     return kept | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
