@@ -158,6 +158,7 @@ def start_pools(
         starting.append(pools.critic.setup(CriticWorker, config, model_path))
     for call in starting:
         call.result()
+    pools.rewards.wait_ready(config.rollout.start_timeout_s)
     return pools
 
 
