@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.placement import Placement
-from actors.pool import PoolError
+from actors.pool import PoolError, wait_for
 from actors.reward import RewardWorker, Work
 from dvpo_service.config import RewardConfig
 from dvpo_service.types import Score
@@ -69,7 +69,7 @@ class RewardPool:
     def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Score]] | str:
         """The scores, or why there are none; then worker ``i`` is a fresh one."""
         try:
-            return ray.get(ref, timeout=timeout_s)
+            return wait_for(ref, timeout_s)
         except GetTimeoutError:
             why = f"no answer within {timeout_s:g} s"
         except RayActorError as error:

@@ -62,13 +62,13 @@ class Checkpoints:
                 "free some space and give the same command to continue from the newest"
             ) from error
         self.newest = step
-        for old in self._whole()[: -self.keep]:
+        for old in self.whole()[: -self.keep]:
             self._remove(old)
         return final
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; one that was cut off while being written does not count."""
-        whole = self._whole()
+        whole = self.whole()
         if not whole:
             return None
         file = whole[-1] / STATE_FILE
@@ -81,7 +81,8 @@ class Checkpoints:
         self.newest = int(found.folder.name.removeprefix("step-"))
         return found
 
-    def _whole(self) -> list[Place]:
+    def whole(self) -> list[Place]:
+        """Every checkpoint that is all there, oldest first."""
         return sorted((p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}")), key=str)
 
     def _remove(self, folder: Any) -> None:
@@ -115,14 +116,14 @@ class SharedCheckpoints(Checkpoints):
                 "the same command continues from the newest"
             ) from error
         self.newest = step
-        for old in self._whole()[: -self.keep]:
+        for old in self.whole()[: -self.keep]:
             self._remove(old)
         return final
 
-    def _whole(self) -> list[Place]:
+    def whole(self) -> list[Place]:
         files: Any = self.folder
         files.fs.invalidate_cache()
-        return super()._whole() if files.exists() else []
+        return super().whole() if files.exists() else []
 
     def _remove(self, folder: Any) -> None:
         """The marker first: what is left of a removal that was cut off is no checkpoint."""

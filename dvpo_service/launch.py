@@ -29,14 +29,16 @@ from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
+from dvpo_service.export import CRITIC, EXPORT_FILE, POLICY, describe, writing
 from dvpo_service.lock import locked
+from dvpo_service.models.base import save_base
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver, NoPictures
 from dvpo_service.rewards.scoring import resolve
 from dvpo_service.roles import Display, Observer
 from dvpo_service.rundir import RunDir
 from dvpo_service.stopping import Stopped, Stopping
-from dvpo_service.storage import Place
+from dvpo_service.storage import Place, written_locally
 from dvpo_service.summary import plan_facts, summarize
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.warmstart import base_model
@@ -103,6 +105,7 @@ def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines
         with Stopping(display.status).listening() as stopping, connected(config), ExitStack() as stack:
             model_path = base_model(config, raw.train, run_dir.parent)
             tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
+            save_base(model_path, run_dir, trust_remote_code=config.model.trust_remote_code)
             data = raw.encoded(config.data, tokenizer)
             if watch is None:
                 terminal.show_plan(config, plan_facts(model_path, data, run.place, resume))
@@ -113,8 +116,8 @@ def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines
             state = restore(roles, resume)
             display.status("")
             state = loop.train(config.trainer, roles, checkpoints, state, stopping)
-            display.status("exporting the policy")
-            roles.policy.export(run.place / "policy")
+            display.status("exporting policy and critic")
+            export_final(config, roles, run, state.step)
             summary = summarize(config, state, run, tracker, time.time() - started)
             run.mirror()
         tracker.finish("FINISHED", summary)
@@ -181,6 +184,22 @@ def assemble(
         tracker=tracker,
         mismatch=engine_mismatch,
     )
+
+
+def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> None:
+    """The trained policy, critic and model card in the run's ``policy/``."""
+    target = run.place / POLICY
+    if isinstance(target, Path):
+        with writing(target, own=True) as folder:
+            roles.policy.export(folder)
+            roles.estimator.export(folder / CRITIC)
+            describe(folder, run.local, config, step, roles.tracker.run_id)
+        return
+    (target / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export, until the new one is whole
+    roles.policy.export(target)
+    roles.estimator.export(target / CRITIC)
+    with written_locally(str(target)) as local:
+        describe(Path(local), run.local, config, step, roles.tracker.run_id, critic=config.algorithm.has_critic)
 
 
 def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:

@@ -20,6 +20,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 BASE = "DVPO_RUNS"
 # What the driver writes; ranks write checkpoints/ and policy/.
 SMALL_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
+BASE_FOLDER = "base"  # what builds the model around a checkpoint's weights: models/base.py
 OWNER = "owner.txt"
 
 
@@ -85,9 +86,11 @@ class RunDir:
         """Copy the small files to the URL."""
         if not self.is_remote:
             return
-        for name in SMALL_FILES:
-            if (self.local / name).exists():
-                (self.place / name).write_bytes((self.local / name).read_bytes())
+        for file in [*(self.local / name for name in SMALL_FILES), *(self.local / BASE_FOLDER).glob("*")]:
+            if file.is_file():
+                target = self.place / str(file.relative_to(self.local))
+                make_folder(target.parent)
+                target.write_bytes(file.read_bytes())
 
 
 def _working_folder(url: UPath) -> Path:

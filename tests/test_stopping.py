@@ -13,7 +13,7 @@ import pytest
 from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import TrainerConfig
 from dvpo_service.loop import Roles, TrainState, train
-from dvpo_service.stopping import Stopped, Stopping
+from dvpo_service.stopping import Stopped, Stopping, check
 from tests.fakes import Log
 from tests.test_loop import make_roles
 
@@ -75,6 +75,34 @@ def test_a_checkpoint_of_a_boundary_and_a_run_that_continues_as_if_nothing_was(
     train(CONFIG, again, Checkpoints(tmp_path, keep=2), TrainState(**found.record["state"]))
     assert rest.calls[1:] == whole.calls[-len(rest.calls) + 1 :]
     assert sorted(again.tracker.rows) == list(range(saved + 1, 5))  # type: ignore[attr-defined]
+
+
+def test_a_wait_at_a_boundary_is_cut_short(tmp_path: Path) -> None:
+    """What ranks and engines are asked is asked whole; only the waiting for it ends."""
+    log, waits = Log(), Stopping()
+    roles = make_roles(log)
+
+    def generating(step: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        log("asked")
+        for _ in range(1000):
+            check()
+        raise AssertionError("the wait went on")
+
+    roles.stream.next = generating  # type: ignore[method-assign]
+    with waits.listening(), pytest.raises(Stopped, match="checkpoint at step 0 written"):
+        train(CONFIG, roles, Checkpoints(tmp_path, keep=2), TrainState(), waits)
+    assert log.names()[-1] == "asked"
+    check()  # nobody listens any more
+
+
+def test_what_ray_makes_of_an_exception_in_its_depths_is_still_a_stop() -> None:
+    with pytest.raises(Stopped, match="interrupted") as stopped, Stopping().listening() as waits:
+        waits.requested = signal.SIGTERM
+        raise SystemError("returned a result with an exception set")
+    assert stopped.value.exit_code == 143
+    with pytest.raises(SystemError), Stopping().listening():
+        raise SystemError("of another cause")
 
 
 def test_before_the_first_step_the_evaluation_is_not_done_again(tmp_path: Path) -> None:
