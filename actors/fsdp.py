@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import get_scheduler
 
 from dvpo_service.config import OptimConfig
+from dvpo_service.interfaces import own_address, use_interface_of
 from dvpo_service.storage import is_url, read_locally
 
 
@@ -44,7 +42,7 @@ def init_process_group(meet: Rendezvous) -> torch.device:
     """Join the pool's process group (NCCL with a GPU, gloo without) and return this rank's device."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(meet.address, meet.port))
+        use_interface_of(own_address(meet.address, meet.port))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         init_method=f"tcp://{meet.address}:{meet.port}",
@@ -53,16 +51,6 @@ def init_process_group(meet: Rendezvous) -> torch.device:
         timeout=datetime.timedelta(seconds=meet.timeout_s),
     )
     return device
-
-
-def interface_towards(address: str, port: int) -> str:
-    """The network interface of this host's route to ``address``. Gloo alone takes the one that the host's
-    name stands for, often the loopback, where no other host reaches it."""
-    family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as route:
-        route.connect(where)  # sends nothing: a datagram socket
-        own = route.getsockname()[0]
-    return next(name for name, found in psutil.net_if_addrs().items() if any(a.address == own for a in found))
 
 
 @dataclass

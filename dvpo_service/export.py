@@ -149,9 +149,8 @@ def describe(
     config = Config.model_validate(mask(config.model_dump(mode="json")))  # an export is made to be given away
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= step]
-    (folder / CARD_FILE).write_text(
-        model_card(config, step, rows, critic=(folder / CRITIC).is_dir() if critic is None else critic)
-    )
+    has_critic = (folder / CRITIC).is_dir() if critic is None else critic
+    (folder / CARD_FILE).write_text(model_card(config, step, rows, critic=has_critic))
     record = {"step": step, "mlflow_run_id": mlflow_run_id}
     (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 

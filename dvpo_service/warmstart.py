@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from dvpo_service.config import Config, WarmstartConfig
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import encode, load_demonstrations, resolve_file
+from dvpo_service.interfaces import use_interface_of
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.sharding import shard
 from dvpo_service.models.small import save_small_model
@@ -138,7 +139,7 @@ def _fit(
     """Train on the cluster; the trained parameters, as a safetensors file."""
     import ray
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     use_gpu = config.cluster.gpus_per_trainer > 0
     # Ranks may run on machines that do not see the driver's folder: files go there, and back, through Ray.
@@ -147,7 +148,7 @@ def _fit(
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"warm": warm.model_dump(), "mailbox": mailbox, "examples": examples, "model": model},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=_torch_config(use_gpu),
         scaling_config=ScalingConfig(
             num_workers=warm.world_size,
             use_gpu=use_gpu,
@@ -158,6 +159,28 @@ def _fit(
     with _Follow(mailbox, on_progress):
         trainer.fit()
     return ray.get(mailbox.collect.remote(), timeout=MAILBOX_S)
+
+
+def _torch_config(use_gpu: bool) -> Any:
+    """Ray Train's own; with gloo on the interface by which Ray's nodes reach each other."""
+    import ray.util
+    from ray.train.torch import TorchConfig
+
+    if use_gpu:
+        return TorchConfig(backend="nccl")
+    plain: Any = TorchConfig().backend_cls
+
+    class OnRaysInterface(plain):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(lambda: use_interface_of(ray.util.get_node_ip_address()))
+            super().on_start(worker_group, backend_config)
+
+    class GlooConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return OnRaysInterface
+
+    return GlooConfig(backend="gloo")
 
 
 def train_loop(args: dict[str, Any]) -> None:

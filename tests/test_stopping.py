@@ -97,8 +97,9 @@ def test_a_wait_at_a_boundary_is_cut_short(tmp_path: Path) -> None:
 
 
 def test_what_ray_makes_of_an_exception_in_its_depths_is_still_a_stop() -> None:
-    with pytest.raises(Stopped, match="interrupted") as stopped, Stopping().listening() as waits:
-        waits.requested = signal.SIGTERM
+    waits = Stopping()
+    waits.requested = signal.SIGTERM
+    with pytest.raises(Stopped, match="interrupted") as stopped, waits.listening():
         raise SystemError("returned a result with an exception set")
     assert stopped.value.exit_code == 143
     with pytest.raises(SystemError), Stopping().listening():
