@@ -130,9 +130,12 @@ def sweep(
     run_dir: Annotated[Path | None, typer.Option(help="Its folder; runs/GRID-CONFIG by default.")] = None,
 ) -> None:
     """Compare settings with paired seeds: each arm of a grid is a run; ends with the report."""
+    from dvpo_service.rundir import resolve_run_dir
     from tune_sweeps.run import run_sweep
 
-    folder = (run_dir or Path("runs") / f"{Path(grid).stem}-{Path(config).stem}").absolute()
+    folder = resolve_run_dir(str(run_dir) if run_dir else None, None, f"{Path(grid).stem}-{Path(config).stem}")
+    if not isinstance(folder, Path):
+        raise UserError(f"{folder}: a sweep's folder is a path, not a URL; give --run-dir")
     page, failed = run_sweep(
         grid, config, overrides or [], range(seeds), folder, max_concurrent=max_concurrent, resume=resume
     )

@@ -72,9 +72,12 @@ def test_stopped_twice_and_continued_equals_a_run_left_alone(tmp_path: Path) -> 
     for step, signum, to_group in ((2, signal.SIGTERM, False), (5, signal.SIGINT, True)):
         process = start(config, cut)
         wait_for_step(process, cut, step)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) > 5, "Ray's, the engine's, the ranks'"
         # Ctrl-C in a terminal reaches every process of the group: Ray's and vLLM's too.
         (os.killpg if to_group else os.kill)(process.pid, signum)
         assert process.wait(60) == 128 + signum, (cut / "terminal.txt").read_text()[-3000:]
+        assert psutil.wait_procs(family, timeout=20)[1] == [], "every process of the run has ended"
         said = (cut / "terminal.txt").read_text()
         state = json.loads(sorted(cut.glob("checkpoints/*/state.json"))[-1].read_text())
         reached = state["state"]["step"]
@@ -88,5 +91,3 @@ def test_stopped_twice_and_continued_equals_a_run_left_alone(tmp_path: Path) -> 
     assert process.wait(WAIT_S) == 0, (cut / "terminal.txt").read_text()[-3000:]
     assert learned(cut) == learned(whole)
     assert client.get_run(state["mlflow_run_id"]).info.status == "FINISHED"
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    assert left == []
