@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
-from upath import UPath
 
 from dvpo_service.checkpoint import checkpoints_of
 from dvpo_service.errors import CheckpointError, UserError
 from dvpo_service.rundir import JOB_CONFIG, RunDir, resolve_run_dir
 from dvpo_service.storage import Place, read_locally, written_locally
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The endpoint of an S3 in this process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
 
 
 @pytest.fixture(params=["s3", "memory", "file"])
@@ -38,13 +22,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         return f"memory://bucket/{uuid.uuid4().hex}/demo"
     if request.param == "file":
         return f"file://{tmp_path}/shared/demo"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    bucket = f"b{uuid.uuid4().hex[:12]}"
-    UPath(f"s3://{bucket}").fs.mkdir(bucket)
-    return f"s3://{bucket}/runs/demo"
+    return f"{request.getfixturevalue('bucket')}/runs/demo"
 
 
 def write(text: str) -> Any:
@@ -139,10 +117,8 @@ def test_the_older_of_two_runs_ends_at_its_next_checkpoint(url: str) -> None:
     assert {p.name for p in newer.folder.iterdir()} == {"step-000001", "step-000003"}
 
 
-def test_a_store_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch, s3: str, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_used_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in (("ENDPOINT_URL", s3), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
-        monkeypatch.setenv(f"AWS_{name}", value)
     with pytest.raises(UserError, match=r"s3://no-such-bucket/x cannot be used: .*AWS_ENDPOINT_URL"):
         opened("s3://no-such-bucket/x")
     with pytest.raises(UserError, match=r"nosuch://x/y: .*"):
