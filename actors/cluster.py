@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -35,7 +35,7 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     # A job on a cluster (`ray job submit`) finds it in RAY_ADDRESS; otherwise start one, whatever else runs here.
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     if address:
         _check_reachable(address)
     local: dict[str, Any] = (
@@ -69,6 +69,18 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_cluster(config: Config) -> AbstractContextManager[None]:
+    """Connected from here on to a cluster that runs already; nothing where one is yet to be started.
+
+    One connection for the whole of a job: when its first one ends, Ray removes the job's working directory.
+    """
+    return connected(config) if _address(config) else nullcontext()
+
+
+def _address(config: Config) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 def _beside_the_jobs(variables: Mapping[str, str]) -> dict[str, str]:
@@ -108,7 +120,7 @@ def _check_reachable(address: str) -> None:
 def plan_fit(config: Config) -> str:
     """The plan in words. Raises ClusterError naming the actor that the cluster has no room for."""
     bundles = plan_bundles(config)
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    if not _address(config):
         here: Mapping[str, float] = {"CPU": config.cluster.num_cpus or local_cpus(bundles), "GPU": local_gpus()}
         check_plan(bundles, [here])
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.cluster import connected, plan_fit
+from actors.cluster import connected, on_cluster, plan_fit
 from actors.critic import CriticWorker
 from actors.engines import EnginePool, WarmEngines
 from actors.evaluation import HeldOut
@@ -79,7 +79,7 @@ def train(
     Returns the summary that is also in ``run_dir/summary.json``.
     """
     run = RunDir(run_dir)
-    with locked(run.local):
+    with locked(run.local), on_cluster(config):
         try:
             return _train(config, run, watch, warm)
         except BaseException:
