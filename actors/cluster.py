@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from actors.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from dvpo_service.config import Config
 from dvpo_service.errors import ClusterError
+from dvpo_service.rundir import JOB_CONFIG
 
 
 @contextmanager
@@ -30,7 +35,7 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     # A job on a cluster (`ray job submit`) finds it in RAY_ADDRESS; otherwise start one, whatever else runs here.
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     if address:
         _check_reachable(address)
     local: dict[str, Any] = (
@@ -42,22 +47,60 @@ def connected(config: Config) -> Iterator[None]:
         }
     )
     try:
-        ray.init(
-            address=address or "local",
-            runtime_env={"env_vars": environment},
-            log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
-            logging_level=logging.ERROR,
-            **local,
-        )
+        with _own_sigterm():
+            ray.init(
+                address=address or "local",
+                runtime_env={"env_vars": _beside_the_jobs(environment)},
+                log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
+                logging_level=logging.ERROR,
+                **local,
+            )
     except (ConnectionError, OSError, ValueError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}. "
             "Start a cluster with `ray start --head`, or leave cluster.address out to start one here"
         ) from error
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"Ray at {address} asks for its token: give RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token "
+            "as on its head node"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def on_cluster(config: Config) -> AbstractContextManager[None]:
+    """Connected from here on to a cluster that runs already; nothing where one is yet to be started.
+
+    One connection for the whole of a job: when its first one ends, Ray removes the job's working directory.
+    """
+    return connected(config) if _address(config) else nullcontext()
+
+
+def _address(config: Config) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def _beside_the_jobs(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those that the job's own runtime_env does not set: Ray refuses to start when both set one."""
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {k: v for k, v in variables.items() if k not in given}
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """``ray.init`` puts its own handler for SIGTERM in place, which ends the process with nothing saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_reachable(address: str) -> None:
@@ -77,7 +120,7 @@ def _check_reachable(address: str) -> None:
 def plan_fit(config: Config) -> str:
     """The plan in words. Raises ClusterError naming the actor that the cluster has no room for."""
     bundles = plan_bundles(config)
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    if not _address(config):
         here: Mapping[str, float] = {"CPU": config.cluster.num_cpus or local_cpus(bundles), "GPU": local_gpus()}
         check_plan(bundles, [here])
     else:

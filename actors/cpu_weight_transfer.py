@@ -2,7 +2,8 @@
 
 vLLM ships ``nccl`` and ``ipc`` transfer, both for GPUs. This is the same for CPU: the
 trainer writes its weights as one safetensors file (on tmpfs: memory), the engine's
-worker maps it and loads it in place. ``register`` is a ``vllm.general_plugins`` entry
+worker maps it and loads it in place; an engine on another host gets the file's bytes first
+(``EngineClient.update_weights``). ``register`` is a ``vllm.general_plugins`` entry
 point, so vLLM runs it in every process of an engine before a model is built.
 
 Why the plugin also turns off packed linear layers: on CPU vLLM hands each weight to
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -125,7 +127,8 @@ class SafetensorsTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
 
     def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool, folder: str):
         super().__init__(client=client, source=source, is_sender=is_sender)
-        self.path = Path(folder) / f"dvpo-weights-{os.getpid()}.safetensors"
+        # A name that no other host has: an engine that finds it reads this very file.
+        self.path = Path(folder) / f"dvpo-weights-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
 
     @classmethod
     def trainer_init(

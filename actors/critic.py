@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from dvpo_service.models.critic import DistributionalCritic, response_positions,
 from dvpo_service.models.critic_folder import CriticSpec
 from dvpo_service.models.load import load_backbone
 from dvpo_service.models.sharding import shard
+from dvpo_service.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
 
 Sums = dict[str, Tensor]
@@ -140,13 +140,14 @@ class CriticWorker:
         """Write the critic as ``DistributionalCritic.from_pretrained`` loads it. Collective; rank 0 writes."""
         state = full_state(self.trainer.module)
         if self.meet.rank == 0:
-            self.trainer.module.save_pretrained(folder, state)
+            with written_locally(folder) as local:
+                self.trainer.module.save_pretrained(local, state)
 
     def save(self, folder: str) -> None:
-        self.trainer.save(Path(folder))
+        self.trainer.save(folder)
 
     def load(self, folder: str) -> None:
-        self.trainer.load(Path(folder))
+        self.trainer.load(folder)
 
     def _step(self, mini: MiniBatch) -> dict[str, float]:
         carried, sums = self._carried(), {"gate": torch.zeros((), dtype=torch.float64)}

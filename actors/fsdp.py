@@ -10,7 +10,6 @@ import datetime
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem as FsspecFileSystem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import get_scheduler
 
 from dvpo_service.config import OptimConfig
+from dvpo_service.interfaces import own_address, use_interface_of
+from dvpo_service.storage import is_url, read_locally
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Rendezvous:
 def init_process_group(meet: Rendezvous) -> torch.device:
     """Join the pool's process group (NCCL with a GPU, gloo without) and return this rank's device."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        use_interface_of(own_address(meet.address, meet.port))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         init_method=f"tcp://{meet.address}:{meet.port}",
@@ -118,16 +122,20 @@ class Trainer:
     # State. Tensors go to sharded safetensors files (nothing is unpickled from disk), each rank
     # its own, and come back at any world size.
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer and schedule below ``folder``. Collective."""
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    def save(self, folder: str) -> None:
+        """Write model, optimizer and schedule below ``folder``, a path or an fsspec URL. Collective."""
+        writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+        if is_url(folder):  # the writer itself knows local files only
+            files: Any = FsspecFileSystem()
+            writer.fs, writer.path, writer.sync_files = files, files.init_path(folder), False
         dcp.save(self._tensors(*self._state()), storage_writer=writer)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: str) -> None:
         """Restore what ``save`` wrote, at any world size. Collective."""
         model, optim = self._state()
         tensors = self._tensors(model, optim)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        with read_locally(folder) as local:  # the reader maps files
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(local))
         set_state_dict(
             self.module,
             self.optimizer,

@@ -13,6 +13,7 @@ from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 
@@ -133,6 +134,11 @@ class Placement:
                 placement_group_capture_child_tasks=True,
             ),
         }
+
+    def nodes(self) -> list[str]:
+        """Ids of the nodes that hold this run's bundles."""
+        held = placement_group_table(self.group)["bundles_to_node_id"]
+        return sorted({node for i, node in held.items() if self.first <= i < self.first + len(self.bundles)})
 
     def release(self) -> None:
         if self.first == 0:

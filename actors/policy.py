@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from dvpo_service.config import Config
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharding import shard
+from dvpo_service.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
 
 Sums = dict[str, Tensor]
@@ -92,14 +92,15 @@ class PolicyWorker:
         if self.meet.rank == 0:
             trust = self.config.model.trust_remote_code
             lm = load_causal_lm(self.model_path, trust_remote_code=trust)
-            lm.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
-            load_tokenizer(self.model_path, trust_remote_code=trust).save_pretrained(folder)
+            with written_locally(folder) as local:
+                lm.save_pretrained(local, state_dict=state)  # type: ignore[operator]
+                load_tokenizer(self.model_path, trust_remote_code=trust).save_pretrained(local)
 
     def save(self, folder: str) -> None:
-        self.trainer.save(Path(folder))
+        self.trainer.save(folder)
 
     def load(self, folder: str) -> None:
-        self.trainer.load(Path(folder))
+        self.trainer.load(folder)
 
     def _load(self) -> Any:
         lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)

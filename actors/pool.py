@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from actors.fsdp import Rendezvous
 from actors.placement import Placement
 from actors.weight_transfer import free_port
+from dvpo_service import stopping
 
 log = logging.getLogger(__name__)
+
+POLL_S = 0.25
 
 
 class PoolError(RuntimeError):
@@ -31,6 +35,19 @@ def _log_folder() -> str:
     return node.get_logs_dir_path() if node else "ray-session/logs"
 
 
+def wait_for(refs: Any, timeout_s: float) -> Any:
+    """``ray.get`` in short pieces, so that a request to stop can end it. Raises what ray.get does, and Stopped."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return ray.get(refs, timeout=max(0.0, min(POLL_S, left)))
+        except GetTimeoutError:
+            stopping.check()
+            if left <= POLL_S:
+                raise
+
+
 @dataclass
 class Call:
     """A running call of one method on every actor of a pool."""
@@ -43,7 +60,7 @@ class Call:
     def result(self) -> list[Any]:
         """Results in actor order. Raises PoolError."""
         try:
-            return ray.get(self.refs, timeout=self.timeout_s)
+            return wait_for(self.refs, self.timeout_s)
         except GetTimeoutError as error:
             raise PoolError(self.pool, self.method, f"no answer within {self.timeout_s:g} s") from error
         except RayTaskError as error:

@@ -20,6 +20,9 @@ class RewardWorker:
         self.function = resolve(config.function)
         self.noise = NoiseSpec(**config.noise.model_dump())
 
+    def ready(self) -> None:
+        """Answers once the function is loaded."""
+
     def score(self, groups: Sequence[Work], noisy: bool) -> list[list[Score]]:
         """Scores in the order given. ``noisy`` False measures: reward and clean reward are equal."""
         noise = self.noise if noisy else NoiseSpec("none")

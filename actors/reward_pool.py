@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.placement import Placement
+from actors.pool import PoolError, wait_for
 from actors.reward import RewardWorker, Work
 from dvpo_service.config import RewardConfig
 from dvpo_service.types import Score
@@ -25,6 +26,18 @@ class RewardPool:
     def __init__(self, config: RewardConfig, placement: Placement):
         self.config, self.placement = config, placement
         self.workers = [self._spawn(i) for i in range(config.num_workers)]
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Raise PoolError when a worker cannot load the reward function on its node."""
+        try:
+            ray.get([w.ready.remote() for w in self.workers], timeout=timeout_s)
+        except GetTimeoutError as error:
+            raise PoolError("reward", "start", f"no answer within {timeout_s:g} s") from error
+        except RayActorError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise PoolError(
+                "reward", "start", f"{why} On a cluster, submit the job with --working-dir, so that your module travels"
+            ) from error
 
     def score(self, groups: Sequence[Work], *, noisy: bool) -> list[list[Score]]:
         """One list of scores per group, in order."""
@@ -56,7 +69,7 @@ class RewardPool:
     def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Score]] | str:
         """The scores, or why there are none; then worker ``i`` is a fresh one."""
         try:
-            return ray.get(ref, timeout=timeout_s)
+            return wait_for(ref, timeout_s)
         except GetTimeoutError:
             why = f"no answer within {timeout_s:g} s"
         except RayActorError as error:

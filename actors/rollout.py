@@ -6,10 +6,17 @@ import asyncio
 import os
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import ray
 
 from dvpo_service.config import Config
 from dvpo_service.types import Prompt, Sample
+
+# tmpfs: a file there is memory, and the engine maps it without a copy through a socket.
+SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class RolloutEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())  # else the default route's
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -109,10 +117,23 @@ class RolloutEngine:
     async def start_weight_update(self) -> None:
         await self.engine.start_weight_update()
 
-    async def update_weights(self, update_info: Any) -> None:
+    async def sees(self, path: str) -> bool:
+        """Whether a file of the sender's host is here too."""
+        return os.path.exists(path)
+
+    async def update_weights(self, update_info: Any, content: np.ndarray | None = None) -> None:
+        """``content`` [bytes]: the update's file, where this engine is on another host than the sender."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        if content is None:
+            await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+            return
+        path = Path(SHARED_MEMORY) / f"dvpo-received-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
+        try:
+            content.tofile(path)
+            await self.engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
+        finally:
+            path.unlink(missing_ok=True)
 
     async def finish_weight_update(self) -> None:
         await self.engine.finish_weight_update()

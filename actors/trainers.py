@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 import torch
@@ -14,6 +13,7 @@ from dvpo_service.algo.advantages import whiten, whitening_sums
 from dvpo_service.algo.diagnostics import rollout_kl_metrics, rollout_kl_sums
 from dvpo_service.algo.policy_loss import kl_penalty
 from dvpo_service.config import Config
+from dvpo_service.storage import Place
 from dvpo_service.types import Advantages, Metrics, Rollouts, advantage_metrics
 
 
@@ -56,13 +56,13 @@ class PolicyPool:
             values = whiten(values, mask, whitening_sums(values, mask)).float()
         return MetricsJob(self.ranks.submit("update", ray.put(rollouts), ray.put(values), step))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Place) -> None:
         self.ranks.call("save", str(folder))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Place) -> None:
         self.ranks.call("load", str(folder))
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Place) -> None:
         self.ranks.call("export", str(folder))
 
 
@@ -88,13 +88,13 @@ class CriticEstimator:
         """Levels [M] and every head's sorted atoms [B, T, H, M] of given responses."""
         return self.ranks.call("distributions", ray.put(rollouts))[0]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Place) -> None:
         self.ranks.call("save", str(folder))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Place) -> None:
         self.ranks.call("load", str(folder))
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Place) -> None:
         self.ranks.call("export", str(folder))
 
 

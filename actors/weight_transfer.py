@@ -6,16 +6,15 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import ray
 from torch import nn
 
 from actors import cpu_weight_transfer
+from actors.rollout import SHARED_MEMORY
 from dvpo_service.config import Config
 
 Backend = Literal["safetensors", "nccl", "ipc"]
-
-# tmpfs: a file there is memory, and the engine maps it without a copy through a socket.
-SHARED_MEMORY = "/dev/shm"
 
 
 def weight_backend(config: Config) -> Backend:
@@ -51,13 +50,24 @@ class EngineClient:
         self._wait([e.start_weight_update.remote() for e in self.engines])
 
     def update_weights(self, update_info: Any) -> None:
-        self._wait([e.update_weights.remote(update_info) for e in self.engines])
+        """Every engine takes the update. A file is read where it lies, and sent to engines on other hosts."""
+        near, content = [True] * len(self.engines), None
+        if isinstance(update_info, dict) and "path" in update_info:
+            near = self.reading(update_info["path"])
+            if not all(near):  # into Ray's object store once, for all of them
+                content = ray.put(np.fromfile(update_info["path"], dtype=np.uint8))
+        sent = [None if n else content for n in near]
+        self._wait([e.update_weights.remote(update_info, c) for e, c in zip(self.engines, sent, strict=True)])
+
+    def reading(self, path: str) -> list[bool]:
+        """By engine: does it see this host's file?"""
+        return self._wait([e.sees.remote(path) for e in self.engines])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._wait([e.finish_weight_update.remote() for e in self.engines])
 
-    def _wait(self, refs: list[Any]) -> None:
-        ray.get(refs, timeout=self.timeout_s)
+    def _wait(self, refs: list[Any]) -> list[Any]:
+        return ray.get(refs, timeout=self.timeout_s)
 
 
 def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int) -> Any:

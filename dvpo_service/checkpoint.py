@@ -1,4 +1,4 @@
-"""Checkpoints at step boundaries: written beside, renamed when whole, the oldest pruned."""
+"""Checkpoints at step boundaries: whole or not there, the oldest pruned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dvpo_service.errors import CheckpointError
+from dvpo_service.rundir import RunDir
+from dvpo_service.storage import Place, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -20,23 +22,28 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    folder: Path
+    folder: Place
     record: dict[str, Any]
 
 
 class Checkpoints:
-    """``run_dir/checkpoints/step-000050``: a folder per part, and state.json, written last."""
+    """``run_dir/checkpoints/step-000050``: a folder per part, and state.json, written last.
+
+    Written beside and renamed when whole.
+    """
 
     def __init__(self, run_dir: Path, *, keep: int):
         self.run_dir, self.keep = run_dir, keep
-        self.folder = run_dir / "checkpoints"
+        self.folder: Place = run_dir / "checkpoints"
+        self.newest: int | None = None  # step of the last one that this run wrote or read
 
-    def save(self, step: int, parts: Mapping[str, Callable[[Path], None]], record: dict[str, Any]) -> Path:
+    def save(self, step: int, parts: Mapping[str, Callable[[Any], None]], record: dict[str, Any]) -> Place:
         """Write a checkpoint; the previous one stays until this one is whole.
 
         Raises CheckpointError when the disk refuses it; earlier checkpoints are untouched.
         """
-        final, torn = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.tmp"
+        folder = self.run_dir / "checkpoints"
+        final, torn = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
         try:
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
@@ -47,15 +54,16 @@ class Checkpoints:
             _fsync_tree(torn)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(torn, final)
-            _fsync(self.folder)
+            _fsync(folder)
         except OSError as error:
             shutil.rmtree(torn, ignore_errors=True)
             raise CheckpointError(
                 f"cannot write checkpoint {final}: {error.strerror or error}. Earlier checkpoints are whole; "
                 "free some space and give the same command to continue from the newest"
             ) from error
+        self.newest = step
         for old in self.whole()[: -self.keep]:
-            shutil.rmtree(old)
+            self._remove(old)
         return final
 
     def latest(self) -> Checkpoint | None:
@@ -65,15 +73,68 @@ class Checkpoints:
             return None
         file = whole[-1] / STATE_FILE
         try:
-            return Checkpoint(whole[-1], json.loads(file.read_text()))
+            found = Checkpoint(whole[-1], json.loads(file.read_text()))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: cannot be read ({error}); remove the folder to use the one before"
             ) from error
+        self.newest = int(found.folder.name.removeprefix("step-"))
+        return found
 
-    def whole(self) -> list[Path]:
+    def whole(self) -> list[Place]:
         """Every checkpoint that is all there, oldest first."""
-        return sorted(p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}"))
+        return sorted((p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}")), key=str)
+
+    def _remove(self, folder: Any) -> None:
+        shutil.rmtree(folder)
+
+
+class SharedCheckpoints(Checkpoints):
+    """The same at a URL. An object store cannot rename: parts go to their place, and state.json, written last,
+    says that they are whole. ``run``'s small files go with them."""
+
+    def __init__(self, run: RunDir, *, keep: int):
+        super().__init__(run.local, keep=keep)
+        self.run, self.folder = run, run.place / "checkpoints"
+
+    def save(self, step: int, parts: Mapping[str, Callable[[Any], None]], record: dict[str, Any]) -> Place:
+        """Raises CheckpointError when the storage refuses it, or another run has taken the URL over."""
+        final = self.folder / f"step-{step:06d}"
+        try:
+            self.run.check_owner()
+            self._remove(final)
+            for name, write in parts.items():
+                make_folder(final / name)
+                write(final / name)
+            self.run.mirror()
+            self.run.check_owner()
+            make_folder(final)
+            (final / STATE_FILE).write_text(json.dumps(record))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write checkpoint {final}: {error.strerror or error}. Earlier checkpoints are whole; "
+                "the same command continues from the newest"
+            ) from error
+        self.newest = step
+        for old in self.whole()[: -self.keep]:
+            self._remove(old)
+        return final
+
+    def whole(self) -> list[Place]:
+        files: Any = self.folder
+        files.fs.invalidate_cache()
+        return super().whole() if files.exists() else []
+
+    def _remove(self, folder: Any) -> None:
+        """The marker first: what is left of a removal that was cut off is no checkpoint."""
+        folder.fs.invalidate_cache()
+        (folder / STATE_FILE).unlink(missing_ok=True)
+        if folder.exists():
+            folder.fs.rm(folder.path, recursive=True)
+
+
+def checkpoints_of(run: RunDir, *, keep: int) -> Checkpoints:
+    return SharedCheckpoints(run, keep=keep) if run.is_remote else Checkpoints(run.local, keep=keep)
 
 
 def _fsync_tree(folder: Path) -> None:

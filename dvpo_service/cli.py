@@ -13,6 +13,7 @@ import typer
 
 from dvpo_service import __version__
 from dvpo_service.errors import UserError
+from dvpo_service.stopping import SIGNALS, Stopped, raise_stopped
 
 # Heavy imports (torch, ray, transformers) stand in the commands, so that --help is quick.
 
@@ -45,31 +46,36 @@ def options(
 def train(
     config: ConfigOption,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Where results go, a folder or URL (s3://...); runs/NAME by default.")
+    ] = None,
 ) -> None:
     """Train a policy. The same command again continues a run that was cut off."""
     from dvpo_service.config import load_config
     from dvpo_service.launch import train as launch
+    from dvpo_service.rundir import resolve_run_dir
 
     resolved = load_config(config, overrides or [])
-    launch(resolved, _run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
+    launch(resolved, resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
 
 
 @app.command()
 def warmstart(
     config: ConfigOption,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Its folder base-models/ holds the model.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="base-models/ beside it holds the model.")] = None,
 ) -> None:
     """Make the base model of a config that asks for one, and print its folder."""
     from dvpo_service.config import load_config
     from dvpo_service.data.splits import load_data
     from dvpo_service.launch import base_model, connected
+    from dvpo_service.rundir import RunDir, resolve_run_dir
 
     resolved = load_config(config, overrides or [])
     train_data = load_data(resolved.data).train
     with connected(resolved):
-        typer.echo(base_model(resolved, train_data, _run_dir(run_dir, resolved.trainer.run_dir, resolved.name).parent))
+        run = RunDir(resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
+        typer.echo(base_model(resolved, train_data, run.local.parent))
 
 
 @app.command("eval")
@@ -151,9 +157,12 @@ def sweep(
     run_dir: Annotated[Path | None, typer.Option(help="Its folder; runs/GRID-CONFIG by default.")] = None,
 ) -> None:
     """Compare settings with paired seeds: each arm of a grid is a run; ends with the report."""
+    from dvpo_service.rundir import resolve_run_dir
     from tune_sweeps.run import run_sweep
 
-    folder = (run_dir or Path("runs") / f"{Path(grid).stem}-{Path(config).stem}").absolute()
+    folder = resolve_run_dir(str(run_dir) if run_dir else None, None, f"{Path(grid).stem}-{Path(config).stem}")
+    if not isinstance(folder, Path):
+        raise UserError(f"{folder}: a sweep's folder is a path, not a URL; give --run-dir")
     page, failed = run_sweep(
         grid, config, overrides or [], range(seeds), folder, max_concurrent=max_concurrent, resume=resume
     )
@@ -208,22 +217,19 @@ def configs() -> None:
         typer.echo(f"{name:26} {first}")
 
 
-def _run_dir(option: Path | None, configured: str | None, name: str) -> Path:
-    return (option or Path(configured or f"runs/{name}")).absolute()
-
-
 def main() -> None:
     """Entry point: an error a person can mend is one line and exit code 2, never a stack trace."""
     from dvpo_service.failure import describe
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: pools shut down, nothing left
+    for signum in SIGNALS:  # SIGTERM ends like Ctrl-C: pools shut down, nothing left
+        signal.signal(signum, raise_stopped)
     sys.path.insert(0, os.getcwd())  # so that module:function rewards beside the user are found
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command continues from the last checkpoint", err=True)
-        sys.exit(130)
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
     except Exception as error:
         if os.environ.get("DVPO_DEBUG"):
             raise

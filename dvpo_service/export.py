@@ -74,7 +74,7 @@ def newest(source: Path) -> tuple[int, Path]:
     """
     if found := _state(source):
         return found
-    run = [_state(f) for f in (*Checkpoints(source, keep=1).whole()[-1:], source / POLICY)]
+    run = [_state(f) for f in (*map(Path, map(str, Checkpoints(source, keep=1).whole()[-1:])), source / POLICY)]
     states = [state for state in run if state]
     if not states:
         raise CheckpointError(
@@ -164,12 +164,16 @@ def writing(output: Path, *, own: bool = False) -> Iterator[Path]:
         raise CheckpointError(f"cannot export to {output}: {error.strerror or error}; free some space there") from error
 
 
-def describe(folder: Path, run_dir: Path, config: Config, step: int, mlflow_run_id: str | None) -> None:
-    """Add config, origin and model card to ``folder``, which has policy and critic already."""
+def describe(
+    folder: Path, run_dir: Path, config: Config, step: int, mlflow_run_id: str | None, *, critic: bool | None = None
+) -> None:
+    """Add config, origin and model card to ``folder``, which has policy and critic already; ``critic``
+    says whether it has one, where they are elsewhere."""
     config = Config.model_validate(mask(config.model_dump(mode="json")))  # an export is made to be given away
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= step]
-    (folder / CARD_FILE).write_text(model_card(config, step, rows, critic=(folder / CRITIC).is_dir()))
+    has_critic = (folder / CRITIC).is_dir() if critic is None else critic
+    (folder / CARD_FILE).write_text(model_card(config, step, rows, critic=has_critic))
     record = {"step": step, "mlflow_run_id": mlflow_run_id}
     (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 

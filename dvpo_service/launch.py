@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.cluster import connected, plan_fit
+from actors.cluster import connected, on_cluster, plan_fit
 from actors.critic import CriticWorker
 from actors.engines import EnginePool, WarmEngines
 from actors.evaluation import HeldOut
@@ -19,25 +19,29 @@ from actors.placement import Placement, plan_bundles
 from actors.policy import PolicyWorker
 from actors.pool import RankPool
 from actors.reward_pool import RewardPool
+from actors.spread import check_shared, spread_model
 from actors.stream import SyncStream
 from actors.trainers import CriticEstimator, PolicyPool, engine_mismatch
 from actors.weight_sync import WeightSync
 from actors.weight_transfer import Backend, weight_backend
 from dvpo_service import loop, terminal
-from dvpo_service.checkpoint import Checkpoint, Checkpoints
+from dvpo_service.checkpoint import Checkpoint, Checkpoints, checkpoints_of
 from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import Data, encode, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
 from dvpo_service.eval_stats import PromptScores
-from dvpo_service.export import CRITIC, POLICY, describe, writing
+from dvpo_service.export import CRITIC, EXPORT_FILE, POLICY, describe, writing
 from dvpo_service.lock import locked
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver, NoPictures
 from dvpo_service.rewards.scoring import resolve
 from dvpo_service.roles import Display, Observer
+from dvpo_service.rundir import RunDir
+from dvpo_service.stopping import Stopped, Stopping
+from dvpo_service.storage import Place, written_locally
 from dvpo_service.summary import plan_facts, summarize
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.warmstart import base_model
@@ -65,7 +69,7 @@ class Pools:
 
 
 def train(
-    config: Config, run_dir: Path, *, watch: Display | None = None, warm: WarmEngines | None = None
+    config: Config, run_dir: Place, *, watch: Display | None = None, warm: WarmEngines | None = None
 ) -> dict[str, Any]:
     """Run a config to its end, from the newest checkpoint in ``run_dir`` if there is one.
 
@@ -77,60 +81,68 @@ def train(
 
     Returns the summary that is also in ``run_dir/summary.json``.
     """
-    with locked(run_dir):
+    run = RunDir(run_dir)
+    with locked(run.local), on_cluster(config):
         try:
-            return _train(config, run_dir, watch, warm)
+            return _train(config, run, watch, warm)
         except BaseException:
             if warm:
                 warm.drop()
             raise
 
 
-def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngines | None) -> dict[str, Any]:
-    started = time.time()
+def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines | None) -> dict[str, Any]:
+    started, run_dir = time.time(), run.local
     resolve(config.reward.function)
     raw = load_data(config.data)
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     plan_fit(config)
-    checkpoints = Checkpoints(run_dir, keep=config.trainer.keep_checkpoints)
+    run.open()
+    checkpoints = checkpoints_of(run, keep=config.trainer.keep_checkpoints)
     resume = resume_point(config, checkpoints)
     done = resume.record["state"]["step"] if resume else 0
     display = watch or terminal.TrainingDisplay(config.trainer.num_steps, start=done)
     tracker = open_tracker(config, run_dir, resume, display)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     try:
-        with connected(config), ExitStack() as stack:
+        with Stopping(display.status).listening() as stopping, connected(config), ExitStack() as stack:
             model_path = base_model(config, raw.train, run_dir.parent)
             tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
             save_base(model_path, run_dir, trust_remote_code=config.model.trust_remote_code)
             data = raw.encoded(config.data, tokenizer)
             if watch is None:
-                terminal.show_plan(config, plan_facts(model_path, data, run_dir, resume))
+                terminal.show_plan(config, plan_facts(model_path, data, run.place, resume))
             stack.enter_context(display)
             display.status("starting engines and trainers")
-            pools = start_pools(config, model_path, stack, warm)
+            pools = start_pools(config, model_path, stack, warm, run.place)
             roles = assemble(config, data, tokenizer, pools, tracker)
             state = restore(roles, resume)
             display.status("")
-            state = loop.train(config.trainer, roles, checkpoints, state)
+            state = loop.train(config.trainer, roles, checkpoints, state, stopping)
             display.status("exporting policy and critic")
-            export_final(config, roles, run_dir, state.step)
-            summary = summarize(config, state, run_dir, tracker, time.time() - started)
+            export_final(config, roles, run, state.step)
+            summary = summarize(config, state, run, tracker, time.time() - started)
+            run.mirror()
         tracker.finish("FINISHED", summary)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         tracker.finish("KILLED", None)
         raise
     except BaseException:
         tracker.finish("FAILED", None)
         raise
     if watch is None:
-        terminal.closing(summary, run_dir, tracker.tracking_uri)
+        terminal.closing(summary, run.place, tracker.tracking_uri)
     return summary
 
 
-def start_pools(config: Config, model_path: str, stack: ExitStack, warm: WarmEngines | None = None) -> Pools:
+def start_pools(
+    config: Config, model_path: str, stack: ExitStack, warm: WarmEngines | None = None, run_dir: Place | None = None
+) -> Pools:
     """Spawn every actor and wait until all are ready; ``stack`` ends them, also when one does not start."""
     placement = Placement(plan_bundles(config), timeout_s=config.cluster.placement_timeout_s)
+    if run_dir is not None:
+        check_shared(run_dir, placement.nodes())
+    spread_model(model_path, placement.nodes())
     backend = weight_backend(config)
     pools = Pools(
         placement=placement,
@@ -152,6 +164,7 @@ def start_pools(config: Config, model_path: str, stack: ExitStack, warm: WarmEng
         starting.append(pools.critic.setup(CriticWorker, config, model_path))
     for call in starting:
         call.result()
+    pools.rewards.wait_ready(config.rollout.start_timeout_s)
     return pools
 
 
@@ -176,12 +189,20 @@ def assemble(
     )
 
 
-def export_final(config: Config, roles: loop.Roles, run_dir: Path, step: int) -> None:
-    """The trained policy, critic and model card in ``run_dir/policy``."""
-    with writing(run_dir / POLICY, own=True) as folder:
-        roles.policy.export(folder)
-        roles.estimator.export(folder / CRITIC)
-        describe(folder, run_dir, config, step, roles.tracker.run_id)
+def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> None:
+    """The trained policy, critic and model card in the run's ``policy/``."""
+    target = run.place / POLICY
+    if isinstance(target, Path):
+        with writing(target, own=True) as folder:
+            roles.policy.export(folder)
+            roles.estimator.export(folder / CRITIC)
+            describe(folder, run.local, config, step, roles.tracker.run_id)
+        return
+    (target / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export, until the new one is whole
+    roles.policy.export(target)
+    roles.estimator.export(target / CRITIC)
+    with written_locally(str(target)) as local:
+        describe(Path(local), run.local, config, step, roles.tracker.run_id, critic=config.algorithm.has_critic)
 
 
 def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import TrainerConfig
 from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
+from dvpo_service.stopping import Stopping
 from dvpo_service.types import Advantages, Metrics, Rollouts
 
 
@@ -48,20 +50,24 @@ class TrainingStopped(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-def train(config: TrainerConfig, roles: Roles, checkpoints: Checkpoints, state: TrainState) -> TrainState:
-    """Run to ``config.num_steps``, from ``state``."""
-    r, clock = roles, Clock()
+def train(
+    config: TrainerConfig, roles: Roles, checkpoints: Checkpoints, state: TrainState, stopping: Stopping | None = None
+) -> TrainState:
+    """Run to ``config.num_steps``, from ``state``. Raises Stopped, with a checkpoint written, on a request to stop."""
+    r, clock, stopping = roles, Clock(), stopping or Stopping()
     r.weights.push(version=state.step)
-    if state.step == 0:
+    if not state.before:
         with clock("eval"):
             state.before = state.after = r.evaluator.run(0)
             r.observer.observe(0)
         r.tracker.log(0, state.before | clock.lap())
-    for step in range(state.step, config.num_steps):
-        started = time.perf_counter()
-        batch = r.stream.next(step)
-        with clock("logprobs"):
-            rollouts = r.policy.logprobs(batch.rollouts, step)
+    for step in stopping.steps(range(state.step, config.num_steps)):
+        started, boundary = time.perf_counter(), record(state, roles)
+        # Until the critic sees the batch the trainers are as the last step left them.
+        with stopping.at_boundary(step, partial(save, checkpoints, roles, boundary)):
+            batch = r.stream.next(step)
+            with clock("logprobs"):
+                rollouts = r.policy.logprobs(batch.rollouts, step)
         with clock("advantages"):
             advantages, value_metrics = r.estimator.advantages(rollouts, step)
         with clock("update"):
@@ -89,7 +95,7 @@ def train(config: TrainerConfig, roles: Roles, checkpoints: Checkpoints, state: 
         # Last: a step that a checkpoint holds has been logged, so a run that resumes misses none.
         if due(config.save_every, state.step, config.num_steps):
             with clock("checkpoint"):
-                save(checkpoints, roles, state)
+                save(checkpoints, roles, record(state, roles))
     return state
 
 
@@ -98,15 +104,17 @@ def due(every: int, step: int, last: int) -> bool:
     return step == last or bool(every and step % every == 0)
 
 
-def save(checkpoints: Checkpoints, roles: Roles, state: TrainState) -> None:
+def save(checkpoints: Checkpoints, roles: Roles, record: dict[str, Any]) -> None:
+    """Write the checkpoint of ``record``'s step, unless it is there."""
     parts = {"policy": roles.policy.save, "estimator": roles.estimator.save}
-    checkpoints.save(state.step, parts, record(state, roles))
+    if checkpoints.newest != (step := record["state"]["step"]):
+        checkpoints.save(step, parts, record)
 
 
 def record(state: TrainState, roles: Roles) -> dict[str, Any]:
     """The small part of a checkpoint, as JSON."""
     return {
-        "state": state.__dict__,
+        "state": dict(state.__dict__),
         "stream": roles.stream.state_dict(),
         "mlflow_run_id": roles.tracker.run_id,
     }

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from dvpo_service.checkpoint import Checkpoint
 from dvpo_service.config import Config
 from dvpo_service.data.splits import Data
 from dvpo_service.loop import TrainState
+from dvpo_service.rundir import RunDir
+from dvpo_service.storage import Place
 from dvpo_service.tracking.masking import mask_uri
 from dvpo_service.tracking.tracker import Tracker
 
 
-def plan_facts(model_path: str, data: Data, run_dir: Path, resume: Checkpoint | None) -> dict[str, Any]:
+def plan_facts(model_path: str, data: Data, run_dir: Place, resume: Checkpoint | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": model_path,
         "train_prompts": len(data.train),
@@ -28,7 +29,7 @@ def plan_facts(model_path: str, data: Data, run_dir: Path, resume: Checkpoint | 
     return facts
 
 
-def summarize(config: Config, state: TrainState, run_dir: Path, tracker: Tracker, seconds: float) -> dict[str, Any]:
+def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, seconds: float) -> dict[str, Any]:
     """``summary.json``: accuracy by split before and after, and where everything is."""
 
     def by_split(metrics: dict[str, float], name: str) -> dict[str, float]:
@@ -45,15 +46,15 @@ def summarize(config: Config, state: TrainState, run_dir: Path, tracker: Tracker
         "held_out_greedy_after": by_split(state.after, "greedy"),
         "warnings": tracker.advice,
         "where": {
-            "run": str(run_dir),
-            "policy": str(run_dir / "policy"),
-            "metrics": str(run_dir / "metrics.jsonl"),
-            "checkpoints": str(run_dir / "checkpoints"),
+            "run": str(run.place),
+            "policy": str(run.place / "policy"),
+            "metrics": str(run.place / "metrics.jsonl"),
+            "checkpoints": str(run.place / "checkpoints"),
             "mlflow_tracking_uri": mask_uri(tracker.tracking_uri or ""),
             "mlflow_run_id": tracker.run_id or "",
         },
     }
-    beside = run_dir / "summary.json.tmp"
+    beside = run.local / "summary.json.tmp"
     beside.write_text(json.dumps(summary, indent=2) + "\n")
-    beside.replace(run_dir / "summary.json")  # whole or absent: a sweep's report reads it at any time
+    beside.replace(run.local / "summary.json")  # whole or absent: a sweep's report reads it at any time
     return summary

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from dvpo_service.config import Config, WarmstartConfig
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import encode, load_demonstrations, resolve_file
+from dvpo_service.interfaces import use_interface_of
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.sharding import shard
 from dvpo_service.models.small import save_small_model
@@ -32,6 +34,7 @@ from dvpo_service.types import Prompt
 
 IGNORE = -100
 REPORT_EVERY = 10
+MAILBOX_S = 120.0
 DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
 
 
@@ -96,40 +99,102 @@ def make_base_model(
             (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id])
             for p in tokenize(tokenizer)
         ]
-        with _Follow(work / "progress.jsonl", on_progress):
-            _fit(config, warm, work, examples)
+        weights = _fit(config, warm, work, examples, on_progress)
+        trained = load_causal_lm(str(work / "model"))
+        trained.save_pretrained(work / "model", state_dict=load(weights))  # type: ignore[operator]
         shutil.rmtree(folder, ignore_errors=True)
         (work / "model").rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _fit(config: Config, warm: WarmstartConfig, work: Path, examples: list[Any]) -> None:
+class Mailbox:
+    """A Ray actor: what rank 0 tells, on whatever node it runs, for the driver to collect."""
+
+    def __init__(self) -> None:
+        self.progress: list[dict[str, Any]] = []
+        self.weights = b""
+
+    def tell(self, entry: dict[str, Any]) -> None:
+        self.progress.append(entry)
+
+    def hand_in(self, weights: bytes) -> None:
+        """The trained parameters, as a safetensors file."""
+        self.weights = weights
+
+    def told(self, seen: int) -> list[dict[str, Any]]:
+        return self.progress[seen:]
+
+    def collect(self) -> bytes:
+        return self.weights
+
+
+def _fit(
+    config: Config,
+    warm: WarmstartConfig,
+    work: Path,
+    examples: list[Any],
+    on_progress: Callable[[int, dict[str, float]], None],
+) -> bytes:
+    """Train on the cluster; the trained parameters, as a safetensors file."""
+    import ray
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     use_gpu = config.cluster.gpus_per_trainer > 0
-    TorchTrainer(
+    # Ranks may run on machines that do not see the driver's folder: files go there, and back, through Ray.
+    model = ray.put({f.name: f.read_bytes() for f in (work / "model").iterdir()})
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
+    trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"warm": warm.model_dump(), "folder": str(work), "examples": examples},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        train_loop_config={"warm": warm.model_dump(), "mailbox": mailbox, "examples": examples, "model": model},
+        torch_config=_torch_config(use_gpu),
         scaling_config=ScalingConfig(
             num_workers=warm.world_size,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_trainer},
         ),
         run_config=RunConfig(name="ray_train", storage_path=str(work)),
-    ).fit()
+    )
+    with _Follow(mailbox, on_progress):
+        trainer.fit()
+    return ray.get(mailbox.collect.remote(), timeout=MAILBOX_S)
+
+
+def _torch_config(use_gpu: bool) -> Any:
+    """Ray Train's own; with gloo on the interface by which Ray's nodes reach each other."""
+    import ray.util
+    from ray.train.torch import TorchConfig
+
+    if use_gpu:
+        return TorchConfig(backend="nccl")
+    plain: Any = TorchConfig().backend_cls
+
+    class OnRaysInterface(plain):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(lambda: use_interface_of(ray.util.get_node_ip_address()))
+            super().on_start(worker_group, backend_config)
+
+    class GlooConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return OnRaysInterface
+
+    return GlooConfig(backend="gloo")
 
 
 def train_loop(args: dict[str, Any]) -> None:
     """One rank: cross-entropy on the answer tokens, seeded batches, a cool-down at the end."""
+    import ray
     import ray.train
     import ray.train.torch
 
-    warm, folder = WarmstartConfig(**args["warm"]), Path(args["folder"])
+    warm, mailbox = WarmstartConfig(**args["warm"]), args["mailbox"]
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = load_causal_lm(str(folder / "model"))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in ray.get(args["model"], timeout=MAILBOX_S).items():
+            (Path(folder) / name).write_bytes(content)
+        model = load_causal_lm(folder)
     shard(model, ray.train.torch.get_device(), bfloat16=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(warm.seed)
@@ -152,12 +217,10 @@ def train_loop(args: dict[str, Any]) -> None:
         if warm.stop_at_accuracy and recent >= warm.stop_at_accuracy and last == warm.steps:
             last = min(last, step + cooldown)
         if rank == 0 and (step % REPORT_EVERY == 0 or step == last):
-            with (folder / "progress.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "loss": float(total[0]), "accuracy": recent}) + "\n")
-    state = {k: v.full_tensor().cpu() for k, v in model.state_dict().items()}
+            mailbox.tell.remote({"step": step, "loss": float(total[0]), "accuracy": recent})
+    state = {k: v.full_tensor().cpu().clone() for k, v in model.state_dict().items()}
     if rank == 0:
-        plain = load_causal_lm(str(folder / "model"))
-        plain.save_pretrained(folder / "model", state_dict=state)  # type: ignore[operator]
+        ray.get(mailbox.hand_in.remote(save(state)), timeout=MAILBOX_S)
     ray.train.report({"loss": float(total[0]), "accuracy": recent})
 
 
@@ -180,10 +243,10 @@ def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]], smoo
 
 
 class _Follow:
-    """Reads the progress file that rank 0 appends to, wherever that rank runs."""
+    """Passes on what the mailbox is told, while training goes on."""
 
-    def __init__(self, path: Path, on_progress: Callable[[int, dict[str, float]], None]):
-        self.path, self.on_progress = path, on_progress
+    def __init__(self, mailbox: Any, on_progress: Callable[[int, dict[str, float]], None]):
+        self.mailbox, self.on_progress = mailbox, on_progress
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.seen = 0
@@ -196,11 +259,12 @@ class _Follow:
         self.thread.join(timeout=5)
 
     def _run(self) -> None:
+        import ray
+
         finished = False
         while not finished:
             finished = self.done.wait(0.3)
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            for line in lines[self.seen :]:
-                entry = json.loads(line)
-                self.on_progress(entry.pop("step"), entry)
-            self.seen = len(lines)
+            entries = ray.get(self.mailbox.told.remote(self.seen), timeout=MAILBOX_S)
+            for entry in entries:
+                self.on_progress(entry["step"], {k: v for k, v in entry.items() if k != "step"})
+            self.seen += len(entries)

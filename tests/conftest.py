@@ -8,9 +8,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
 from dvpo_service.config import Config
 from dvpo_service.models.small import save_small_model
@@ -39,3 +42,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(tiny_model: Path) -> Config:
     return make_config(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 of our own, on loopback."""
+    from moto.server import ThreadedMotoServer  # takes seconds, and few tests need it
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``s3://...``, an empty bucket; how to reach it is in the environment, as it is for a user."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    name = f"b{uuid.uuid4().hex[:12]}"
+    UPath(f"s3://{name}").fs.mkdir(name)
+    return f"s3://{name}"

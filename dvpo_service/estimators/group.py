@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from dvpo_service.algo.baselines.grpo import grpo
 from dvpo_service.algo.baselines.reinforce_plus_plus import reinforce_plus_plus
 from dvpo_service.algo.baselines.rloo import rloo
 from dvpo_service.config import AlgorithmConfig
+from dvpo_service.storage import Place
 from dvpo_service.types import Advantages, Metrics, Rollouts, advantage_metrics
 
 COMPARE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
@@ -41,6 +41,6 @@ class GroupEstimator:
     def update_async(self, rollouts: Rollouts, step: int) -> Done:
         return Done()
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
-    def export(self, folder: Path) -> None: ...
+    def save(self, folder: Place) -> None: ...
+    def load(self, folder: Place) -> None: ...
+    def export(self, folder: Place) -> None: ...

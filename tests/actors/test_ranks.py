@@ -16,6 +16,7 @@ from actors.critic import CriticWorker
 from actors.fsdp import Rendezvous
 from actors.policy import PolicyWorker
 from dvpo_service.config import Config
+from dvpo_service.storage import make_folder, place_of
 from dvpo_service.types import Metrics
 from tests.builders import make_config, make_rollouts
 
@@ -113,14 +114,14 @@ def test_policy_gives_the_same_on_two_ranks_and_in_other_micro_batches(tiny_mode
 
 def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
     """Train, save, go on; then load into a fresh critic and do the same again."""
-    folder = Path(config.trainer.run_dir or "") / f"{meet.world_size}"
+    folder = f"{config.trainer.run_dir}/{meet.world_size}"
     worker = CriticWorker(config, model, meet)
     worker.evaluate(make_rollouts(seed=0), 0)
     worker.update()
     if meet.rank == 0:
-        folder.mkdir(parents=True)
+        make_folder(place_of(folder))
     torch.distributed.barrier()
-    worker.save(str(folder))
+    worker.save(folder)
     straight = worker.evaluate(make_rollouts(seed=1), 1)[0]
     after = worker.update()
     torch.distributed.barrier()
@@ -129,20 +130,24 @@ def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
     with torch.no_grad():
         for parameter in fresh.trainer.module.parameters():
             parameter.zero_()
-    fresh.load(str(folder))
+    fresh.load(folder)
     again = fresh.evaluate(make_rollouts(seed=1), 1)[0]
     assert torch.equal(again.values, straight.values), "a checkpoint restores the weights to the bit"
     assert fresh.update() == after, "and the optimizer, schedule and running moments"
     return [straight.rows, straight.advantages, straight.values] * STEPS, [after] * STEPS
 
 
-def test_a_checkpoint_restores_a_rank_to_the_bit(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["path", "s3"])
+def test_a_checkpoint_restores_a_rank_to_the_bit(
+    where: str, request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = request.getfixturevalue("bucket") if where == "s3" else str(tmp_path)
     algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32, "form": "calibrated"}
     optim = {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine"}
     config = make_config(
         tiny_model,
         algorithm=algorithm,
         critic={"world_size": 2, "optim": optim},
-        trainer={"run_dir": str(tmp_path / "state")},
+        trainer={"run_dir": f"{base}/state"},
     )
     launch(resume_run, config, tiny_model, 2, tmp_path / "out")

@@ -10,6 +10,7 @@ import pytest
 
 from actors.cluster import connected
 from actors.placement import Placement, plan_bundles
+from actors.pool import PoolError
 from actors.reward_pool import RewardPool
 from dvpo_service.config import Config
 from tests.builders import make_config
@@ -42,6 +43,14 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
     assert "ZeroDivisionError" in (scores[3][0].error or "")
     assert scores[3][1].reward == 1.0
     assert scores[1][0].reward != scores[1][0].reward, "a failed sample has no reward, not 0"
+
+
+def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: RewardPool) -> None:
+    pool.wait_ready(60)
+    missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), pool.placement)
+    with pytest.raises(PoolError, match=r"'not_here' cannot be imported.*--working-dir"):
+        missing.wait_ready(60)
+    missing.shutdown()
 
 
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:

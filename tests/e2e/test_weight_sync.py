@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from actors.policy import PolicyWorker
 from actors.pool import RankPool
 from actors.rollout import Sampling
 from actors.weight_sync import WeightSync
+from actors.weight_transfer import EngineClient
 from dvpo_service.algo.policy_loss import token_logprobs
 from dvpo_service.launch import connected
 from dvpo_service.models.load import load_causal_lm
@@ -125,6 +127,34 @@ def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
     first = [s.token_ids for g in groups for s in g]
     assert tokens(3) == first, "the same seed and step sample the same tokens"
     assert tokens(4) != first
+
+
+class FarClient(EngineClient):
+    """As if every engine were on another host than the trainer."""
+
+    def reading(self, path: str) -> list[bool]:
+        return [False] * len(super().reading(path))
+
+
+def test_an_engine_on_another_host_gets_the_same_weights_to_the_bit(
+    system: tuple[RankPool, EnginePool, WeightSync], tmp_path: Path
+) -> None:
+    policy, engines, weights = system
+    policy.call("scramble", 0.3)
+    weights.push(20)
+    near = engine_logprobs(engines)
+    policy.call("scramble", 0.3)
+    policy.call("export", str(tmp_path / "scrambled"))
+    policy.call("connect_engines", FarClient(engines.actors, 1, 300), "safetensors")
+    policy.call("send_weights")
+    engines.call("set_version", 21)
+    far = engine_logprobs(engines)
+    assert furthest(far, near) > 1.0, "new weights"
+    assert furthest(far, model_logprobs(tmp_path / "scrambled")) < 1e-4
+    policy.call("connect_engines", EngineClient(engines.actors, 1, 300), "safetensors")
+    weights.push(22)
+    assert furthest(far, engine_logprobs(engines)) == 0.0
+    assert not [f for f in os.listdir("/dev/shm") if f.startswith("dvpo-received")]
 
 
 def test_stale_weights_are_seen(

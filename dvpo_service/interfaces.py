@@ -1,0 +1,24 @@
+"""The network interface that gloo shall use. By itself it takes the one that the host's name stands for, often
+the loopback, where no other host reaches it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import psutil
+
+
+def use_interface_of(address: str) -> None:
+    """Have gloo in this process use the interface with this host's ``address``; GLOO_SOCKET_IFNAME of before wins."""
+    found = (name for name, its in psutil.net_if_addrs().items() if any(a.address == address for a in its))
+    if name := next(found, None):  # none: an address that is translated on its way; gloo's own choice then
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def own_address(towards: str, port: int) -> str:
+    """This host's address on the route to another host, or to itself."""
+    family, kind, protocol, _, where = socket.getaddrinfo(towards, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as route:
+        route.connect(where)  # sends nothing: a datagram socket
+        return route.getsockname()[0]

@@ -1,0 +1,98 @@
+"""Where a run's results are: a folder, or a URL that every node reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+
+from upath import UPath
+
+from dvpo_service.errors import CheckpointError, UserError
+from dvpo_service.storage import Place, is_url, make_folder, place_of
+
+# Set by Ray in the process that `ray job submit` starts: the job's runtime_env, among others.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# The folder or URL below which relative run directories are.
+BASE = "DVPO_RUNS"
+# What the driver writes; ranks write checkpoints/ and policy/.
+SMALL_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
+BASE_FOLDER = "base"  # what builds the model around a checkpoint's weights: models/base.py
+OWNER = "owner.txt"
+
+
+def resolve_run_dir(option: str | None, configured: str | None, name: str) -> Place:
+    """``--run-dir``, else ``trainer.run_dir``, else ``runs/NAME``; a relative one is below ``DVPO_RUNS`` if set.
+
+    The working directory of a Ray job is a copy that Ray throws away: there, without ``DVPO_RUNS``,
+    relative ones are below ``~/dvpo-runs``.
+    """
+    given, base = option or configured, os.environ.get(BASE)
+    if base is None and JOB_CONFIG in os.environ:
+        base = str(Path.home() / "dvpo-runs")
+    if given and (is_url(given) or Path(given).is_absolute()):
+        return place_of(given)
+    return place_of(base) / (given or name) if base else place_of(given or f"runs/{name}")
+
+
+class RunDir:
+    """``place``: where results are; ``local``: the same folder, or a working folder of this machine for a URL,
+    whose small files are copied to the URL at each checkpoint and at the end."""
+
+    def __init__(self, place: str | Path | UPath):
+        self.place = place_of(place)
+        self.local = Path(self.place) if isinstance(self.place, Path) else _working_folder(self.place)
+        self._token = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()} ({uuid.uuid4().hex})"
+
+    @property
+    def is_remote(self) -> bool:
+        return not isinstance(self.place, Path)
+
+    def open(self) -> None:
+        """Take over a URL: its small files come here. Raises UserError when it cannot be written and read.
+
+        An object store has no lock that goes with its process, so the newest run owns the URL, and an
+        older one that still runs finds out at its next checkpoint and stops (``check_owner``).
+        """
+        if not self.is_remote:
+            return
+        self.local.mkdir(parents=True, exist_ok=True)
+        try:
+            make_folder(self.place)
+            (self.place / OWNER).write_text(self._token)
+            for name in SMALL_FILES:
+                (self.local / name).unlink(missing_ok=True)
+                if (self.place / name).exists():
+                    (self.local / name).write_bytes((self.place / name).read_bytes())
+        except Exception as error:
+            raise UserError(
+                f"run directory {self.place} cannot be used: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}; "
+                "for S3 check the bucket, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+            ) from error
+
+    def check_owner(self) -> None:
+        """Raise CheckpointError when another run has taken over the URL."""
+        if self.is_remote and (owner := (self.place / OWNER).read_text()) != self._token:
+            raise CheckpointError(
+                f"{self.place} was taken over by {owner.partition(' (')[0]}; this run ends here so that their "
+                "checkpoints do not mix. Give one of them another --run-dir"
+            )
+
+    def mirror(self) -> None:
+        """Copy the small files to the URL."""
+        if not self.is_remote:
+            return
+        for file in [*(self.local / name for name in SMALL_FILES), *(self.local / BASE_FOLDER).glob("*")]:
+            if file.is_file():
+                target = self.place / str(file.relative_to(self.local))
+                make_folder(target.parent)
+                target.write_bytes(file.read_bytes())
+
+
+def _working_folder(url: UPath) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dvpo" / hashlib.sha256(str(url).encode()).hexdigest()[:12] / url.name

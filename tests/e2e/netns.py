@@ -1,0 +1,145 @@
+"""Hosts on this machine: network namespaces on a bridge, each with its own address, memory files and /tmp.
+
+with Network() as network:
+    host = network.host("a")
+    host.run("ip", "addr")      # in that host
+    network.cut(host)           # its cable is pulled
+    network.join(host)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+SUBNET = "10.213.77"
+
+
+def why_not() -> str | None:
+    """Why this machine cannot make network namespaces; None when it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "network namespaces need the `ip` command (iproute2)"
+    name = f"dvt{uuid.uuid4().hex[:6]}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        return f"`ip netns add` does not work here: {made.stderr.strip()}"
+    ip("netns", "del", name)
+    return None
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+@dataclass
+class Host:
+    """A namespace with one interface, ``eth0``, on the bridge.
+
+    ``holder`` keeps a process there, so that the mounts of its own (/dev/shm, and a /tmp of ``folder``) last:
+    what runs on another host cannot read this one's files, as between real machines.
+    """
+
+    name: str
+    address: str
+    folder: Path
+    holder: subprocess.Popen[bytes]
+
+    @property
+    def inside(self) -> list[str]:
+        """Put before a command, it runs on this host."""
+        return ["nsenter", f"--target={self.holder.pid}", "--mount", "--net", "--"]
+
+    @property
+    def cable(self) -> str:
+        """The bridge's end of this host's link."""
+        return f"{self.name}-b"
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run([*self.inside, *command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+
+@dataclass
+class Network:
+    """Hosts on one bridge, which is this machine's too: ``SUBNET``.1. Everything goes when the block ends."""
+
+    hosts: list[Host] = field(default_factory=list)
+    # Interfaces' names are at most 15 characters long.
+    tag: str = field(default_factory=lambda: f"dv{uuid.uuid4().hex[:5]}")
+
+    def __enter__(self) -> Self:
+        ip("link", "add", self.bridge, "type", "bridge")
+        ip("addr", "add", f"{SUBNET}.1/24", "dev", self.bridge)
+        ip("link", "set", self.bridge, "up")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for host in self.hosts:
+            host.holder.kill()
+            host.holder.wait(10)
+            ip("netns", "del", host.name)
+            shutil.rmtree(host.folder, ignore_errors=True)
+        ip("link", "del", self.bridge)
+
+    @property
+    def bridge(self) -> str:
+        return f"{self.tag}-br"
+
+    def host(self, name: str, shared: Sequence[Path] = ()) -> Host:
+        """A new host. ``shared``: folders below /tmp that it sees too, as over NFS."""
+        number = len(self.hosts) + 10
+        host_name, address = f"{self.tag}-{name}", f"{SUBNET}.{number}"
+        folder = Path(tempfile.mkdtemp(prefix=f"{host_name}-", dir="/var/tmp"))
+        ip("netns", "add", host_name)
+        ip("link", "add", f"{host_name}-b", "type", "veth", "peer", "name", "eth0", "netns", host_name)
+        ip("link", "set", f"{host_name}-b", "master", self.bridge, "up")
+        for step in (
+            ["addr", "add", f"{address}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+            ["route", "add", "default", "via", f"{SUBNET}.1"],
+        ):
+            ip("-n", host_name, *step)
+        host = Host(host_name, address, folder, _hold(host_name, folder, shared))
+        self.hosts.append(host)
+        host.run("true")
+        return host
+
+    def cut(self, host: Host) -> None:
+        """Nothing reaches the host any more, and nothing leaves it; its processes go on."""
+        ip("link", "set", host.cable, "down")
+
+    def join(self, host: Host) -> None:
+        """Undo ``cut``."""
+        ip("link", "set", host.cable, "up")
+
+
+def _hold(name: str, folder: Path, shared: Sequence[Path]) -> subprocess.Popen[bytes]:
+    """A process in the namespace with mounts of its own. `ip netns exec` gives it a mount namespace already."""
+    binds = [f"mkdir -p {folder}/{i} && mount --bind {path} {folder}/{i}" for i, path in enumerate(shared)]
+    script = [
+        "mount -t tmpfs tmpfs /dev/shm",
+        f"mkdir -p {folder}/tmp",
+        *binds,
+        f"mount --bind {folder}/tmp /tmp",
+        *(f"mkdir -p {path} && mount --bind {folder}/{i} {path}" for i, path in enumerate(shared)),
+        "echo ready",
+        "exec sleep infinity",
+    ]
+    command = ["ip", "netns", "exec", name, "bash", "-euc", "\n".join(script)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert holder.stdout is not None
+    said = holder.stdout.readline()
+    assert said == b"ready\n", said + holder.stdout.read()
+    return holder

@@ -1,0 +1,174 @@
+"""A cluster that crosses a network: four hosts, each with its own address and files, none of them shared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from moto.server import ThreadedMotoServer
+from upath import UPath
+
+from tests.e2e.netns import SUBNET, Host, Network, why_not
+from tests.e2e.raycluster import BIN, RayCluster, environment, free_port
+from tests.e2e.test_train import write_config
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(why_not() is not None, reason=f"no network namespaces: {why_not()}"),
+]
+
+BUCKET = "dvpo"
+RUN = f"s3://{BUCKET}/runs/tiny"
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    with Network() as network:
+        for name in "abcd":
+            network.host(name)
+        yield network
+
+
+@pytest.fixture(scope="module")
+def s3(network: Network) -> Iterator[dict[str, str]]:
+    """An S3 beside the hosts, as the environment that reaches it."""
+    port = free_port()
+    server = ThreadedMotoServer(ip_address=f"{SUBNET}.1", port=port, verbose=False)
+    server.start()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{SUBNET}.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        UPath(RUN).fs.mkdir(BUCKET)
+        yield variables
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(network: Network, s3: dict[str, str]) -> Iterator[RayCluster]:
+    """Every host a Ray node of two CPUs; they have the S3's variables in their environment."""
+    first, *others = network.hosts
+    with RayCluster(ip=first.address) as cluster:
+        cluster.start_head(cpus=2, inside=first.inside)
+        for host in others:
+            cluster.start_worker(cpus=2, ip=host.address, inside=host.inside)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """No two of engine, critic and the policy's two ranks fit one host of two CPUs."""
+    tree = yaml.safe_load(write_config(tmp_path_factory.mktemp("config")).read_text())
+    tree["policy"] |= {"world_size": 2}
+    tree["cluster"] = {"cpus_per_trainer": 1.5, "cpus_per_engine": 2, "cpus_per_reward_worker": 0.5}
+    tree["trainer"] = {"eval_every": 0, "save_every": 2}
+    tree["tracking"] = {"mlflow": False}
+    return yaml.safe_dump(tree)
+
+
+def train(cluster: RayCluster, host: Host, config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dvpo train` on ``host``, whose /tmp no other sees; the cluster is in RAY_ADDRESS."""
+    host.run("bash", "-c", f"mkdir -p /tmp/mine && cat > /tmp/mine/tiny.yaml <<'END'\n{config}\nEND")
+    more = {"RAY_ADDRESS": f"{cluster.ip}:{cluster.port}", "XDG_CACHE_HOME": "/tmp/mine/cache"}
+    return subprocess.run(
+        [*host.inside, str(BIN / "dvpo"), "train", "--config", "/tmp/mine/tiny.yaml", *arguments],
+        env=environment() | more,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_a_run_directory_that_other_hosts_do_not_see_is_one_line(
+    cluster: RayCluster, network: Network, config: str
+) -> None:
+    done = train(cluster, network.hosts[0], config, "--run-dir", "/tmp/mine/runs/tiny", "trainer.num_steps=2")
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: node {SUBNET}.")
+    assert "does not see the run directory /tmp/mine/runs/tiny" in last
+    assert "s3://" in last
+
+
+def test_training_across_hosts_and_on_from_another_one(
+    cluster: RayCluster, network: Network, config: str, s3: dict[str, str]
+) -> None:
+    def rows() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (UPath(RUN) / "metrics.jsonl").read_text().splitlines()]
+
+    first, last = network.hosts[0], network.hosts[-1]
+    done = train(cluster, first, config, "--run-dir", RUN, "trainer.num_steps=4")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [r["step"] for r in rows()] == [0, 1, 2, 3, 4]
+    # Exact weights, through the object store: an engine cannot read the file of a trainer on another host.
+    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows()[1:])
+    shards = list((UPath(RUN) / "checkpoints/step-000004/policy").iterdir())
+    assert len(shards) == 2, "a file from each of the policy's ranks"
+    before = rows()
+
+    # Another machine, with nothing but the URL, goes on.
+    done = train(cluster, last, config, "--run-dir", RUN, "trainer.num_steps=6")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "at step 4" in done.stdout
+    assert [r["step"] for r in rows()] == list(range(7))
+    assert rows()[:5] == before
+    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows()[1:])
+    summary = json.loads((UPath(RUN) / "summary.json").read_text())
+    assert summary["where"]["policy"] == f"{RUN}/policy"
+    assert {"config.json", "model.safetensors"} <= {f.name for f in (UPath(RUN) / "policy").iterdir()}
+
+
+def test_a_cut_host_cannot_be_reached_until_it_is_joined(network: Network) -> None:
+    """The harness's own promise. Training through a cut is the recovery's to prove: it uses ``cut`` and ``join``."""
+    a, b = network.hosts[:2]
+    port = free_port()
+    listening = subprocess.Popen([*b.inside, str(BIN / "python"), "-m", "http.server", str(port), "--bind", b.address])
+    ask = f"import socket; socket.create_connection(('{b.address}', {port}), timeout=2)"
+
+    def reached() -> bool:
+        return subprocess.run([*a.inside, str(BIN / "python"), "-c", ask], capture_output=True).returncode == 0
+
+    try:
+        for _ in range(20):
+            if reached():
+                break
+        assert reached()
+        network.cut(b)
+        try:
+            assert not reached()
+        finally:
+            network.join(b)
+        assert reached()
+    finally:
+        listening.kill()
+        listening.wait(10)
+
+
+def test_nothing_is_left_on_the_hosts(network: Network, cluster: RayCluster) -> None:
+    """When a run has ended its engines and ranks are gone from every host; the cluster itself goes on."""
+    left = [
+        p.info["cmdline"]
+        for p in psutil.process_iter(["cmdline"])
+        if any("/tmp/mine" in part for part in p.info["cmdline"] or [])
+    ]
+    assert left == []
+    assert not any(cluster.homes("Rank", "RolloutEngine", "RewardWorker").values())
+
+
+def test_hosts_have_files_of_their_own(network: Network) -> None:
+    a, b = network.hosts[:2]
+    for where in ("/tmp", "/dev/shm"):
+        a.run("touch", f"{where}/only-a")
+        assert subprocess.run([*b.inside, "test", "-e", f"{where}/only-a"]).returncode == 1
+        assert not Path(where, "only-a").exists()

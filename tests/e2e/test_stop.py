@@ -1,0 +1,93 @@
+"""A real run asked to stop, as a terminal or a scheduler asks: checkpoint, clean end, and the same numbers after."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from dvpo_service.tracking.store import default_tracking_uri
+from tests.e2e.test_train import ROOT, write_config
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 8
+WAIT_S = 400
+
+
+def start(config: Path, run: Path) -> subprocess.Popen[str]:
+    """`dvpo train` in a process group of its own, as a shell starts it; output in a file beside the run."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "terminal.txt").open("a") as terminal:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "dvpo_service", "train", "--config", str(config), "--run-dir", str(run)),
+                *(f"trainer.num_steps={STEPS}", "trainer.eval_every=4", "trainer.save_every=0"),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=terminal,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not any(row["step"] >= step for row in rows(run)):
+        assert process.poll() is None, (run / "terminal.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.05)
+
+
+def learned(run: Path) -> list[dict[str, Any]]:
+    """All metrics of all steps but what a clock measures."""
+    return [
+        {k: v for k, v in row.items() if k != "time" and not k.startswith("time/") and not k.endswith("_per_s")}
+        for row in rows(run)
+    ]
+
+
+def test_stopped_twice_and_continued_equals_a_run_left_alone(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = start(config, whole)
+    assert process.wait(WAIT_S) == 0, (whole / "terminal.txt").read_text()[-3000:]
+
+    for step, signum, to_group in ((2, signal.SIGTERM, False), (5, signal.SIGINT, True)):
+        process = start(config, cut)
+        wait_for_step(process, cut, step)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) > 5, "Ray's, the engine's, the ranks'"
+        # Ctrl-C in a terminal reaches every process of the group: Ray's and vLLM's too.
+        (os.killpg if to_group else os.kill)(process.pid, signum)
+        assert process.wait(60) == 128 + signum, (cut / "terminal.txt").read_text()[-3000:]
+        assert psutil.wait_procs(family, timeout=20)[1] == [], "every process of the run has ended"
+        said = (cut / "terminal.txt").read_text()
+        state = json.loads(sorted(cut.glob("checkpoints/*/state.json"))[-1].read_text())
+        reached = state["state"]["step"]
+        assert step <= reached < STEPS
+        assert f"stopping: checkpoint at step {reached} written; the same command continues" in said
+        assert "Traceback" not in said
+        client = MlflowClient(default_tracking_uri(cut))
+        assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
+
+    process = start(config, cut)
+    assert process.wait(WAIT_S) == 0, (cut / "terminal.txt").read_text()[-3000:]
+    assert learned(cut) == learned(whole)
+    assert client.get_run(state["mlflow_run_id"]).info.status == "FINISHED"
