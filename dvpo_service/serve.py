@@ -32,6 +32,7 @@ from dvpo_service.serving.gateway import Gateway
 from dvpo_service.serving.policy import PolicyServer
 from dvpo_service.serving.replicas import Replicas
 from dvpo_service.serving.value_server import ValueServer
+from dvpo_service.stopping import SIGNALS, Stopped
 
 APP = "dvpo"
 KEY_VARIABLE = "DVPO_API_KEY"
@@ -166,8 +167,13 @@ def _why(app: Any) -> str:
 
 @contextmanager
 def stopped_after() -> Iterator[None]:
-    """End Serve, its replicas and their engines when the block ends; SIGTERM ends it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put its own there when it connected
+    """End Serve, its replicas and their engines when the block ends, on SIGTERM and Ctrl-C too."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Stopped("stopped serving", signum)
+
+    for signum in SIGNALS:  # Ray put its own there when it connected
+        signal.signal(signum, stop)
     try:
         yield
     finally:

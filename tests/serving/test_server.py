@@ -211,6 +211,6 @@ def test_nothing_is_left_when_the_server_ends(server: ServerProcess) -> None:
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert processes(server, "VLLM::EngineCore")
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=60) == 130
+    assert server.process.wait(timeout=60) == 143
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
