@@ -39,6 +39,8 @@ def connected(config: Config) -> Iterator[None]:
         else {
             "num_cpus": config.cluster.num_cpus or local_cpus(plan_bundles(config)),
             "include_dashboard": False,
+            # A worker's own children end with it, also those of a reward function and of a SIGKILLed worker.
+            "_system_config": {"process_group_cleanup_enabled": True},
         }
     )
     try:

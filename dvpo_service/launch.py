@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,17 @@ from actors.evaluation import HeldOut
 from actors.placement import Placement, plan_bundles
 from actors.policy import PolicyWorker
 from actors.pool import RankPool
+from actors.recovery import Recovery
 from actors.reward_pool import RewardPool
 from actors.stream import SyncStream
+from actors.supervisor import restart_budget
 from actors.trainers import CriticEstimator, PolicyPool, engine_mismatch
 from actors.weight_sync import WeightSync
 from actors.weight_transfer import Backend, weight_backend
 from dvpo_service import loop, terminal
 from dvpo_service.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.config import Config, load_config, to_yaml
+from dvpo_service.data.ledger import Ledger
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
@@ -103,10 +107,11 @@ def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngin
             stack.enter_context(display)
             display.status("starting engines and trainers")
             pools = start_pools(config, model_path, stack, warm)
-            roles = assemble(config, data, tokenizer, pools, tracker)
+            roles = assemble(config, data, tokenizer, pools, tracker, run_dir)
+            recovery = supervise(config, roles, pools, checkpoints, display)
             state = restore(roles, resume)
             display.status("")
-            state = loop.train(config.trainer, roles, checkpoints, state)
+            state = recovery.run(lambda s: loop.train(config.trainer, roles, checkpoints, s), state)
             display.status("exporting the policy")
             roles.policy.export(run_dir / "policy")
             summary = summarize(config, state, run_dir, tracker, time.time() - started)
@@ -128,8 +133,8 @@ def start_pools(config: Config, model_path: str, stack: ExitStack, warm: WarmEng
     backend = weight_backend(config)
     pools = Pools(
         placement=placement,
-        policy=RankPool.spawn("policy", config.policy.world_size, placement, timeout_s=config.policy.step_timeout_s),
-        critic=RankPool.spawn("critic", config.critic.world_size, placement, timeout_s=config.critic.step_timeout_s)
+        policy=RankPool("policy", config.policy.world_size, placement, timeout_s=config.policy.step_timeout_s),
+        critic=RankPool("critic", config.critic.world_size, placement, timeout_s=config.critic.step_timeout_s)
         if config.algorithm.has_critic
         else None,
         engines=(warm.lend if warm else EnginePool.spawn)(config, model_path, backend, placement),
@@ -138,19 +143,20 @@ def start_pools(config: Config, model_path: str, stack: ExitStack, warm: WarmEng
         keep_engines=warm is not None,
     )
     stack.callback(pools.shutdown)
+    pools.engines.supervisor.start()
     starting = [
-        pools.engines.submit("start", timeout_s=config.rollout.start_timeout_s),
         pools.policy.setup(PolicyWorker, config, model_path),
     ]
     if pools.critic:
         starting.append(pools.critic.setup(CriticWorker, config, model_path))
     for call in starting:
         call.result()
+    pools.engines.supervisor.wait_started()
     return pools
 
 
 def assemble(
-    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker, run_dir: Path
 ) -> loop.Roles:
     """Pools in the roles that the loop talks to."""
     estimator = CriticEstimator(config, pools.critic) if pools.critic else GroupEstimator(config.algorithm)
@@ -159,7 +165,7 @@ def assemble(
     if isinstance(estimator, CriticEstimator) and config.algorithm.adv_estimator == "dvpo":
         observer = FanObserver(list(first.prompts[: config.tracking.fan_prompts]), tokenizer, estimator, tracker)
     return loop.Roles(
-        stream=SyncStream(config, data.train, pools.engines, pools.rewards),
+        stream=SyncStream(config, data.train, pools.engines, pools.rewards, Ledger(run_dir / "ledger.jsonl")),
         policy=PolicyPool(config, pools.policy),
         estimator=estimator,
         weights=WeightSync(config, pools.policy, pools.engines, pools.backend),
@@ -167,7 +173,34 @@ def assemble(
         observer=observer,
         tracker=tracker,
         mismatch=engine_mismatch,
+        health=lambda: pools.engines.supervisor.metrics() | pools.rewards.metrics(),
     )
+
+
+def supervise(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Checkpoints, display: Display) -> Recovery:
+    """What brings the run back when trainer ranks are lost, and tells the display of every restart."""
+    pools.engines.supervisor.note = pools.rewards.note = display.note
+    start = roles.stream.state_dict()
+
+    def back() -> tuple[int | None, Callable[[], loop.TrainState]]:
+        found = checkpoints.latest()
+
+        def again() -> loop.TrainState:
+            if found is None:
+                roles.stream.load_state_dict(start)
+            state = restore(roles, found)
+            roles.tracker.rewind(state.step + 1 if found else 0)
+            return state
+
+        return found.record["state"]["step"] if found else None, again
+
+    run_dir = checkpoints.run_dir
+    groups = {"policy": pools.policy} | ({"critic": pools.critic} if pools.critic else {})
+    command = f"dvpo train --config {run_dir / 'config.yaml'} --run-dir {run_dir}"
+    recovery = Recovery(groups, back, restart_budget(config.cluster), display.note, command)
+    engines_and_rewards = roles.health
+    roles.health = lambda: engines_and_rewards() | recovery.metrics()
+    return recovery
 
 
 def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
@@ -226,6 +259,7 @@ def held_out_accuracy(config: Config, model: str, stack: ExitStack) -> tuple[dic
     stack.callback(engines.shutdown)
     rewards = RewardPool(config.reward, placement)
     stack.callback(rewards.shutdown)
-    engines.call("start", timeout_s=config.rollout.start_timeout_s)
+    engines.supervisor.start()
+    engines.supervisor.wait_started()
     metrics = HeldOut(config, data.held_out, engines, rewards).run(0)
     return metrics, {name: len(d) for name, d in data.held_out.items()}

@@ -27,6 +27,14 @@ class FakeEngines:
 
 
 @dataclass
+class FakeLedger:
+    used: list[tuple[int, list[int], int]] = field(default_factory=list)
+
+    def write(self, step: int, prompts: list[int], failed: int) -> None:
+        self.used.append((step, prompts, failed))
+
+
+@dataclass
 class FakeRewards:
     """Prompts with an even index get equal rewards."""
 
@@ -43,7 +51,9 @@ def make_stream(tiny_model: Path, prompts: int = 16, rewards: FakeRewards | None
     sections["rollout"] = {"prompts_per_step": 4, "n": 4, "max_new_tokens": 8} | sections.get("rollout", {})
     rows = tuple(Prompt(i, ({"role": "user", "content": "?"},), str(i), "test", (7, 8)) for i in range(prompts))
     config = make_config(tiny_model, **sections)
-    return SyncStream(config, Dataset("test", rows, ("",) * prompts), FakeEngines(), rewards or FakeRewards())  # type: ignore[arg-type]
+    return SyncStream(
+        config, Dataset("test", rows, ("",) * prompts), FakeEngines(), rewards or FakeRewards(), FakeLedger()
+    )  # type: ignore[arg-type]
 
 
 def test_without_dynamic_sampling_a_batch_is_one_draw(tiny_model: Path) -> None:

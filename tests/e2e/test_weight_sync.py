@@ -48,14 +48,11 @@ def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]
     config = make_config(tiny_model, policy={"world_size": 2, "mini_batch_size": 8}, rollout={"enforce_eager": False})
     with connected(config):
         placement = Placement(plan_bundles(config), timeout_s=60)
-        policy = RankPool.spawn("policy", 2, placement, timeout_s=300)
+        policy = RankPool("policy", 2, placement, timeout_s=300)
         engines = EnginePool.spawn(config, str(tiny_model), "safetensors", placement)
-        ready = [
-            engines.submit("start", timeout_s=600),
-            policy.setup(ScrambledPolicy, config, str(tiny_model)),
-        ]
-        for call in ready:
-            call.result()
+        engines.supervisor.start()
+        policy.setup(ScrambledPolicy, config, str(tiny_model)).result()
+        engines.supervisor.wait_started()
         yield policy, engines, WeightSync(config, policy, engines, "safetensors")
         engines.shutdown()
 
@@ -139,11 +136,22 @@ def test_stale_weights_are_seen(
     assert furthest(engine_logprobs(engines), model_logprobs(tmp_path / "unsent")) > 1.0
 
 
-def test_a_dead_engine_is_an_error_and_not_a_wait(system: tuple[RankPool, EnginePool, WeightSync]) -> None:
-    from actors.pool import PoolError
-
+def test_a_dead_engine_is_replaced_and_gets_the_weights_before_it_serves(
+    system: tuple[RankPool, EnginePool, WeightSync],
+) -> None:
     _, engines, weights = system
+    weights.push(10)
+    sampling = Sampling(n=1, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=6)
+    prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (2, 20 + i, 3)) for i in range(9)]
+
+    def tokens() -> list[tuple[int, ...]]:
+        groups = engines.generate(prompts, sampling, run_seed=0, step=3)
+        assert {s.weight_version for g in groups for s in g} == {10}
+        return [s.token_ids for g in groups for s in g]
+
+    before = tokens()
     doomed: Any = engines.actors[0]
     ray.kill(doomed)
-    with pytest.raises(PoolError):
-        weights.push(10)
+    assert tokens() == before, "the only engine: its successor starts, is given version 10, and samples the same"
+    assert engines.actors[0] is not doomed
+    assert engines.supervisor.metrics()["pool/restarts/rollout"] == 1
