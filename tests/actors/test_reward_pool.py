@@ -21,7 +21,12 @@ pytestmark = pytest.mark.e2e
 def pool(tiny_model: Path) -> Iterator[RewardPool]:
     config: Config = make_config(
         tiny_model,
-        reward={"function": "tests.actors.bad_rewards:troublesome", "num_workers": 2, "timeout_s": 8},
+        reward={
+            "function": "tests.actors.bad_rewards:troublesome",
+            "num_workers": 2,
+            "timeout_s": 8,
+            "max_memory_gib": 1,
+        },
     )
     with connected(config):
         yield RewardPool(config.reward, Placement(plan_bundles(config), timeout_s=60))
@@ -46,3 +51,11 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
 
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:
     assert [s.reward for s in pool.score([(["ok"], "ok", [1])], noisy=False)[0]] == [1.0]
+
+
+def test_a_function_that_eats_memory_costs_its_sample_only(pool: RewardPool) -> None:
+    before = pool.restarts
+    [[eaten, good]] = pool.score([(["eat", "ok"], "ok", [1, 2])], noisy=False)
+    assert "MemoryError" in (eaten.error or "")
+    assert good.reward == 1.0
+    assert pool.restarts == before, "the worker lives on"
