@@ -150,9 +150,9 @@ class EnginePool(Pool):
 
     def shutdown(self) -> None:
         """Let every engine end its own processes before its actor goes."""
-        self.supervisor.close()
-        ends = {i: actor.stop.remote() for i, actor in enumerate(self.actors)}
-        ray.wait(list(ends.values()), num_returns=len(ends), timeout=30)
+        ends = [actor.stop.remote() for actor in self.supervisor.close()]
+        if ends:
+            ray.wait(ends, num_returns=len(ends), timeout=30)
         super().shutdown()
 
     def _serving(self) -> dict[int, Any]:

@@ -130,14 +130,16 @@ class Supervisor:
         with self._changed:
             self._changed.wait(timeout_s)
 
-    def close(self) -> None:
-        """No further restarts; then the owner ends the actors."""
+    def close(self) -> list[Any]:
+        """No further restarts; then the owner ends the actors. Those that had started."""
         self._closing.set()
         if self._watch is not None:
             self._watch.join(timeout=10 * self.rhythm.beat_s)
         with self._changed:
+            started = [self.actors[i] for i in self.fleet.which("stale", "serving")]
             for i in self.fleet.which("starting", "stale", "serving"):
                 self.fleet.drain(i)
+        return started
 
     def metrics(self) -> dict[str, float]:
         """Restarts so far and, once, the seconds from each death to serving again, summed."""

@@ -22,7 +22,9 @@ from typing import Any
 import psutil
 import ray
 
+from actors.recovery import Recovery
 from actors.stream import SyncStream
+from actors.supervisor import Supervisor
 from actors.trainers import PolicyPool
 from actors.weight_sync import WeightSync
 from dvpo_service import launch
@@ -48,6 +50,17 @@ class Injector:
                 return original(this, *args, **kwargs)
             finally:
                 self.running[stage] -= 1
+
+        setattr(owner, method, wrapped)
+
+    def watch(self, owner: Any, method: str) -> None:
+        """Log when the service saw a loss."""
+        original = getattr(owner, method)
+
+        def wrapped(this: Any, *args: Any) -> Any:
+            with self.log.with_name("seen.jsonl").open("a") as file:
+                file.write(json.dumps({"by": owner.__name__, "what": str(args), "time": time.time()}) + "\n")
+            return original(this, *args)
 
         setattr(owner, method, wrapped)
 
@@ -84,6 +97,8 @@ def main(config: str, run_dir: str, plan: str) -> None:
         return injector.pools
 
     launch.start_pools = started  # type: ignore[assignment]
+    injector.watch(Supervisor, "lost")
+    injector.watch(Recovery, "_grant")
     injector.wrap(SyncStream, "_generate", "generate", lambda step: step)
     injector.wrap(PolicyPool, "update_async", "update", lambda rollouts, advantages, step: step)
     injector.wrap(WeightSync, "push", "push", lambda version: version)

@@ -154,6 +154,14 @@ def test_every_fault_struck_where_it_was_meant_to(faulty: tuple[Path, Family]) -
     assert all(f["during"] for f in struck if f["at"] == "generate")
 
 
+def test_a_dead_process_is_noticed_soon(faulty: tuple[Path, Family]) -> None:
+    seen = [s["time"] for s in rows(faulty[0], "seen.jsonl")]
+    for fault in rows(faulty[0], "faults.jsonl"):
+        delay = min(t - fault["time"] for t in seen if t >= fault["time"])
+        print(f"{fault['victim']}: noticed {delay:.2f} s after its SIGKILL")
+        assert delay < 15
+
+
 def test_a_run_through_faults_gives_the_results_of_a_calm_one(calm: Path, faulty: tuple[Path, Family]) -> None:
     calm_rows, faulty_rows = results(calm), results(faulty[0])
     assert [r["step"] for r in faulty_rows] == list(range(STEPS + 1)), "each step stands once"
