@@ -18,7 +18,6 @@ import yaml
 from mlflow import MlflowClient
 
 from dvpo_service.data.ledger import check_ledger
-from dvpo_service.data.readers import expand_files
 
 pytestmark = pytest.mark.e2e
 
@@ -30,7 +29,7 @@ NOT_RESULTS = ("time/", "pool/", "rollout/reused", "rollout/tokens_per_s", "poli
 
 
 def write_config(folder: Path, model: Path) -> Path:
-    [shipped] = expand_files(["shipped:demo-train.jsonl"])
+    shipped = ROOT / "dvpo_service" / "data" / "shipped" / "demo-train.jsonl"
     train = folder / "train.jsonl"
     train.write_text("".join(f"{line}\n" for line in shipped.read_text().splitlines()[:PROMPTS]))
     config = {
