@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from actors.fsdp import (
     all_reduce,
     all_reduce_min,
     all_reduce_sums,
+    full_state,
     init_process_group,
 )
 from dvpo_service.algo.advantages import returns_to_go
@@ -24,8 +26,9 @@ from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.config import Config
-from dvpo_service.estimators.objective import Carried, Estimate, critic_objective
+from dvpo_service.estimators.objective import Carried, Estimate, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
+from dvpo_service.models.critic_folder import CriticSpec
 from dvpo_service.models.load import load_backbone
 from dvpo_service.models.sharding import shard
 from dvpo_service.types import Metrics, Rollouts
@@ -68,7 +71,7 @@ class CriticWorker:
         torch.manual_seed(config.trainer.seed)
         self.objective = critic_objective(config.algorithm, config.critic.value_clip)
         module = shard(
-            _build(config, model_path, self.objective.heads, self.objective.quantiles),
+            _build(config, model_path, critic_spec(config.algorithm, self.objective)),
             self.device,
             bfloat16=config.model.dtype == "bfloat16",
             checkpointing=config.critic.gradient_checkpointing,
@@ -132,6 +135,12 @@ class CriticWorker:
         """Levels [M] and every head's sorted atoms [B, T, H, M] of given responses, on the CPU. Collective."""
         z, _ = self._atoms(rollouts)
         return self.levels, z.float().sort(dim=-1).values.cpu()
+
+    def export(self, folder: str) -> None:
+        """Write the critic as ``DistributionalCritic.from_pretrained`` loads it. Collective; rank 0 writes."""
+        state = full_state(self.trainer.module)
+        if self.meet.rank == 0:
+            self.trainer.module.save_pretrained(folder, state)
 
     def save(self, folder: str) -> None:
         self.trainer.save(Path(folder))
@@ -221,19 +230,14 @@ class CriticWorker:
             self.trainer.extra["worst_value"] = worst
 
 
-def _build(config: Config, model_path: str, heads: int, quantiles: int) -> DistributionalCritic:
+def _build(config: Config, model_path: str, spec: CriticSpec) -> DistributionalCritic:
     trust = config.model.trust_remote_code
     if config.critic.init_from_policy:
         backbone = load_backbone(model_path, trust_remote_code=trust)
     else:
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=trust)).float()
     return DistributionalCritic(
-        backbone,
-        width=config.algorithm.critic_hidden_dim,
-        num_heads=heads,
-        num_quantiles=quantiles,
-        seed=config.trainer.seed,
-        packing=config.critic.packing,
+        backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
     )
 
 

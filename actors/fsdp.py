@@ -156,6 +156,13 @@ class Trainer:
         return tensors
 
 
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """The whole state of a sharded module, on the CPU of every rank. Collective."""
+    return {
+        name: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.cpu() for name, p in module.state_dict().items()
+    }
+
+
 def all_reduce(value: Tensor, device: torch.device) -> Tensor:
     """Sum over the pool's ranks, returned on the CPU."""
     value = value.to(device)

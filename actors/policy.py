@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from actors.fsdp import Rendezvous, Trainer, add_up, all_reduce, all_reduce_sums, init_process_group
+from actors.fsdp import Rendezvous, Trainer, add_up, all_reduce, all_reduce_sums, full_state, init_process_group
 from dvpo_service.algo.aggregation import token_weights, weighted_sum
 from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import policy_metrics, policy_sums
@@ -99,14 +99,12 @@ class PolicyWorker:
 
     def export(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder. Collective; rank 0 writes."""
-        state = {
-            name: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.cpu()
-            for name, p in self.trainer.module.backbone.state_dict().items()
-        }
+        state = full_state(self.trainer.module.backbone)
         if self.meet.rank == 0:
-            lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
+            trust = self.config.model.trust_remote_code
+            lm = load_causal_lm(self.model_path, trust_remote_code=trust)
             lm.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
-            load_tokenizer(self.model_path).save_pretrained(folder)
+            load_tokenizer(self.model_path, trust_remote_code=trust).save_pretrained(folder)
 
     def save(self, folder: str) -> None:
         self.trainer.save(Path(folder))

@@ -9,7 +9,10 @@ from typing import Any
 
 from actors.health import Budget, Fleet
 from actors.pool import PoolError, RankPool, RestartsSpent
-from dvpo_service.loop import TrainState
+from actors.supervisor import restart_budget
+from dvpo_service.checkpoint import Checkpoint, Checkpoints
+from dvpo_service.config import Config
+from dvpo_service.loop import Roles, TrainState
 from dvpo_service.types import Metrics
 
 
@@ -30,6 +33,38 @@ class Recovery:
     clock: Callable[[], float] = time.monotonic
     fleets: dict[str, Fleet] = field(default_factory=dict)
     recovery_s: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        roles: Roles,
+        groups: Mapping[str, RankPool],
+        checkpoints: Checkpoints,
+        restore: Callable[[Checkpoint | None], TrainState],
+        note: Callable[[str], None],
+    ) -> Recovery:
+        """For a run that is about to begin: ``restore`` brings trainers and stream to a checkpoint. The roles'
+        ``health`` counts the groups' restarts from now on."""
+        start = roles.stream.state_dict()
+
+        def back() -> tuple[int | None, Callable[[], TrainState]]:
+            found = checkpoints.latest()
+
+            def again() -> TrainState:
+                if found is None:
+                    roles.stream.load_state_dict(start)
+                state = restore(found)
+                roles.tracker.rewind(state.step + 1 if found else 0)
+                return state
+
+            return found.record["state"]["step"] if found else None, again
+
+        run_dir = checkpoints.run_dir
+        command = f"dvpo train --config {run_dir / 'config.yaml'} --run-dir {run_dir}"
+        recovery, others = cls(groups, back, restart_budget(config.cluster), note, command), roles.health
+        roles.health = lambda: others() | recovery.metrics()
+        return recovery
 
     def __post_init__(self) -> None:
         self.fleets = {name: Fleet(1, self.budget) for name in self.groups}

@@ -94,6 +94,9 @@ class CriticEstimator:
     def load(self, folder: Path) -> None:
         self.ranks.call("load", str(folder))
 
+    def export(self, folder: Path) -> None:
+        self.ranks.call("export", str(folder))
+
 
 def engine_mismatch(rollouts: Rollouts) -> Metrics:
     """How far the rollout engine's log-probs are from the trainer's, on the sampled tokens."""

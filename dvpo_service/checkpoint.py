@@ -54,13 +54,13 @@ class Checkpoints:
                 f"cannot write checkpoint {final}: {error.strerror or error}. Earlier checkpoints are whole; "
                 "free some space and give the same command to continue from the newest"
             ) from error
-        for old in self._whole()[: -self.keep]:
+        for old in self.whole()[: -self.keep]:
             shutil.rmtree(old)
         return final
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; one that was cut off while being written does not count."""
-        whole = self._whole()
+        whole = self.whole()
         if not whole:
             return None
         file = whole[-1] / STATE_FILE
@@ -71,7 +71,8 @@ class Checkpoints:
                 f"{file}: cannot be read ({error}); remove the folder to use the one before"
             ) from error
 
-    def _whole(self) -> list[Path]:
+    def whole(self) -> list[Path]:
+        """Every checkpoint that is all there, oldest first."""
         return sorted(p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}"))
 
 

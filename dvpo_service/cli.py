@@ -87,6 +87,20 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, a checkpoint of it, or an export.")],
+    overrides: Overrides = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Serve newer checkpoints of the run as they appear.")
+    ] = False,
+) -> None:
+    """Serve a policy with its value distributions: OpenAI's API, /v1/values, and a page to look at."""
+    from dvpo_service.serve import run as serve_run
+
+    serve_run(run, overrides or [], follow=follow)
+
+
+@app.command()
 def doctor(
     config: Annotated[str | None, typer.Option("--config", "-c", help="Also check that its plan fits.")] = None,
     overrides: Overrides = None,

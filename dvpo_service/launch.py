@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from actors.pool import RankPool
 from actors.recovery import Recovery
 from actors.reward_pool import RewardPool
 from actors.stream import SyncStream
-from actors.supervisor import restart_budget
 from actors.trainers import CriticEstimator, PolicyPool, engine_mismatch
 from actors.weight_sync import WeightSync
 from actors.weight_transfer import Backend, weight_backend
@@ -32,7 +31,9 @@ from dvpo_service.data.ledger import Ledger
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
+from dvpo_service.export import CRITIC, POLICY, describe, writing
 from dvpo_service.lock import locked
+from dvpo_service.models.base import save_base
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver, NoPictures
 from dvpo_service.rewards.scoring import resolve
@@ -53,6 +54,10 @@ class Pools:
     rewards: RewardPool
     backend: Backend
     keep_engines: bool = False
+
+    @property
+    def trainers(self) -> dict[str, RankPool]:
+        return {p.name: p for p in (self.policy, self.critic) if p}
 
     def shutdown(self) -> None:
         """End every process that this run started; one that fails to end does not keep the others."""
@@ -101,6 +106,7 @@ def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngin
         with connected(config), ExitStack() as stack:
             model_path = base_model(config, raw.train, run_dir.parent)
             tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
+            save_base(model_path, run_dir, trust_remote_code=config.model.trust_remote_code)
             data = raw.encoded(config.data, tokenizer)
             if watch is None:
                 terminal.show_plan(config, plan_facts(model_path, data, run_dir, resume))
@@ -112,8 +118,8 @@ def _train(config: Config, run_dir: Path, watch: Display | None, warm: WarmEngin
             state = restore(roles, resume)
             display.status("")
             state = recovery.run(lambda s: loop.train(config.trainer, roles, checkpoints, s), state)
-            display.status("exporting the policy")
-            roles.policy.export(run_dir / "policy")
+            display.status("exporting policy and critic")
+            export_final(config, roles, run_dir, state.step)
             summary = summarize(config, state, run_dir, tracker, time.time() - started)
         tracker.finish("FINISHED", summary)
     except KeyboardInterrupt:
@@ -178,29 +184,17 @@ def assemble(
 
 
 def supervise(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Checkpoints, display: Display) -> Recovery:
-    """What brings the run back when trainer ranks are lost, and tells the display of every restart."""
+    """What brings the run back when trainer ranks are lost; the display is told of every restart."""
     pools.engines.supervisor.note = pools.rewards.note = display.note
-    start = roles.stream.state_dict()
+    return Recovery.of(config, roles, pools.trainers, checkpoints, partial(restore, roles), display.note)
 
-    def back() -> tuple[int | None, Callable[[], loop.TrainState]]:
-        found = checkpoints.latest()
 
-        def again() -> loop.TrainState:
-            if found is None:
-                roles.stream.load_state_dict(start)
-            state = restore(roles, found)
-            roles.tracker.rewind(state.step + 1 if found else 0)
-            return state
-
-        return found.record["state"]["step"] if found else None, again
-
-    run_dir = checkpoints.run_dir
-    groups = {"policy": pools.policy} | ({"critic": pools.critic} if pools.critic else {})
-    command = f"dvpo train --config {run_dir / 'config.yaml'} --run-dir {run_dir}"
-    recovery = Recovery(groups, back, restart_budget(config.cluster), display.note, command)
-    engines_and_rewards = roles.health
-    roles.health = lambda: engines_and_rewards() | recovery.metrics()
-    return recovery
+def export_final(config: Config, roles: loop.Roles, run_dir: Path, step: int) -> None:
+    """The trained policy, critic and model card in ``run_dir/policy``."""
+    with writing(run_dir / POLICY, own=True) as folder:
+        roles.policy.export(folder)
+        roles.estimator.export(folder / CRITIC)
+        describe(folder, run_dir, config, step, roles.tracker.run_id)
 
 
 def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:

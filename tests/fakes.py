@@ -92,6 +92,9 @@ class FakeEstimator:
     def load(self, folder: Path) -> None:
         assert (folder / "weights").read_text() == "critic"
 
+    def export(self, folder: Path) -> None:
+        folder.mkdir()
+
 
 @dataclass
 class FakeWeights:

@@ -14,6 +14,7 @@ from dvpo_service.config.schema import (
     TrainerConfig,
     WarmstartConfig,
 )
+from dvpo_service.config.serve import ServeConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "PolicyConfig",
     "RewardConfig",
     "RolloutConfig",
+    "ServeConfig",
     "TrackingConfig",
     "TrainerConfig",
     "WarmstartConfig",

@@ -18,6 +18,7 @@ from dvpo_service.config.base import (
     Section,
 )
 from dvpo_service.config.pools import CriticConfig, PolicyConfig
+from dvpo_service.config.serve import ServeConfig
 
 
 class WarmstartConfig(Section):
@@ -219,6 +220,7 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    serve: ServeConfig = ServeConfig()
 
     @property
     def batch_size(self) -> int:

@@ -7,6 +7,14 @@ loop's ``Estimator`` by themselves. The equations are in ``dvpo_service/algo``.
 from dvpo_service.estimators.dvpo import DvpoObjective
 from dvpo_service.estimators.gae import GaeObjective
 from dvpo_service.estimators.group import GroupEstimator
-from dvpo_service.estimators.objective import CriticObjective, Estimate, critic_objective
+from dvpo_service.estimators.objective import CriticObjective, Estimate, critic_objective, critic_spec
 
-__all__ = ["CriticObjective", "DvpoObjective", "Estimate", "GaeObjective", "GroupEstimator", "critic_objective"]
+__all__ = [
+    "CriticObjective",
+    "DvpoObjective",
+    "Estimate",
+    "GaeObjective",
+    "GroupEstimator",
+    "critic_objective",
+    "critic_spec",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dvpo_service.algo.advantages import length_adaptive_lambda
 from dvpo_service.config import AlgorithmConfig
+from dvpo_service.models.critic_folder import CriticSpec
 from dvpo_service.types import Rollouts
 
 
@@ -63,6 +64,19 @@ def critic_objective(algorithm: AlgorithmConfig, value_clip: float | None) -> Cr
     if algorithm.adv_estimator == "dvpo":
         return DvpoObjective(algorithm)
     return GaeObjective(algorithm, value_clip)
+
+
+def critic_spec(algorithm: AlgorithmConfig, objective: CriticObjective) -> CriticSpec:
+    """What the critic of this objective predicts, for those who load it later."""
+    return CriticSpec(
+        width=algorithm.critic_hidden_dim,
+        num_heads=objective.heads,
+        num_quantiles=objective.quantiles,
+        quantile_levels=algorithm.quantile_levels if algorithm.adv_estimator == "dvpo" else "midpoint",
+        alpha=algorithm.dvpo_alpha,
+        beta=algorithm.dvpo_beta,
+        estimator=algorithm.adv_estimator,
+    )
 
 
 def policy_lambda(algorithm: AlgorithmConfig, mask: Tensor) -> float | Tensor:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
+from dvpo_service.algo.quantiles import LevelKind
+from dvpo_service.errors import CheckpointError
+from dvpo_service.models.critic_folder import CriticSpec, read_critic, write_critic
 from dvpo_service.models.packing import pack
 
 
@@ -29,6 +37,7 @@ class DistributionalCritic(nn.Module):
 
     Args:
         backbone: a Hugging Face model that returns ``last_hidden_state``.
+        quantile_levels, alpha, beta, estimator: kept in ``spec`` for whoever reads the atoms (``CriticSpec``).
         seed: of the heads' initialisation; heads differ only by it, so disagreement starts there.
         packing: feed the backbone sequences end to end instead of padded.
     """
@@ -42,8 +51,13 @@ class DistributionalCritic(nn.Module):
         num_quantiles: int,
         seed: int,
         packing: bool = False,
+        quantile_levels: LevelKind = "endpoint",
+        alpha: float = 0.1,
+        beta: float = 0.1,
+        estimator: str = "dvpo",
     ):
         super().__init__()
+        self.spec = CriticSpec(width, num_heads, num_quantiles, quantile_levels, alpha, beta, estimator)
         self.backbone = backbone
         self.packing = packing
         with torch.random.fork_rng(devices=[]):
@@ -54,6 +68,29 @@ class DistributionalCritic(nn.Module):
                 num_heads=num_heads,
                 num_quantiles=num_quantiles,
             )
+
+    def save_pretrained(self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors``; ``state_dict`` in place of the module's own (sharded) one.
+
+        Raises CheckpointError when the disk refuses it.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        write_critic(Path(folder), self.spec, self.backbone.config, state)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, *, trust_remote_code: bool = False) -> Self:
+        """The critic that ``save_pretrained`` wrote: float32, on the CPU, in eval mode; no network is used.
+
+        Raises CheckpointError for a folder that holds no critic, or half of one.
+        """
+        spec, backbone, state = read_critic(Path(folder), trust_remote_code=trust_remote_code)
+        critic = cls(backbone, **asdict(spec), seed=0)
+        try:
+            critic.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"critic {folder}: the weights are not those of its config: {reason}") from error
+        return critic.eval()
 
     def forward(self, tokens: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
         """Atoms at chosen positions.

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from dvpo_service.errors import CheckpointError
@@ -38,13 +45,17 @@ def check_model(path: str | None, tokens: int, *, trust_remote_code: bool = Fals
     """Raise CheckpointError when ``path`` cannot be loaded or reads fewer than ``tokens`` tokens."""
     if path is None:
         return
-    config = _load(AutoConfig, path, trust_remote_code=trust_remote_code)
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise CheckpointError(
             f"model {path} reads {limit} tokens, but data.max_prompt_tokens + rollout.max_new_tokens = {tokens}; "
             "lower one of them"
         )
+
+
+def load_model_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    return _load(AutoConfig, path, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -63,11 +74,15 @@ def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:
 
 def _load(auto: Any, path: str, **kwargs: Any) -> Any:
     check_model_folder(path)
-    # A backbone without its language-model head is what a critic wants; no need to report it.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     try:
         return auto.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"cannot load a model from {path}: {reason}") from error
+
+
+def quiet() -> None:
+    """No bars of transformers between ours, and no report that a critic's backbone lacks a language-model head."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.health import Budget
 from actors.pool import PoolError, RestartsSpent
 from actors.recovery import Recovery
 from dvpo_service import loop
@@ -17,6 +16,7 @@ from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import TrainerConfig
 from dvpo_service.failure import describe
 from dvpo_service.launch import restore
+from tests.builders import make_config
 from tests.fakes import DoneJob, Log
 from tests.test_loop import make_roles
 
@@ -72,23 +72,17 @@ class Run:
             return update(rollouts, advantages, step)  # type: ignore[return-value]
 
         self.roles.policy.update_async = failing  # type: ignore[method-assign]
-        budget = Budget(self.max_restarts, 1e9, 1.0, 60.0)
+        cluster = {"max_restarts": self.max_restarts, "restart_backoff_s": 1.0}
         groups: Any = self.groups
-        self.recovery = Recovery(
-            groups, self.back, budget, self.notes.append, "dvpo train --run-dir here", wait=self.waits.append
+        self.recovery = Recovery.of(
+            make_config("model", cluster=cluster),
+            self.roles,
+            groups,
+            self.checkpoints,
+            partial(restore, self.roles),
+            self.notes.append,
         )
-
-    def back(self) -> tuple[int | None, Callable[[], loop.TrainState]]:
-        found = self.checkpoints.latest()
-
-        def again() -> loop.TrainState:
-            if found is None:
-                self.roles.stream.load_state_dict({"taken": 0})
-            state = restore(self.roles, found)
-            self.roles.tracker.rewind(state.step + 1 if found else 0)
-            return state
-
-        return found.record["state"]["step"] if found else None, again
+        self.recovery.wait = self.waits.append
 
     def train(self) -> loop.TrainState:
         return self.recovery.run(
@@ -103,16 +97,17 @@ def test_a_lost_group_goes_back_to_the_checkpoint_and_the_run_ends_as_if_nothing
     assert state.step == 6
     rows: Any = [r.tracker.rows for r in (calm.roles, run.roles)]
     assert [sorted(r) for r in rows] == [list(range(7))] * 2
-    times = ("time/step", "time/")
-    assert [{k: v for k, v in r.items() if not k.startswith(times)} for r in rows[0].values()] == [
-        {k: v for k, v in r.items() if not k.startswith(times)} for r in rows[1].values()
+    repairs = ("time/", "pool/")
+    assert [{k: v for k, v in r.items() if not k.startswith(repairs)} for r in rows[0].values()] == [
+        {k: v for k, v in r.items() if not k.startswith(repairs)} for r in rows[1].values()
     ]
     assert run.roles.stream.taken == calm.roles.stream.taken == 6, "the cursor went back too"  # type: ignore[attr-defined]
     assert [c[1] for c in run.log.calls if c[0] == "generate"] == [0, 1, 2, 3, 2, 3, 4, 5]
     assert [c[1] for c in run.log.calls if c[0] == "push"] == [0, 1, 2, 3, 2, 3, 4, 5, 6], "the engines go back first"
     assert run.groups["policy"].built == 1
     assert run.groups["critic"].built == 0, "its live ranks load the checkpoint"
-    assert run.recovery.metrics()["pool/restarts/policy"] == 1
+    assert rows[1][6]["pool/restarts/policy"] == 1
+    assert [step for step, row in rows[1].items() if "pool/recovery_s/policy" in row] == [3], "told once"
     assert "policy lost a rank" in run.notes[0]
     assert "(1 of 3)" in run.notes[0]
 
@@ -139,7 +134,7 @@ def test_a_spent_budget_is_one_line_with_the_cause_and_the_command(tmp_path: Pat
     line, code = describe(caught.value)
     assert code == 2
     assert "\n" not in line
-    for words in ("'policy'", "2 restarts", "an actor died", "dvpo train --run-dir here"):
+    for words in ("'policy'", "2 restarts", "an actor died", f"--run-dir {tmp_path}"):
         assert words in line
 
 

@@ -1,0 +1,60 @@
+"""The sharded safetensors of a checkpoint back into a whole module, in one process without a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from dvpo_service.errors import CheckpointError
+
+MODEL = "model."  # what the trainer puts before the names of parameters
+
+
+def unshard(folder: Path, module: nn.Module, prefix: str = "") -> None:
+    """Fill ``module`` with the weights that ``Trainer.save`` wrote to ``folder``, at any world size.
+
+    Args:
+        prefix: where ``module`` stood in the module trained, e.g. ``backbone.``.
+
+    Raises CheckpointError when files are missing or torn, or hold another architecture.
+    """
+    wanted = {f"{MODEL}{prefix}{name}": t for name, t in module.state_dict().items()}
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        metadata = reader.read_metadata()
+        _check_whole(metadata, wanted)
+        wanted = _untied(wanted, metadata)
+        dcp.load(wanted, storage_reader=reader, no_dist=True)  # copies into the module's own tensors
+    except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
+        raise CheckpointError(f"checkpoint {folder}: {_reason(error)}; export another checkpoint of the run") from error
+
+
+def _untied(wanted: dict[str, Tensor], metadata: Metadata) -> dict[str, Tensor]:
+    """Without those that are saved under another name: an output layer that is the input embedding."""
+    saved = {name: t for name, t in wanted.items() if name in metadata.state_dict_metadata}
+    storages = {t.data_ptr() for t in saved.values()}
+    return saved | {name: t for name, t in wanted.items() if t.data_ptr() not in storages}
+
+
+def _check_whole(metadata: Metadata, wanted: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the shards found make up every tensor: torch reads around a missing file in silence."""
+    for name in wanted:
+        found = metadata.state_dict_metadata.get(name)
+        if isinstance(found, TensorStorageMetadata):
+            held = sum(chunk.sizes.numel() for chunk in found.chunks)
+            if held != found.size.numel():
+                raise ValueError(
+                    f"{found.size.numel() - held} numbers of {name} are missing: a shard file is not there"
+                )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the one rank there is, without the library's stack traces."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300]

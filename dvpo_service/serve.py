@@ -1,0 +1,235 @@
+"""``dvpo serve``: a trained policy with its value distributions, on Ray Serve.
+
+Three deployments: ``gateway`` (HTTP), ``policy`` (vLLM engines) and ``values`` (the critic). The weights served are
+the ``user_config`` of the last two, so giving newer ones is Serve's lightweight update: replicas stay and load them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.schema import ApplicationStatus
+
+from dvpo_service import terminal
+from dvpo_service.config import Config, load_config
+from dvpo_service.errors import CheckpointError, ClusterError, ConfigError
+from dvpo_service.export import CONFIG_FILE, Exported, export, is_export, newest, open_export
+from dvpo_service.serving.gateway import Gateway
+from dvpo_service.serving.policy import PolicyServer
+from dvpo_service.serving.replicas import Replicas
+from dvpo_service.serving.value_server import ValueServer
+
+APP = "dvpo"
+KEY_VARIABLE = "DVPO_API_KEY"
+# One thread a replica: replicas share the cores, and threads that spin while they wait starve the others.
+ENVIRONMENT = {"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is told to serve."""
+
+    policy: str
+    critic: str | None
+    version: str
+
+    @classmethod
+    def of(cls, exported: Exported) -> Served:
+        folder = exported.folder.absolute()
+        critic = str(exported.critic.absolute()) if exported.critic else None
+        return cls(str(folder), critic, f"step-{exported.step:06d}")
+
+
+def application(config: Config, served: Served, key_digest: str | None) -> serve.Application:
+    """The three deployments; without a critic, two."""
+    limits, cluster = config.serve, config.cluster
+    name = limits.model_name or config.name
+    current = {"policy": served.policy, "version": served.version}
+    # Beyond its own queue the gateway refuses, so what reaches a replica is bounded already.
+    common: dict[str, Any] = {"max_ongoing_requests": 100_000, "health_check_period_s": 5}
+    policy = serve.deployment(
+        name="policy",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=limits.min_replicas,
+            max_replicas=limits.max_replicas,
+            target_ongoing_requests=limits.target_requests,
+        ),
+        ray_actor_options=_resources(cluster.cpus_per_engine, cluster.gpus_per_engine),
+        user_config=current,
+        graceful_shutdown_timeout_s=limits.drain_timeout_s,
+        **common,
+    )(PolicyServer)
+    parts = [policy.bind(config, name)]
+    if served.critic:
+        values = serve.deployment(
+            name="values",
+            num_replicas=limits.value_replicas,
+            ray_actor_options=_resources(cluster.cpus_per_trainer, cluster.gpus_per_trainer),
+            user_config=current | {"critic": served.critic},
+            **common,
+        )(ValueServer)
+        parts.append(values.bind(config))
+    gateway = serve.deployment(
+        name="gateway",
+        num_replicas=limits.gateways,
+        ray_actor_options=_resources(limits.cpus_per_gateway, 0),
+        **common,
+    )(serve.ingress(_gateway(config, name, bool(served.critic), key_digest))())
+    return gateway.bind(*parts)
+
+
+def _gateway(config: Config, name: str, with_critic: bool, key_digest: str | None) -> Callable[[], FastAPI]:
+    """What a gateway replica calls to make its FastAPI app."""
+
+    def build() -> FastAPI:
+        def replicas(deployment: str) -> Replicas:
+            handle = serve.get_deployment_handle(deployment, app_name=APP)
+            return Replicas(handle, timeout_s=config.serve.request_timeout_s)
+
+        values = replicas("values") if with_critic else None
+        return Gateway(replicas("policy"), values, config.serve, name, key_digest).app()
+
+    return build
+
+
+def _resources(cpus: float, gpus: float) -> dict[str, Any]:
+    return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": ENVIRONMENT}
+
+
+def cpus_needed(config: Config) -> float:
+    """Logical CPUs of a cluster started for this server alone."""
+    limits, cluster = config.serve, config.cluster
+    return (
+        limits.max_replicas * cluster.cpus_per_engine
+        + limits.value_replicas * cluster.cpus_per_trainer
+        + limits.gateways * limits.cpus_per_gateway
+        + 1  # Serve's controller and proxies ask for none, but they need some
+    )
+
+
+def api_key_digest() -> str | None:
+    """SHA-256 of the API key in the environment: what travels to the replicas is never the key."""
+    key = os.environ.get(KEY_VARIABLE)
+    return hashlib.sha256(key.encode()).hexdigest() if key else None
+
+
+def start_http(config: Config) -> int:
+    """Start Serve's HTTP proxies and return their port. Raises ConfigError when it is taken."""
+    host, port = config.serve.host, config.serve.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another serve.port") from error
+        port = probe.getsockname()[1]
+    serve.start(http_options=HTTPOptions(host=host, port=port))
+    return port
+
+
+def deploy(config: Config, served: Served) -> None:
+    """Serve ``served``: start, or give newer weights to the replicas that run. Returns when that is done.
+
+    Raises ClusterError when the replicas do not come up.
+    """
+    target = serve.RunTarget(application(config, served, api_key_digest()), name=APP)
+    serve.run_many([target], wait_for_applications_running=False)
+    deadline = time.monotonic() + config.serve.start_timeout_s
+    while (app := serve.status().applications[APP]).status != ApplicationStatus.RUNNING:
+        if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise ClusterError(f"serving did not start: {_why(app)}")
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"not serving after serve.start_timeout_s = {config.serve.start_timeout_s:g} s: {_why(app)}"
+            )
+        time.sleep(0.2)
+
+
+def _why(app: Any) -> str:
+    parts = [f"{name}: {d.status} {d.message}" for name, d in app.deployments.items() if d.message]
+    return " ".join(f"{app.message} {'; '.join(parts)}".split())[:600]
+
+
+@contextmanager
+def stopped_after() -> Iterator[None]:
+    """End Serve, its replicas and their engines when the block ends."""
+    try:
+        yield
+    finally:
+        serve.shutdown()
+
+
+def running_version() -> str | None:
+    """The version that an application of ours on this cluster serves; None when there is none."""
+    app = serve.status().applications.get(APP)
+    if app is None or app.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
+        return None
+    return str(serve.get_deployment_handle("policy", app_name=APP).ready.remote().result(timeout_s=60))
+
+
+def servable(source: Path) -> Exported:
+    """The newest state of a run, a checkpoint or an export, as a folder to serve from.
+
+    A checkpoint is exported to ``RUN/serving/``, which every node of a cluster sees when it sees the run.
+
+    Raises CheckpointError.
+    """
+    _, folder = newest(source)
+    if is_export(folder):
+        return open_export(folder)
+    output = folder.parents[1] / "serving" / folder.name
+    return open_export(output) if is_export(output) else export(folder, output)
+
+
+def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
+    """Serve until interrupted. Where our application runs on the cluster already, give it these weights and return.
+
+    With ``follow``, newer checkpoints of the run are served as they appear.
+
+    Raises CheckpointError, ConfigError, ClusterError.
+    """
+    from dvpo_service.launch import connected
+
+    exported = servable(source)
+    config = load_config(str(exported.folder / CONFIG_FILE), overrides)
+    served = Served.of(exported)
+    cluster = config.cluster.model_copy(update={"num_cpus": config.cluster.num_cpus or math.ceil(cpus_needed(config))})
+    with connected(config.model_copy(update={"cluster": cluster})):
+        if before := running_version():
+            deploy(config, served)
+            terminal.say(f"updated: {before} -> {served.version}")
+            return
+        with stopped_after():
+            port = start_http(config)
+            terminal.say(f"starting {config.serve.min_replicas} vLLM engine(s) for {exported.folder} ...")
+            deploy(config, served)
+            terminal.serving(config, served.version, bool(served.critic), port, with_key=bool(api_key_digest()))
+            _wait(config, source, served, follow)
+
+
+def _wait(config: Config, source: Path, served: Served, follow: bool) -> None:
+    """Until interrupted. A newer state that cannot be exported or served is said, and the old one stays."""
+    while True:
+        time.sleep(config.serve.follow_every_s)
+        if not follow:
+            continue
+        try:
+            newer = Served.of(servable(source))
+            if newer != served:
+                deploy(config, newer)
+                terminal.say(f"updated: {served.version} -> {newer.version}")
+                served = newer
+        except CheckpointError as error:
+            terminal.say(f"still serving {served.version}: {error}")

@@ -1,0 +1,74 @@
+"""One replica of the critic: values along responses, many requests to a forward pass."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from transformers import PreTrainedTokenizerBase
+
+from dvpo_service.config import Config
+from dvpo_service.models.load import load_tokenizer
+from dvpo_service.serving.requests import BadRequest, ValuesRequest
+from dvpo_service.serving.values import ResponseValues, ValueModel, ValueQuery, as_json
+
+
+class ValueServer:
+    """One replica of the critic; requests that come together share a forward pass."""
+
+    def __init__(self, config: Config):
+        self.config, self.version = config, ""
+        self.model: ValueModel | None = None
+        self.tokenizer: PreTrainedTokenizerBase
+        self._batched.set_max_batch_size(config.serve.value_batch)  # type: ignore[attr-defined]
+        self._batched.set_batch_wait_timeout_s(config.serve.value_wait_s)  # type: ignore[attr-defined]
+
+    def reconfigure(self, current: dict[str, str]) -> None:
+        trust = self.config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(current["policy"], trust_remote_code=trust)
+        self.model = ValueModel(Path(current["critic"]), trust_remote_code=trust)
+        self.version = current["version"]
+
+    async def ready(self) -> str:
+        return self.version
+
+    async def along(self, asked: ValuesRequest) -> dict[str, Any]:
+        """Every state of a response. Raises BadRequest for one that is too long."""
+        prompt, response = encode(self.tokenizer, asked)
+        levels = None if asked.levels == "all" else asked.levels
+        [found] = await self.score([ValueQuery(prompt, response, levels, asked.alpha, asked.beta)])
+        tokens = [str(self.tokenizer.decode([i])) for i in response]
+        body = {"object": "values", "model": self.config.serve.model_name or self.config.name}
+        return {"body": body | as_json(found, tokens, response), "version": self.version}
+
+    async def score(self, queries: Sequence[ValueQuery]) -> list[ResponseValues]:
+        """Raises BadRequest for a response that is too long for the critic."""
+        assert self.model is not None
+        for query in queries:
+            length = len(query.prompt_ids) + len(query.response_ids)
+            if not query.prompt_ids:
+                raise BadRequest("the prompt is empty: a value needs at least one token before the response")
+            if self.model.max_tokens is not None and length > self.model.max_tokens:
+                raise BadRequest(f"prompt and response are {length} tokens; the critic reads {self.model.max_tokens}")
+        return list(await asyncio.gather(*(self._batched(q) for q in queries)))
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
+    async def _batched(self, queries: list[ValueQuery]) -> list[ResponseValues]:
+        assert self.model is not None
+        return await asyncio.to_thread(self.model.values, queries)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt and response as tokens; a chat through its template, as the policy was trained."""
+    if asked.messages is None:
+        prompt = tokenizer(asked.prompt)["input_ids"]
+    else:
+        try:
+            prompt = tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, return_dict=False)
+        except (TypeError, KeyError, ValueError) as error:
+            raise BadRequest(f"messages do not fit the chat template: {error}", param="messages") from error
+    response = tokenizer(asked.response, add_special_tokens=False)["input_ids"]
+    return tuple(prompt), tuple(response)

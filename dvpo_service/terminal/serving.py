@@ -1,0 +1,47 @@
+"""What ``dvpo serve`` prints once it answers."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dvpo_service.config import Config
+from dvpo_service.terminal.console import make_console, plain
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def say(text: str) -> None:
+    """One plain line, at once."""
+    plain(make_console(), text)
+
+
+def serving(
+    config: Config, version: str, with_critic: bool, port: int, *, with_key: bool, console: Console | None = None
+) -> None:
+    """Where it answers, and how to ask."""
+    host, limits = config.serve.host, config.serve
+    shown = host if host in LOOPBACK else "HOST"
+    url, name = f"http://{shown}:{port}", limits.model_name or config.name
+    places = Table.grid(padding=(0, 2))
+    places.add_column(style="bold cyan", no_wrap=True)
+    places.add_column(overflow="fold")
+    rows = {
+        "page": f"{url}/" + ("" if with_critic else "  (no critic in this run: no values)"),
+        "OpenAI API": f'{url}/v1   model "{name}"',
+        "values": f"{url}/v1/values" if with_critic else "none: this run has no critic",
+        "health": f"{url}/healthz  /readyz  /metrics",
+        "replicas": f"{limits.min_replicas} to {limits.max_replicas}",
+        "API key": "asked for (DVPO_API_KEY)" if with_key else "none",
+    }
+    for key, value in rows.items():
+        places.add_row(key, Text(value))
+    parts: list[Table | Text] = [places]
+    if host not in LOOPBACK and not with_key:
+        parts.append(
+            Text(f"warning: anyone who reaches {host} can use this server; set DVPO_API_KEY", style="bold red")
+        )
+    panel = Panel(Group(*parts), title=f" serving {name}, {version} ", title_align="left", border_style="green")
+    (console or make_console()).print(panel)

@@ -1,0 +1,129 @@
+"""What HTTP, Ray Serve and the gateway cost: throughput of the server against the bare engine, on the same prompts.
+
+``python -m tests.bench.bench_serving [--requests 512] [--tokens 96]`` prints one JSON object. Engine and server run
+side by side and are measured in turn, 64 requests at a time; the client's own work is part of the server's figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.serving.server import ServerProcess, make_export
+
+CLIENTS, ROUNDS = 64, 5
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--requests", type=int, default=512)
+    options.add_argument("--tokens", type=int, default=96)
+    given = options.parse_args(sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        export = make_export(Path(folder) / "export", hidden_size=96, num_layers=3, num_heads=3)
+        with ServerProcess(export.folder) as server, Engine(export.folder) as engine:
+            found = [(engine.round(given), asyncio.run(load(server.url, given))) for _ in range(ROUNDS + 1)][1:]
+    bare, served = ([f[k] for f in found] for k in (0, 1))
+    print(
+        json.dumps(
+            {
+                "clients": CLIENTS,
+                "requests": given.requests,
+                "tokens_per_request": given.tokens,
+                "bare_tokens_per_s": [round(x) for x in bare],
+                "served_tokens_per_s": [round(x["tokens_per_s"]) for x in served],
+                "errors": sum(x["errors"] for x in served),
+                "p50_ms": round(statistics.median(x["p50_ms"] for x in served)),
+                "p99_ms": round(statistics.median(x["p99_ms"] for x in served)),
+                "served_over_bare": round(
+                    statistics.median(s["tokens_per_s"] / b for b, s in zip(bare, served, strict=True)), 3
+                ),
+            },
+            indent=2,
+        )
+    )
+
+
+def prompts(count: int) -> list[str]:
+    return [f"{i % 89 + 10}+{i * 7 % 89 + 10}=" for i in range(count)]
+
+
+async def at_once(asks: list[Callable[[], Awaitable[None]]]) -> float:
+    """Seconds that all took, ``CLIENTS`` at a time."""
+    waiting = iter(asks)
+
+    async def client() -> None:
+        for ask in waiting:
+            await ask()
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return time.perf_counter() - start
+
+
+async def load(url: str, given: argparse.Namespace) -> dict[str, float]:
+    import aiohttp
+
+    seconds: list[float] = []
+    tokens = errors = 0
+
+    async def ask(session: aiohttp.ClientSession, prompt: str) -> None:
+        nonlocal tokens, errors
+        began = time.perf_counter()
+        body = {"prompt": prompt, "max_tokens": given.tokens, "ignore_eos": True}
+        async with session.post(f"{url}/v1/completions", json=body) as answer:
+            found = await answer.json()
+            errors += answer.status != 200
+            tokens += found["usage"]["completion_tokens"] if answer.status == 200 else 0
+        seconds.append(time.perf_counter() - began)
+
+    connector = aiohttp.TCPConnector(limit=CLIENTS)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        took = await at_once([partial(ask, session, p) for p in prompts(given.requests)])
+    cuts = statistics.quantiles(seconds, n=100)
+    return {"tokens_per_s": tokens / took, "errors": errors, "p50_ms": cuts[49] * 1e3, "p99_ms": cuts[98] * 1e3}
+
+
+class Engine:
+    """A bare vLLM engine in a process of its own that runs a round for each line it reads."""
+
+    def __init__(self, model: Path):
+        environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, "-m", "tests.bench.bench_serving_engine", str(model)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def round(self, given: argparse.Namespace) -> float:
+        """Tokens/s."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([prompts(given.requests), given.tokens]) + "\n")
+        self.process.stdin.flush()
+        while not (line := self.process.stdout.readline()).startswith("tokens/s "):
+            assert line, "the engine's process ended"
+        return float(line.split()[1])
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Calls outlive replicas; streams do until their first event. And what a policy replica does around its engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from dvpo_service.serving.policy import PolicyServer, together
+from dvpo_service.serving.replicas import Replicas, Unavailable
+from dvpo_service.serving.requests import BadRequest
+from tests.builders import make_config
+
+
+class Items:
+    """As Serve's response generator: an asynchronous iterator that can be cancelled."""
+
+    def __init__(self, items: list[Any]):
+        self.items = iter(items)
+
+    async def __anext__(self) -> Any:
+        try:
+            item = next(self.items)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        if isinstance(item, float):
+            await asyncio.sleep(item)
+            return await self.__anext__()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def cancel(self) -> None: ...
+
+
+class Handle:
+    """Gives the scripted outcomes in turn."""
+
+    def __init__(self, *outcomes: Any):
+        self.outcomes, self.calls = list(outcomes), 0
+        self.method = self
+
+    def options(self, stream: bool) -> Handle:
+        return self
+
+    def remote(self, *args: Any) -> Any:
+        self.calls += 1
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, list):
+            return Items(outcome)
+
+        async def call() -> Any:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if isinstance(outcome, float):
+                await asyncio.sleep(outcome)
+            return outcome
+
+        return call()
+
+
+def replicas(*outcomes: Any, timeout_s: float = 5.0) -> Replicas:
+    return Replicas(Handle(*outcomes), timeout_s=timeout_s)  # type: ignore[arg-type]
+
+
+async def listed(items: AsyncIterator[Any]) -> list[Any]:
+    return [i async for i in items]
+
+
+def test_a_call_is_made_again_when_its_replica_dies() -> None:
+    pool = replicas(ActorDiedError(), ActorDiedError(), "answer")
+    assert asyncio.run(pool.call("method")) == "answer"
+    assert pool.handle.calls == 3  # type: ignore[attr-defined]
+
+
+def test_a_call_ends_at_its_deadline() -> None:
+    with pytest.raises(Unavailable, match=r"within 0\.3 s"):
+        asyncio.run(replicas(9.0, timeout_s=0.3).call("method"))
+    with pytest.raises(Unavailable):
+        asyncio.run(replicas(*[ActorDiedError()] * 9, timeout_s=0.3).call("method"))
+
+
+def test_what_the_method_raises_comes_back_and_is_not_tried_again() -> None:
+    cause = BadRequest("no", status=413)
+    pool = replicas(RayTaskError("method", "trace", cause))
+    with pytest.raises(BadRequest, match="no") as caught:
+        asyncio.run(pool.call("method"))
+    assert caught.value.status == 413
+    assert pool.handle.calls == 1  # type: ignore[attr-defined]
+
+
+def test_a_stream_starts_again_until_its_first_event_and_no_later() -> None:
+    died = ActorDiedError()
+    assert asyncio.run(listed(replicas([died], ["ok", died], ["ok", "a", "b"]).stream("method"))) == ["ok", "a", "b"]
+    assert asyncio.run(listed(replicas(["only a header"]).stream("method"))) == ["only a header"]
+
+    async def scenario() -> None:
+        events = replicas(["ok", "a", died], ["ok", "again"]).stream("method")
+        assert [await anext(events), await anext(events)] == ["ok", "a"]
+        with pytest.raises(Unavailable, match="its replica died"):
+            await anext(events)
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_ends_at_its_deadline() -> None:
+    with pytest.raises(Unavailable, match="request_timeout_s"):
+        asyncio.run(listed(replicas(["ok", 9.0], timeout_s=0.2).stream("method")))
+
+
+def test_chunks_come_together_in_order_and_errors_come_through() -> None:
+    async def chunks(fail: bool) -> AsyncIterator[str]:
+        for i in range(50):
+            yield f"{i},"
+            await asyncio.sleep(0.001)
+        if fail:
+            raise ValueError("engine")
+
+    found = asyncio.run(listed(together(chunks(False), 0.02)))
+    assert "".join(found) == "".join(f"{i}," for i in range(50))
+    assert found[0] == "0,", "the first at once"
+    assert len(found) < 25
+    with pytest.raises(ValueError, match="engine"):
+        asyncio.run(listed(together(chunks(True), 0.02)))
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def pause_generation(self, **kwargs: Any) -> None:
+        self.calls.append("pause")
+
+    async def collective_rpc(self, method: str, kwargs: dict[str, str]) -> None:
+        self.calls.append(f"{method} {kwargs['weights_path']}")
+
+    async def reset_prefix_cache(self) -> None: ...
+
+    async def resume_generation(self) -> None:
+        self.calls.append("resume")
+
+    def shutdown(self) -> None: ...
+
+
+@pytest.mark.parametrize("drain_timeout_s", [5.0, 0.1])
+def test_new_weights_wait_for_responses_under_way_and_new_requests_for_the_weights(drain_timeout_s: float) -> None:
+    async def scenario() -> None:
+        config = make_config("m").model_copy(update={"serve": make_config("m").serve})
+        config = config.model_copy(
+            update={"serve": config.serve.model_copy(update={"drain_timeout_s": drain_timeout_s})}
+        )
+        server, engine = PolicyServer(config, "m"), FakeEngine()
+        server.engine, server.version = engine, "old"
+        server._open.set()
+        seen = []
+
+        async def request(seconds: float) -> None:
+            async with server._weights() as version:
+                await asyncio.sleep(seconds)
+                seen.append((version, list(engine.calls)))
+
+        running = asyncio.create_task(request(0.5))
+        await asyncio.sleep(0.01)
+        update = asyncio.create_task(server.reconfigure({"policy": "p", "version": "new"}))
+        await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(request(0.0))
+        await asyncio.gather(running, update, waiting)
+        drained = [v for v, calls in seen if not calls]
+        if drain_timeout_s > 0.5:
+            assert drained == ["old"], "the old weights until the response was whole"
+        assert ("new", ["pause", "reload_weights p", "resume"]) in seen
+        assert await server.reconfigure({"policy": "p", "version": "new"}) is None
+        assert engine.calls == ["pause", "reload_weights p", "resume"], "the same version again changes nothing"
+
+    asyncio.run(scenario())
