@@ -82,6 +82,8 @@ class Call:
             if isinstance(error.cause, OSError):
                 raise error.cause from error
             raise self._error(one_line(error.cause), lost=_of_hardware(error.cause) or self._lost_a_peer()) from error
+        except RayError as error:  # an object or a node was lost on the way
+            raise self._error(one_line(error), lost=True) from error
 
     def _error(self, cause: str, *, lost: bool) -> PoolError:
         return PoolError(self.pool, self.method, cause, lost=lost)

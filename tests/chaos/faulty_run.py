@@ -2,8 +2,8 @@
 
 ``python -m tests.chaos.faulty_run CONFIG RUN_DIR PLAN``: PLAN is a JSON list of ``{"step", "at", "victim",
 "after_s"}``: at the start of stage ``at`` (generate, update, push) of ``step``, wait ``after_s`` seconds and
-SIGKILL ``victim``: engine:I, core:I (vLLM's own process of it), policy:I or critic:I. What was done goes to
-RUN_DIR/faults.jsonl.
+SIGKILL ``victim``: engine:I, core:I (vLLM's own process of it), policy:I or critic:I; hang:I stops engine I's own
+process instead (SIGSTOP). What was done goes to RUN_DIR/faults.jsonl, when the service saw it to RUN_DIR/seen.jsonl.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class Injector:
 
     def find(self, victim: str) -> int:
         kind, number = victim.split(":")
-        pool = {"engine": "engines", "core": "engines"}.get(kind, kind)
+        pool = {"engine": "engines", "core": "engines", "hang": "engines"}.get(kind, kind)
         actor = getattr(self.pools, pool).actors[int(number)]
         pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
-        if kind != "core":
+        if kind not in ("core", "hang"):
             return pid
         [core] = [p for p in psutil.Process(pid).children() if "EngineCore" in " ".join([p.name(), *p.cmdline()])]
         return core.pid
@@ -83,7 +83,7 @@ class Injector:
     def kill(self, fault: dict[str, Any], pid: int) -> None:
         time.sleep(fault["after_s"])
         during = self.running.get(fault["at"], 0) > 0
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGSTOP if fault["victim"].startswith("hang") else signal.SIGKILL)
         with self.log.open("a") as file:
             file.write(json.dumps(fault | {"pid": pid, "during": during, "time": time.time()}) + "\n")
 
