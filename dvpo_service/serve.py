@@ -7,8 +7,10 @@ the ``user_config`` of the last two, so giving newer ones is Serve's lightweight
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -164,7 +166,8 @@ def _why(app: Any) -> str:
 
 @contextmanager
 def stopped_after() -> Iterator[None]:
-    """End Serve, its replicas and their engines when the block ends."""
+    """End Serve, its replicas and their engines when the block ends; SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put its own there when it connected
     try:
         yield
     finally:
@@ -202,6 +205,7 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
     """
     from dvpo_service.launch import connected
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     exported = servable(source)
     config = load_config(str(exported.folder / CONFIG_FILE), overrides)
     served = Served.of(exported)

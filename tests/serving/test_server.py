@@ -1,0 +1,216 @@
+"""``dvpo serve`` for real: Ray Serve, vLLM, the critic, the ``openai`` package, and processes killed under load."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import APIStatusError, AuthenticationError, OpenAI
+
+from dvpo_service.serving.values import ValueModel, ValueQuery
+from tests.serving.server import ServerProcess, make_export
+
+pytestmark = pytest.mark.e2e
+
+MESSAGES: Any = [{"role": "user", "content": "12+7="}]
+REPLICAS = 2
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory whose finished policy can be replaced by a newer one."""
+    folder = tmp_path_factory.mktemp("served") / "run"
+    folder.mkdir()
+    make_export(folder / "policy", step=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(run_dir: Path) -> Iterator[ServerProcess]:
+    keys = [f"serve.min_replicas={REPLICAS}", f"serve.max_replicas={REPLICAS}", "serve.follow_every_s=1"]
+    with ServerProcess(run_dir, "--follow", *keys, environment={"DVPO_API_KEY": "secret"}) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+
+
+def values(server: ServerProcess, **body: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{server.url}/v1/values", json=body, headers={"authorization": "Bearer secret"}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_the_openai_package_chats_completes_and_streams(client: OpenAI) -> None:
+    [model] = client.models.list().data
+    assert model.id == "tiny"
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=8, temperature=0, seed=1)
+    assert whole.usage
+    assert whole.usage.completion_tokens <= 8
+    events = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=8, temperature=0, seed=1, stream=True
+    )
+    text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+    assert text == whole.choices[0].message.content
+    made = client.completions.create(model="tiny", prompt=["1+1=", "2+2="], n=2, max_tokens=4, logprobs=1)
+    assert [c.index for c in made.choices] == [0, 1, 2, 3]
+    assert made.choices[0].logprobs
+
+
+def test_errors_are_those_that_openai_clients_know(server: ServerProcess, client: OpenAI) -> None:
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+    for wrong in ({"model": "another"}, {"max_tokens": 1000}, {"temperature": -1.0}, {"n": 1000}):
+        ask: Any = {"model": "tiny", "prompt": "1+1=", "max_tokens": 2} | wrong
+        with pytest.raises(APIStatusError) as caught:
+            client.completions.create(**ask)
+        assert caught.value.status_code in (400, 404)
+
+
+def test_values_are_the_critics_own(server: ServerProcess, run_dir: Path) -> None:
+    found = values(server, prompt="12+7=", response="19", levels="all", alpha=0.25)
+    assert [s["token"] for s in found["states"]] == [None, "1", "9"]
+    ids = [s["token_id"] for s in found["states"][1:]]
+    prompt = (20, 21, 14, 26, 32)
+    from dvpo_service.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(run_dir / "policy"))
+    prompt = tuple(tokenizer("12+7=")["input_ids"])
+    [wanted] = ValueModel(run_dir / "policy" / "critic").values([ValueQuery(prompt, tuple(ids), None, 0.25)])
+    for i, state in enumerate(found["states"]):
+        assert state["quantiles"] == pytest.approx(wanted.quantiles[i], abs=1e-5)
+        assert state["cvar"] == pytest.approx(wanted.cvar[i], abs=1e-5)
+        assert state["head_disagreement"] == pytest.approx(wanted.head_disagreement[i], abs=1e-5)
+
+
+@pytest.mark.parametrize("by", ["mean", "cvar", "upper_tail"])
+def test_the_best_of_n_is_the_one_that_values_say(server: ServerProcess, client: OpenAI, by: str) -> None:
+    ask: Any = {"model": "tiny", "prompt": "12+7=", "n": 6, "max_tokens": 5, "seed": 3}
+    made = client.completions.create(**ask, extra_body={"rank_by": by, "return_token_ids": True})
+    [choice], ranking = made.choices, made.model_extra["ranking"]  # type: ignore[index]
+    assert len(ranking) == 6
+    assert ranking[0][by] == max(r[by] for r in ranking)
+    everything = client.completions.create(**ask, extra_body={"return_token_ids": True})
+    best = everything.choices[ranking[0]["index"]]
+    assert choice.text == best.text, "the same seed samples the same responses"
+
+
+Rows = list[dict[str, Any]]
+
+
+def hammer(
+    server: ServerProcess, clients: int, meanwhile: Callable[[], None], *, seconds: float, until: Callable[[Rows], bool]
+) -> Rows:
+    """Requests from ``clients`` at once, with something done in between; one row an answer.
+
+    Until ``until`` of the rows, and ``seconds`` more; no longer than three minutes.
+    """
+    rows: Rows = []
+    enough, deadline = threading.Event(), time.monotonic() + 180
+
+    def one(number: int) -> None:
+        with httpx.Client(headers={"authorization": "Bearer secret"}, timeout=120) as http:
+            while not enough.is_set() and time.monotonic() < deadline:
+                body = {"prompt": f"{number}+1=", "max_tokens": 48, "ignore_eos": True}
+                answer = http.post(f"{server.url}/v1/completions", json=body)
+                rows.append({"status": answer.status_code, "version": answer.headers.get("x-dvpo-version")})
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(one, i) for i in range(clients)]
+        time.sleep(1.5)
+        meanwhile()
+        while not until(rows) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(seconds)
+        enough.set()
+        for job in running:
+            job.result()
+    return rows
+
+
+def processes(server: ServerProcess, name: str) -> list[psutil.Process]:
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    return [p for p in family if p.is_running() and any(name in part for part in p.cmdline())]
+
+
+def test_64_clients_get_answers_and_no_error(server: ServerProcess) -> None:
+    rows = hammer(server, 64, lambda: None, seconds=2, until=lambda found: len(found) > 128)
+    assert len(rows) > 128
+    assert {r["status"] for r in rows} == {200}
+
+
+@pytest.mark.parametrize("victim", ["ServeReplica:dvpo:policy", "VLLM::EngineCore", "ServeReplica:dvpo:values"])
+def test_a_process_killed_under_load_costs_no_request(server: ServerProcess, victim: str) -> None:
+    def kill() -> None:
+        doomed = processes(server, victim)[0]
+        killed.append(doomed.pid)
+        doomed.send_signal(signal.SIGKILL)
+
+    killed: list[int] = []
+    rows = hammer(server, 16, kill, seconds=4, until=lambda found: len(found) > 64)
+    assert killed
+    assert {r["status"] for r in rows} == {200}
+    assert len(values(server, prompt="1+1=", response="2")["states"]) == 2, "a value waits for its replica"
+    until = time.monotonic() + 240
+    while len(processes(server, victim)) < (1 if "values" in victim else REPLICAS) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert killed[0] not in [p.pid for p in processes(server, victim)]
+    server.wait_ready()
+
+
+def test_newer_weights_are_served_without_a_failed_request(server: ServerProcess, run_dir: Path) -> None:
+    before = values(server, prompt="12+7=", response="19")["states"][0]["mean"]
+
+    def publish() -> None:
+        make_export(run_dir / "newer", step=20, seed=5)
+        shutil.move(run_dir / "policy", run_dir / "older")
+        os.replace(run_dir / "newer", run_dir / "policy")
+
+    rows = hammer(server, 16, publish, seconds=1, until=lambda found: any(r["version"] == "step-000020" for r in found))
+    assert {r["status"] for r in rows} == {200}
+    assert {r["version"] for r in rows} == {"step-000010", "step-000020"}
+    assert server.wait_ready()["versions"] == {"policy": "step-000020", "values": "step-000020"}
+    assert values(server, prompt="12+7=", response="19")["states"][0]["mean"] != before
+    assert "updated: step-000010 -> step-000020" in server.output()
+
+
+def test_the_new_weights_are_the_new_folders(server: ServerProcess, client: OpenAI, run_dir: Path) -> None:
+    """After the update: greedy log-probs equal those of plain transformers on the new folder."""
+    import torch
+
+    from dvpo_service.models.load import load_causal_lm
+
+    made = client.completions.create(
+        model="tiny", prompt="12+7=", max_tokens=6, temperature=0, logprobs=1, extra_body={"return_token_ids": True}
+    )
+    [choice] = made.choices
+    assert choice.model_extra
+    assert choice.logprobs
+    prompt, response = choice.model_extra["prompt_token_ids"], choice.model_extra["token_ids"]
+    with torch.no_grad():
+        logits = load_causal_lm(str(run_dir / "policy"))(input_ids=torch.tensor([prompt + response])).logits[0]
+    rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    wanted = rows[torch.arange(len(response)), torch.tensor(response)].tolist()
+    assert choice.logprobs.token_logprobs == pytest.approx(wanted, abs=1e-3)
+
+
+def test_nothing_is_left_when_the_server_ends(server: ServerProcess) -> None:
+    """Last in this file: it ends the server."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert processes(server, "VLLM::EngineCore")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 130
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
