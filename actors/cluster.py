@@ -34,6 +34,8 @@ def connected(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Calls to a lost actor are abandoned on purpose; what became of them is told in one line by its pool.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # A job on a cluster (`ray job submit`) finds it in RAY_ADDRESS; otherwise start one, whatever else runs here.
     address = _address(config)
     if address:
@@ -44,6 +46,12 @@ def connected(config: Config) -> Iterator[None]:
         else {
             "num_cpus": config.cluster.num_cpus or local_cpus(plan_bundles(config)),
             "include_dashboard": False,
+            "_system_config": {
+                # A worker's own children end with it, also those of a reward function and of a SIGKILLed worker.
+                "process_group_cleanup_enabled": True,
+                # Here it is gone only when the driver is; Ray's agents would look for it for a minute.
+                "gcs_rpc_server_reconnect_timeout_s": 10,
+            },
         }
     )
     try:

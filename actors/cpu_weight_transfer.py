@@ -1,8 +1,9 @@
 """Weight transfer to a vLLM engine without GPUs, in vLLM's own framework.
 
 vLLM ships ``nccl`` and ``ipc`` transfer, both for GPUs. This is the same for CPU: the
-trainer writes its weights as one safetensors file (on tmpfs: memory), the engine's
-worker maps it and loads it in place; an engine on another host gets the file's bytes first
+trainer writes its weights as one safetensors file without a name (memfd: memory that the
+kernel takes back with the trainer, however that ends), the engine's worker on the same
+machine maps it and loads it in place; an engine on another host gets the file's bytes first
 (``EngineClient.update_weights``). ``register`` is a ``vllm.general_plugins`` entry
 point, so vLLM runs it in every process of an engine before a model is built.
 
@@ -19,12 +20,11 @@ import math
 import os
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from vllm.distributed.weight_transfer import (
     TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
@@ -39,13 +39,16 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from actors.process import end_with_parent
+
 BACKEND = "safetensors"
 
 
 def register() -> None:
-    """Make the backend known, and weights updatable, in this process. Idempotent."""
+    """Make the backend known, weights updatable, and an engine's process end with its actor. Idempotent."""
     from vllm.platforms import current_platform
 
+    end_with_parent()
     if current_platform.is_cpu():
         _disable_packed_linear()
     if BACKEND not in WeightTransferEngineFactory._registry:
@@ -75,10 +78,9 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass
 class TrainerInit(TrainerInitInfo):
-    """``folder``: where the file is written; tmpfs, so that it is a copy in memory."""
+    """Nothing but what every backend has."""
 
     backend: ClassVar[str] = BACKEND
-    folder: str
 
 
 class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -125,18 +127,13 @@ class SafetensorsTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
 
     init_info_cls = TrainerInit
 
-    def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool, folder: str):
-        super().__init__(client=client, source=source, is_sender=is_sender)
-        # A name that no other host has: an engine that finds it reads this very file.
-        self.path = Path(folder) / f"dvpo-weights-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
-
     @classmethod
     def trainer_init(
         cls, init_info: TrainerInit, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
     ) -> Self:
         if source is None:
             raise ValueError("the safetensors transfer needs a WeightSource")
-        engine = cls(client=client, source=source, is_sender=init_info.is_sender, folder=init_info.folder)
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         if engine.is_sender:
             client.init_weight_transfer_engine({})
         return engine
@@ -146,10 +143,10 @@ class SafetensorsTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.source}
         if not self.is_sender:
             return
-        try:
-            save_file(tensors, self.path)
+        # A name that no other host has: an engine that finds it reads this very file.
+        with os.fdopen(os.memfd_create(f"dvpo-weights-{uuid.uuid4().hex}"), "wb") as file:
+            file.write(save(tensors))
+            file.flush()
             self.client.start_weight_update()
-            self.client.update_weights({"path": str(self.path)})
+            self.client.update_weights({"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"})
             self.client.finish_weight_update()
-        finally:
-            self.path.unlink(missing_ok=True)

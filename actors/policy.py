@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharding import shard
 from dvpo_service.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
+
+if TYPE_CHECKING:
+    from actors.weight_transfer import Backend, EngineClient
 
 Sums = dict[str, Tensor]
 
@@ -46,6 +49,7 @@ class PolicyWorker:
         )
         self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
         self.transfer: Any = None
+        self.membership: Any = None  # the engines that the transfer reaches
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, step: int) -> RankLogprobs:
@@ -76,15 +80,22 @@ class PolicyWorker:
         metrics |= policy_metrics(all_reduce_sums(sums, self.device))
         return metrics | {"policy/skipped_steps": float(skipped), "policy/lr": self.trainer.lr}
 
-    def connect_engines(self, client: Any, backend: Any) -> None:
-        """Join vLLM's weight transfer. Collective; the client is used on rank 0."""
+    def send_weights(self, client: EngineClient, backend: Backend) -> dict[int, str]:
+        """Push the current weights to the client's engines; returns when they hold them. Collective.
+
+        Joins vLLM's weight transfer first where the engines are others than at the last push. Rank 0
+        returns the engines lost on the way, by number, with the cause.
+        """
         from actors.weight_transfer import connect
 
-        self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank)
-
-    def send_weights(self) -> None:
-        """Push the current weights to the engines; returns when they hold them. Collective."""
+        if self.membership != client.membership:
+            if self.transfer is not None:
+                self.transfer.shutdown()
+            self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank)
+            self.membership = client.membership
+        self.transfer.client = client
         self.transfer.send_weights()
+        return client.lost
 
     def export(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder. Collective; rank 0 writes."""

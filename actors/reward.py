@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from actors.process import memory_bound
 from dvpo_service.config import RewardConfig
 from dvpo_service.rewards.noise import NoiseSpec, score_group
 from dvpo_service.rewards.scoring import resolve
@@ -18,6 +19,7 @@ class RewardWorker:
 
     def __init__(self, config: RewardConfig):
         self.function = resolve(config.function)
+        self.max_memory_gib = config.max_memory_gib
         self.noise = NoiseSpec(**config.noise.model_dump())
 
     def ready(self) -> None:
@@ -26,7 +28,8 @@ class RewardWorker:
     def score(self, groups: Sequence[Work], noisy: bool) -> list[list[Score]]:
         """Scores in the order given. ``noisy`` False measures: reward and clean reward are equal."""
         noise = self.noise if noisy else NoiseSpec("none")
-        return [
-            score_group(responses, answer, score=self.function, noise=noise, seeds=seeds)
-            for responses, answer, seeds in groups
-        ]
+        with memory_bound(self.max_memory_gib):
+            return [
+                score_group(responses, answer, score=self.function, noise=noise, seeds=seeds)
+                for responses, answer, seeds in groups
+            ]

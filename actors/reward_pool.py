@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -18,6 +18,8 @@ from dvpo_service.types import Score
 
 log = logging.getLogger(__name__)
 
+START_TRIES = 3
+
 
 class RewardPool:
     """CPU actors that score. A call that misses its deadline or kills its process is tried once more,
@@ -25,7 +27,10 @@ class RewardPool:
 
     def __init__(self, config: RewardConfig, placement: Placement):
         self.config, self.placement = config, placement
+        self.note: Callable[[str], None] = log.warning
+        self.restarts = 0
         self.workers = [self._spawn(i) for i in range(config.num_workers)]
+        self.fresh = set(range(config.num_workers))  # spawned, and not heard of yet
 
     def wait_ready(self, timeout_s: float) -> None:
         """Raise PoolError when a worker cannot load the reward function on its node."""
@@ -40,7 +45,9 @@ class RewardPool:
             ) from error
 
     def score(self, groups: Sequence[Work], *, noisy: bool) -> list[list[Score]]:
-        """One list of scores per group, in order."""
+        """One list of scores per group, in order. Raises PoolError when no worker can be started."""
+        for i in list(self.fresh):
+            self._await_start(i)
         shares = [list(range(i, len(groups), len(self.workers))) for i in range(len(self.workers))]
         calls = [
             (i, share, self.workers[i].score.remote([groups[g] for g in share], noisy))
@@ -60,7 +67,11 @@ class RewardPool:
         for worker in self.workers:
             ray.kill(worker)
 
+    def metrics(self) -> dict[str, float]:
+        return {"pool/restarts/reward": float(self.restarts)}
+
     def _retry(self, i: int, group: Work, noisy: bool) -> list[Score]:
+        self._await_start(i)
         found = self._result(i, self.workers[i].score.remote([group], noisy), self.config.timeout_s)
         if isinstance(found, str):
             return [Score(math.nan, math.nan, found)] * len(group[0])
@@ -74,10 +85,31 @@ class RewardPool:
             why = f"no answer within {timeout_s:g} s"
         except RayActorError as error:
             why = f"the process died: {' '.join(str(error).split())[:200]}"
-        log.warning("reward worker %d: %s; restarting it", i, why)
+        self._replace(i, why)
+        return why
+
+    def _await_start(self, i: int) -> None:
+        """Until worker ``i`` runs: starting a process is no part of a scoring call's deadline."""
+        for _ in range(START_TRIES):
+            if i not in self.fresh:
+                return
+            try:
+                ray.get(self.workers[i].__ray_ready__.remote(), timeout=self.config.start_timeout_s)
+                self.fresh.discard(i)
+            except GetTimeoutError:
+                self._replace(i, why := f"did not start within {self.config.start_timeout_s:g} s")
+            except RayActorError as error:
+                self._replace(i, why := f"did not start: {' '.join(str(error).split())[:200]}")
+        if i in self.fresh:
+            raise PoolError("reward", "start", f"{START_TRIES} times, a worker {why}")
+
+    def _replace(self, i: int, why: str) -> None:
+        """No budget: a group costs at most two restarts, and its samples are counted as failed."""
+        self.note(f"reward worker {i}: {why}; restarting it")
+        self.restarts += 1
         ray.kill(self.workers[i])
         self.workers[i] = self._spawn(i)
-        return why
+        self.fresh.add(i)
 
     def _spawn(self, i: int) -> Any:
         return ray.remote(RewardWorker).options(**self.placement.options("reward", i)).remote(self.config)

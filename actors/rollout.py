@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from dvpo_service.config import Config
 from dvpo_service.types import Prompt, Sample
 
 # tmpfs: a file there is memory, and the engine maps it without a copy through a socket.
-SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,32 @@ class Sampling:
     max_new_tokens: int
 
 
+class EngineLost(RuntimeError):
+    """vLLM's own processes are dead or broken: this engine can do nothing more."""
+
+
+@contextmanager
+def _vllm_alive() -> Iterator[None]:
+    """vLLM's word for its death in ours, which can be sent between processes."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineLost(f"EngineDeadError: {error}") from None
+
+
 class RolloutEngine:
-    """One ``AsyncLLM``. Its weights are those of ``weight_version``; -1 is the model folder's own."""
+    """One ``AsyncLLM``. Its weights are those of ``weight_version``; -1 is the model folder's own.
+
+    Every method but ``start`` and ``stop`` raises EngineLost when vLLM's processes are gone.
+    """
 
     def __init__(self, config: Config, model_path: str, backend: str):
         self.config, self.model_path, self.backend = config, model_path, backend
         self.weight_version = -1
         self.engine: Any = None
+        self.updating = False  # between the start and the finish of a weight update
 
     async def start(self) -> None:
         """Load the model; returns when the engine can serve, at once if it does already."""
@@ -89,7 +108,14 @@ class RolloutEngine:
 
     async def generate(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[list[Sample]]:
         """``sampling.n`` samples for each prompt, in the prompts' order."""
-        return await asyncio.gather(*(self._one(p, sampling, s) for p, s in zip(prompts, seeds, strict=True)))
+        with _vllm_alive():
+            return await asyncio.gather(*(self._one(p, sampling, s) for p, s in zip(prompts, seeds, strict=True)))
+
+    async def heartbeat(self) -> None:
+        """Returns when the engine's own process has answered between two of its steps."""
+        with _vllm_alive():
+            await self.engine.check_health()
+            await self.engine.is_paused()
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs of every token but the first of given sequences, under the engine's weights."""
@@ -102,45 +128,61 @@ class RolloutEngine:
             output = await self._final({"prompt_token_ids": tokens}, params)
             return [p[t].logprob for t, p in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
 
-        return await asyncio.gather(*(one(tokens) for tokens in sequences))
+        with _vllm_alive():
+            return await asyncio.gather(*(one(tokens) for tokens in sequences))
 
     # vLLM's weight-transfer control plane; the trainer's EngineClient calls these.
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        with _vllm_alive():
+            await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def shutdown_weight_transfer_engine(self) -> None:
-        await self.engine.shutdown_weight_transfer_engine()
+        with _vllm_alive():
+            await self._end_torn_update()
+            await self.engine.shutdown_weight_transfer_engine()
 
     async def start_weight_update(self) -> None:
-        await self.engine.start_weight_update()
+        with _vllm_alive():
+            await self._end_torn_update()
+            self.updating = True
+            await self.engine.start_weight_update()
 
-    async def sees(self, path: str) -> bool:
-        """Whether a file of the sender's host is here too."""
-        return os.path.exists(path)
+    async def sees(self, path: str, target: str) -> bool:
+        """Whether ``path``, a link to ``target`` on the sender's host, is the same here."""
+        return os.path.islink(path) and os.readlink(path) == target
 
     async def update_weights(self, update_info: Any, content: np.ndarray | None = None) -> None:
         """``content`` [bytes]: the update's file, where this engine is on another host than the sender."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        if content is None:
-            await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
-            return
-        path = Path(SHARED_MEMORY) / f"dvpo-received-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
-        try:
-            content.tofile(path)
-            await self.engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
-        finally:
-            path.unlink(missing_ok=True)
+        with _vllm_alive():
+            if content is None:
+                await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+                return
+            with os.fdopen(os.memfd_create("dvpo-received"), "wb") as file:
+                content.tofile(file)
+                file.flush()
+                here = {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}
+                await self.engine.update_weights(WeightTransferUpdateRequest(update_info=here))
 
     async def finish_weight_update(self) -> None:
-        await self.engine.finish_weight_update()
+        with _vllm_alive():
+            await self.engine.finish_weight_update()
+            self.updating = False
+
+    async def _end_torn_update(self) -> None:
+        """The trainer died in the middle of an update; the next one replaces all of it."""
+        if self.updating:
+            await self.engine.finish_weight_update()
+            self.updating = False
 
     async def set_version(self, version: int) -> int:
         """Acknowledge weights ``version``: cached prefixes were computed with older ones."""
-        await self.engine.reset_prefix_cache()
+        with _vllm_alive():
+            await self.engine.reset_prefix_cache()
         self.weight_version = version
         return version
 

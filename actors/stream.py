@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from actors.engines import EnginePool
+from actors.kept import Draw, KeptRollouts
 from actors.reward import Work
 from actors.reward_pool import RewardPool
 from actors.rollout import Sampling
@@ -15,6 +16,7 @@ from dvpo_service.config import Config
 from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.data.cursor import CursorState, PromptCursor
 from dvpo_service.data.dataset import Dataset
+from dvpo_service.data.ledger import Ledger
 from dvpo_service.rewards.noise import sample_seed
 from dvpo_service.rewards.overlong import overlong_penalty
 from dvpo_service.types import Generated, Prompt, Rollouts, Sample, Score
@@ -84,12 +86,30 @@ def _collate(groups: list[Group]) -> Rollouts:
 class SyncStream:
     """Generates a batch when asked, with the weights of that moment."""
 
-    def __init__(self, config: Config, data: Dataset, engines: EnginePool, rewards: RewardPool):
-        self.config, self.data, self.engines, self.rewards = config, data, engines, rewards
+    def __init__(self, config: Config, data: Dataset, engines: EnginePool, rewards: RewardPool, ledger: Ledger):
+        self.config, self.data, self.engines, self.rewards, self.ledger = config, data, engines, rewards, ledger
         self.cursor = PromptCursor(len(data.prompts), config.trainer.seed)
+        self.kept = KeptRollouts(config.rollout.reuse_gib)
 
     def next(self, step: int) -> Generated:
-        """The next ``prompts_per_step`` prompts, sampled ``n`` times each and scored.
+        """The batch of ``step``: kept from before a fault if it is, or else sampled now."""
+        before = self.cursor.state_dict()
+        draw, reused = self.kept.find(step, before), 0
+        if draw:
+            self.cursor.load_state_dict(draw.after)
+            reused = len(draw.generated.rollouts)
+        else:
+            groups, generated = self._generate(step)
+            failed = sum(s.error is not None for g in groups for s in g.scores)
+            draw = Draw(generated, [g.prompt.index for g in groups], failed, before, self.cursor.state_dict())
+            self.kept.put(step, draw)
+        self.ledger.write(step, draw.prompts, draw.failed)
+        generated = draw.generated
+        spent = {name: 0.0 for name in generated.metrics if reused and name.startswith("time/")}
+        return replace(generated, metrics=generated.metrics | spent | {"rollout/reused": float(reused)})
+
+    def _generate(self, step: int) -> tuple[list[Group], Generated]:
+        """Everything drawn and the batch: the next ``prompts_per_step`` prompts, sampled ``n`` times and scored.
 
         With ``dynamic_sampling`` (DAPO, arXiv 2503.14476) groups without spread are left out and as many
         prompts drawn in their place, ``max_draws`` times in all; what is missing then is filled with
@@ -105,10 +125,10 @@ class SyncStream:
         metrics["rollout/tokens_per_s"] = metrics.pop("rollout/tokens") / seconds["generate"]
         metrics |= {f"time/{stage}": s for stage, s in seconds.items()}
         metrics |= {"data/epoch": float(self.cursor.epoch), "rollout/draws": float(draws)}
-        if rollout.dynamic_sampling:  # a stable sort: within useful and useless, in the order drawn
-            drawn = sorted(drawn, key=Group.is_flat)[:size]
-        rows = readable_rows([g.prompt for g in drawn], [g.samples for g in drawn], [g.scores for g in drawn])
-        return Generated(_collate(drawn), rows, metrics)
+        # A stable sort: within useful and useless, in the order drawn.
+        used = sorted(drawn, key=Group.is_flat)[:size] if rollout.dynamic_sampling else drawn
+        rows = readable_rows([g.prompt for g in used], [g.samples for g in used], [g.scores for g in used])
+        return drawn, Generated(_collate(used), rows, metrics)
 
     def _draw(self, count: int, step: int, seconds: dict[str, float]) -> list[Group]:
         """Sample and score the next ``count`` prompts; adds to ``seconds``."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from dataclasses import dataclass
+import time
 from typing import Any, Literal
 
 import numpy as np
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import nn
 
 from actors import cpu_weight_transfer
-from actors.rollout import SHARED_MEMORY
+from actors.rollout import EngineLost
 from dvpo_service.config import Config
 
 Backend = Literal["safetensors", "nccl", "ipc"]
@@ -24,50 +26,74 @@ def weight_backend(config: Config) -> Backend:
     return "nccl" if config.cluster.gpus_per_engine > 0 else "safetensors"
 
 
-@dataclass
 class EngineClient:
     """vLLM's weight-sync control plane over rollout actors, with a deadline on every call.
 
+    ``engines``: actors by their number in the pool. One that dies or misses the deadline goes to ``lost``
+    with the cause and is left out of the calls that follow; the others' update goes on.
     ``workers_per_engine`` is the engines' tensor-parallel size: NCCL ranks are numbered through
     all engines' workers.
     """
 
-    engines: list[Any]
-    workers_per_engine: int
-    timeout_s: float
+    def __init__(self, engines: dict[int, Any], workers_per_engine: int, timeout_s: float):
+        self.engines, self.workers_per_engine, self.timeout_s = engines, workers_per_engine, timeout_s
+        self.lost: dict[int, str] = {}
+
+    @property
+    def membership(self) -> tuple[Any, ...]:
+        """Equal for clients of the same actors."""
+        return tuple((i, actor._actor_id) for i, actor in sorted(self.engines.items()))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        infos = [dict(init_info) for _ in self.engines]
+        infos = {i: dict(init_info) for i in self.engines}
         if "rank_offset" in init_info:
-            for i, info in enumerate(infos):
-                info["rank_offset"] += i * self.workers_per_engine
-        self._wait([e.init_weight_transfer_engine.remote(i) for e, i in zip(self.engines, infos, strict=True)])
+            for position, info in enumerate(infos.values()):
+                info["rank_offset"] += position * self.workers_per_engine
+        self._all("init_weight_transfer_engine", {i: (info,) for i, info in infos.items()})
 
     def shutdown_weight_transfer_engine(self) -> None:
-        self._wait([e.shutdown_weight_transfer_engine.remote() for e in self.engines])
+        self._all("shutdown_weight_transfer_engine")
 
     def start_weight_update(self) -> None:
-        self._wait([e.start_weight_update.remote() for e in self.engines])
+        self._all("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Every engine takes the update. A file is read where it lies, and sent to engines on other hosts."""
-        near, content = [True] * len(self.engines), None
+        sent: dict[int, tuple[Any, ...]] = dict.fromkeys(self.engines, (update_info,))
         if isinstance(update_info, dict) and "path" in update_info:
-            near = self.reading(update_info["path"])
-            if not all(near):  # into Ray's object store once, for all of them
+            far = [i for i, near in self.reading(update_info["path"]).items() if not near]
+            if far:  # into Ray's object store once, for all of them
                 content = ray.put(np.fromfile(update_info["path"], dtype=np.uint8))
-        sent = [None if n else content for n in near]
-        self._wait([e.update_weights.remote(update_info, c) for e, c in zip(self.engines, sent, strict=True)])
+                sent |= dict.fromkeys(far, (update_info, content))
+        self._all("update_weights", sent)
 
-    def reading(self, path: str) -> list[bool]:
+    def reading(self, path: str) -> dict[int, bool]:
         """By engine: does it see this host's file?"""
-        return self._wait([e.sees.remote(path) for e in self.engines])
+        return self._all("sees", dict.fromkeys(self.engines, (path, os.readlink(path))))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._wait([e.finish_weight_update.remote() for e in self.engines])
+        self._all("finish_weight_update")
 
-    def _wait(self, refs: list[Any]) -> list[Any]:
-        return ray.get(refs, timeout=self.timeout_s)
+    def _all(self, method: str, arguments: dict[int, tuple[Any, ...]] | None = None) -> dict[int, Any]:
+        """Call every engine that is not lost; results by engine, without those lost now."""
+        deadline, results = time.monotonic() + self.timeout_s, {}
+        refs = {
+            i: getattr(actor, method).remote(*(arguments[i] if arguments else ()))
+            for i, actor in self.engines.items()
+            if i not in self.lost
+        }
+        for i, ref in refs.items():
+            try:
+                results[i] = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+            except GetTimeoutError:
+                self.lost[i] = f"no answer to {method} within {self.timeout_s:g} s"
+            except RayActorError as error:
+                self.lost[i] = f"its process is gone, in {method}: {type(error).__name__}"
+            except RayTaskError as error:
+                if not isinstance(error.cause, EngineLost):
+                    raise
+                self.lost[i] = f"{error.cause}, in {method}"
+        return results
 
 
 def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int) -> Any:
@@ -75,6 +101,8 @@ def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int
     from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
 
     cpu_weight_transfer.register()
+    if rank == 0:
+        client.shutdown_weight_transfer_engine()  # what they hold of a group before this one
     return WeightTransferTrainerFactory.trainer_init(
         _init_info(backend, rank, client), client=client, source=ModuleSource(module)
     )
@@ -82,7 +110,7 @@ def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int
 
 def _init_info(backend: Backend, rank: int, client: EngineClient) -> Any:
     if backend == "safetensors":
-        return cpu_weight_transfer.TrainerInit(rank=rank, folder=SHARED_MEMORY)
+        return cpu_weight_transfer.TrainerInit(rank=rank)
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from actors.evaluation import HeldOut
 from actors.placement import Placement, plan_bundles
 from actors.policy import PolicyWorker
 from actors.pool import RankPool
+from actors.recovery import Recovery
 from actors.reward_pool import RewardPool
 from actors.spread import check_shared, spread_model
 from actors.stream import SyncStream
@@ -28,6 +30,7 @@ from dvpo_service import loop, terminal
 from dvpo_service.checkpoint import Checkpoint, Checkpoints, checkpoints_of
 from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.data.dataset import Dataset
+from dvpo_service.data.ledger import Ledger
 from dvpo_service.data.splits import Data, encode, load_data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
@@ -58,6 +61,10 @@ class Pools:
     rewards: RewardPool
     backend: Backend
     keep_engines: bool = False
+
+    @property
+    def trainers(self) -> dict[str, RankPool]:
+        return {p.name: p for p in (self.policy, self.critic) if p}
 
     def shutdown(self) -> None:
         """End every process that this run started; one that fails to end does not keep the others."""
@@ -115,10 +122,11 @@ def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines
             stack.enter_context(display)
             display.status("starting engines and trainers")
             pools = start_pools(config, model_path, stack, warm, run.place)
-            roles = assemble(config, data, tokenizer, pools, tracker)
+            roles = assemble(config, data, tokenizer, pools, tracker, run_dir)
+            recovery = supervise(config, roles, pools, checkpoints, display)
             state = restore(roles, resume)
             display.status("")
-            state = loop.train(config.trainer, roles, checkpoints, state, stopping)
+            state = recovery.run(lambda s: loop.train(config.trainer, roles, checkpoints, s, stopping), state)
             display.status("exporting policy and critic")
             export_final(config, roles, run, state.step)
             summary = summarize(config, state, run, tracker, time.time() - started)
@@ -146,8 +154,8 @@ def start_pools(
     backend = weight_backend(config)
     pools = Pools(
         placement=placement,
-        policy=RankPool.spawn("policy", config.policy.world_size, placement, timeout_s=config.policy.step_timeout_s),
-        critic=RankPool.spawn("critic", config.critic.world_size, placement, timeout_s=config.critic.step_timeout_s)
+        policy=RankPool("policy", config.policy.world_size, placement, timeout_s=config.policy.step_timeout_s),
+        critic=RankPool("critic", config.critic.world_size, placement, timeout_s=config.critic.step_timeout_s)
         if config.algorithm.has_critic
         else None,
         engines=(warm.lend if warm else EnginePool.spawn)(config, model_path, backend, placement),
@@ -156,8 +164,8 @@ def start_pools(
         keep_engines=warm is not None,
     )
     stack.callback(pools.shutdown)
+    pools.engines.supervisor.start()
     starting = [
-        pools.engines.submit("start", timeout_s=config.rollout.start_timeout_s),
         pools.policy.setup(PolicyWorker, config, model_path),
     ]
     if pools.critic:
@@ -165,11 +173,12 @@ def start_pools(
     for call in starting:
         call.result()
     pools.rewards.wait_ready(config.rollout.start_timeout_s)
+    pools.engines.supervisor.wait_started()
     return pools
 
 
 def assemble(
-    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker, run_dir: Path
 ) -> loop.Roles:
     """Pools in the roles that the loop talks to."""
     estimator = CriticEstimator(config, pools.critic) if pools.critic else GroupEstimator(config.algorithm)
@@ -178,7 +187,7 @@ def assemble(
     if isinstance(estimator, CriticEstimator) and config.algorithm.adv_estimator == "dvpo":
         observer = FanObserver(list(first.prompts[: config.tracking.fan_prompts]), tokenizer, estimator, tracker)
     return loop.Roles(
-        stream=SyncStream(config, data.train, pools.engines, pools.rewards),
+        stream=SyncStream(config, data.train, pools.engines, pools.rewards, Ledger(run_dir / "ledger.jsonl")),
         policy=PolicyPool(config, pools.policy),
         estimator=estimator,
         weights=WeightSync(config, pools.policy, pools.engines, pools.backend),
@@ -186,7 +195,14 @@ def assemble(
         observer=observer,
         tracker=tracker,
         mismatch=engine_mismatch,
+        health=lambda: pools.engines.supervisor.metrics() | pools.rewards.metrics(),
     )
+
+
+def supervise(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Checkpoints, display: Display) -> Recovery:
+    """What brings the run back when trainer ranks are lost; the display is told of every restart."""
+    pools.engines.supervisor.note = pools.rewards.note = display.note
+    return Recovery.of(config, roles, pools.trainers, checkpoints, partial(restore, roles), display.note)
 
 
 def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> None:
@@ -264,7 +280,8 @@ def evaluate(
         stack.callback(engines.shutdown)
         rewards = RewardPool(config.reward, placement)
         stack.callback(rewards.shutdown)
-        engines.call("start", timeout_s=config.rollout.start_timeout_s)
+        engines.supervisor.start()
+        engines.supervisor.wait_started()
         return HeldOut(config, splits, engines, rewards).measure(n, on_progress)
 
 

@@ -34,7 +34,8 @@ class TrainState:
 
 @dataclass
 class Roles:
-    """Everything that the loop talks to. ``mismatch`` measures engine against trainer log-probs."""
+    """Everything that the loop talks to. ``mismatch`` measures engine against trainer log-probs,
+    ``health`` counts the restarts of every pool."""
 
     stream: RolloutStream
     policy: Policy
@@ -44,6 +45,7 @@ class Roles:
     observer: Observer
     tracker: Tracker
     mismatch: Callable[[Rollouts], Metrics]
+    health: Callable[[], Metrics]
 
 
 class TrainingStopped(RuntimeError):
@@ -79,7 +81,7 @@ def train(
             r.weights.push(version=step + 1)
 
         state.step = step + 1
-        metrics = batch.metrics | value_metrics | r.mismatch(rollouts)
+        metrics = batch.metrics | value_metrics | r.mismatch(rollouts) | r.health()
         for update in updates:
             metrics |= update
         stop_if_diverging(metrics, state, config, rollouts, advantages, checkpoints.run_dir)

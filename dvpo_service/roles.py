@@ -58,6 +58,9 @@ class Tracker(Protocol):
     def run_id(self) -> str | None: ...
 
     def log(self, step: int, metrics: Metrics) -> None: ...
+    def rewind(self, step: int) -> None:
+        """What was logged of ``step`` and later will be logged again."""
+
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None: ...
 
 

@@ -126,5 +126,8 @@ class FakeTracker:
         assert step not in self.rows, f"step {step} was logged twice"
         self.rows[step] = dict(metrics)
 
+    def rewind(self, step: int) -> None:
+        self.rows = {s: row for s, row in self.rows.items() if s < step}
+
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         self.samples.append(step)

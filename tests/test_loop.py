@@ -24,6 +24,7 @@ def make_roles(log: Log, *, skipped: float = 0.0) -> Roles:
         observer=evaluator,
         tracker=FakeTracker(),
         mismatch=lambda rollouts: {"policy/rollout_kl": 0.0},
+        health=lambda: {"pool/restarts/policy": 0.0},
     )
 
 

@@ -106,7 +106,9 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    """``dynamic_sampling``: groups whose rewards are all equal teach nothing; draw more prompts in their
+    """``heartbeat_s``: how often an engine is asked; one silent for ``heartbeat_timeout_s`` is replaced.
+    ``reuse_gib``: memory for scored rollouts, which steps done again after a fault take from there.
+    ``dynamic_sampling``: groups whose rewards are all equal teach nothing; draw more prompts in their
     place, up to ``max_draws`` batches. ``importance_correction`` weighs tokens by trainer / engine
     probability: ``truncated`` at ``importance_cap``, or ``masked`` (0) above it and below
     ``importance_floor``."""
@@ -133,6 +135,9 @@ class RolloutConfig(Section):
     start_timeout_s: PositiveFloat = 600.0
     generate_timeout_s: PositiveFloat = 600.0
     sync_timeout_s: PositiveFloat = 300.0
+    heartbeat_s: PositiveFloat = 1.0
+    heartbeat_timeout_s: PositiveFloat = 60.0
+    reuse_gib: NonNegativeFloat = 0.5
 
 
 class NoiseConfig(Section):
@@ -146,11 +151,14 @@ class NoiseConfig(Section):
 
 class RewardConfig(Section):
     """``function``: exact_match, gsm8k, math_verify or ``module:function``. ``overlong_buffer``: over the
-    last that many tokens before the length limit the reward falls by up to ``overlong_penalty``; 0 is off."""
+    last that many tokens before the length limit the reward falls by up to ``overlong_penalty``; 0 is off.
+    A call that takes more than ``max_memory_gib`` beyond what its worker holds is a failed sample; null: no bound."""
 
     function: str = "exact_match"
     num_workers: Positive = 1
     timeout_s: PositiveFloat = 30.0
+    start_timeout_s: PositiveFloat = 120.0
+    max_memory_gib: PositiveFloat | None = 4.0
     overlong_buffer: NonNegative = 0
     overlong_penalty: PositiveFloat = 1.0
     noise: NoiseConfig = NoiseConfig()
@@ -182,7 +190,9 @@ class TrackingConfig(Section):
 
 
 class ClusterConfig(Section):
-    """``address`` of a running Ray cluster, or null to start one here. Resources are per actor."""
+    """``address`` of a running Ray cluster, or null to start one here. Resources are per actor.
+    A pool may restart actors ``max_restarts`` times within ``restart_window_s``; the k-th death in a row
+    of one waits ``restart_backoff_s`` x 2^(k-1), at most ``restart_backoff_max_s``."""
 
     address: str | None = None
     num_cpus: Positive | None = None
@@ -192,6 +202,10 @@ class ClusterConfig(Section):
     gpus_per_trainer: NonNegativeFloat = 0.0
     gpus_per_engine: NonNegativeFloat = 0.0
     placement_timeout_s: PositiveFloat = 60.0
+    max_restarts: NonNegative = 10
+    restart_window_s: PositiveFloat = 3600.0
+    restart_backoff_s: NonNegativeFloat = 1.0
+    restart_backoff_max_s: PositiveFloat = 60.0
 
 
 class Config(Section):

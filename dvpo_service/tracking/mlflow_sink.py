@@ -102,6 +102,12 @@ class MlflowSink:
         if rows:
             self.outbox.put(f"samples of step {step}", lambda: self._client.log_table(self.run_id, table, SAMPLES))
 
+    def rewind(self, step: int) -> None:
+        """Steps from ``step`` on come again: metrics are not sent twice, sample rows are."""
+        self.outbox.put(
+            f"samples before step {step}", lambda: _drop_samples_from(self._client, self.run_id, step), keep=True
+        )
+
     def finish(
         self,
         status: RunStatus,

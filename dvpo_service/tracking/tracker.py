@@ -74,6 +74,12 @@ class Tracker:
             self.advice.append(line)
             self._warn(line)
 
+    def rewind(self, step: int) -> None:
+        """Steps from ``step`` on will be done and logged again. MLflow keeps the points it has of them."""
+        self._file.rewind(step)
+        if self._sink:
+            self._sink.rewind(step)
+
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Sample rollouts, one row each, for MLflow's table view."""
         if self._sink:

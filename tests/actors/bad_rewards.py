@@ -9,6 +9,8 @@ def troublesome(response: str, answer: str) -> float:
         time.sleep(3600)
     if response == "die":
         os._exit(1)
+    if response == "eat":
+        return float(len(bytearray(8 * 2**30)))
     if response == "raise":
         return 1 / 0
     return float(response == answer)

@@ -22,7 +22,12 @@ pytestmark = pytest.mark.e2e
 def pool(tiny_model: Path) -> Iterator[RewardPool]:
     config: Config = make_config(
         tiny_model,
-        reward={"function": "tests.actors.bad_rewards:troublesome", "num_workers": 2, "timeout_s": 8},
+        reward={
+            "function": "tests.actors.bad_rewards:troublesome",
+            "num_workers": 2,
+            "timeout_s": 8,
+            "max_memory_gib": 1,
+        },
     )
     with connected(config):
         yield RewardPool(config.reward, Placement(plan_bundles(config), timeout_s=60))
@@ -55,3 +60,11 @@ def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: Rew
 
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:
     assert [s.reward for s in pool.score([(["ok"], "ok", [1])], noisy=False)[0]] == [1.0]
+
+
+def test_a_function_that_eats_memory_costs_its_sample_only(pool: RewardPool) -> None:
+    before = pool.restarts
+    [[eaten, good]] = pool.score([(["eat", "ok"], "ok", [1, 2])], noisy=False)
+    assert "MemoryError" in (eaten.error or "")
+    assert good.reward == 1.0
+    assert pool.restarts == before, "the worker lives on"

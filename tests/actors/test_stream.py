@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from actors import kept
 from actors.stream import SyncStream
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.types import Prompt, Sample, Score
@@ -27,6 +28,14 @@ class FakeEngines:
 
 
 @dataclass
+class FakeLedger:
+    used: list[tuple[int, list[int], int]] = field(default_factory=list)
+
+    def write(self, step: int, prompts: list[int], failed: int) -> None:
+        self.used.append((step, prompts, failed))
+
+
+@dataclass
 class FakeRewards:
     """Prompts with an even index get equal rewards."""
 
@@ -43,7 +52,9 @@ def make_stream(tiny_model: Path, prompts: int = 16, rewards: FakeRewards | None
     sections["rollout"] = {"prompts_per_step": 4, "n": 4, "max_new_tokens": 8} | sections.get("rollout", {})
     rows = tuple(Prompt(i, ({"role": "user", "content": "?"},), str(i), "test", (7, 8)) for i in range(prompts))
     config = make_config(tiny_model, **sections)
-    return SyncStream(config, Dataset("test", rows, ("",) * prompts), FakeEngines(), rewards or FakeRewards())  # type: ignore[arg-type]
+    return SyncStream(
+        config, Dataset("test", rows, ("",) * prompts), FakeEngines(), rewards or FakeRewards(), FakeLedger()
+    )  # type: ignore[arg-type]
 
 
 def test_without_dynamic_sampling_a_batch_is_one_draw(tiny_model: Path) -> None:
@@ -95,3 +106,41 @@ def test_long_answers_lose_reward_but_not_clean_reward(tiny_model: Path) -> None
     rollouts = stream.next(0).rollouts
     assert rollouts.scores[:4].tolist() == [1.0, 1.0, 0.75, 0.5], "lengths 1 to 4 of at most 4"
     assert rollouts.clean_scores[:4].tolist() == [1.0] * 4
+
+
+def test_a_step_done_again_takes_its_scored_rollouts_from_memory(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model, rollout={"dynamic_sampling": True})
+    cursors, batches = [], []
+    for step in range(4):
+        cursors.append(stream.state_dict())
+        batches.append(stream.next(step))
+    end, calls = stream.state_dict(), len(stream.engines.asked)  # type: ignore[attr-defined]
+    stream.load_state_dict(cursors[2])
+    again = [stream.next(step) for step in (2, 3)]
+    assert len(stream.engines.asked) == calls, "nothing was sampled again"  # type: ignore[attr-defined]
+    assert [b.rollouts is a.rollouts for b, a in zip(again, batches[2:], strict=True)] == [True, True]
+    assert [b.metrics["rollout/reused"] for b in batches + again] == [0] * 4 + [16, 16]
+    assert again[0].metrics["time/generate"] == 0
+    assert stream.state_dict() == end
+    used = stream.ledger.used  # type: ignore[attr-defined]
+    assert used[2:4] == used[4:], "the ledger has what the steps really use"
+
+
+def test_rollouts_of_other_prompts_are_not_reused(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model)
+    start = stream.state_dict()
+    for step in range(3):
+        stream.next(step)
+    stream.load_state_dict(start)
+    assert stream.next(1).metrics["rollout/reused"] == 0, "step 1, but the prompts of step 0 are due"
+
+
+def test_the_memory_for_reuse_is_bounded(tiny_model: Path) -> None:
+    one = kept.size(make_stream(tiny_model).next(0).rollouts)
+    stream = make_stream(tiny_model, rollout={"reuse_gib": 2.5 * one / 2**30})
+    for step in range(4):
+        stream.next(step)
+    assert list(stream.kept.draws) == [2, 3]
+    none = make_stream(tiny_model, rollout={"reuse_gib": 0})
+    none.next(0)
+    assert not none.kept.draws

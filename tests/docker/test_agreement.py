@@ -48,14 +48,7 @@ def parsed(words: list[str]) -> None:
     command.make_context(prefix[-1], list(words[len(prefix) :]))
 
 
-def line(words: list[str]) -> object:
-    # `dvpo serve` is on its way: strict, so that the mark goes when it comes.
-    coming = "serve" not in DVPO.commands and words[:2] == ["dvpo", "serve"]
-    marks = [pytest.mark.xfail(reason="dvpo serve is not there yet", raises=KeyError, strict=True)] if coming else []
-    return pytest.param(words, id=" ".join(words)[:60], marks=marks)
-
-
-@pytest.mark.parametrize("words", [line(words) for words in programs()])
+@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)[:60]) for words in programs()])
 def test_command_line_parses(words: list[str]) -> None:
     parsed(words)
 

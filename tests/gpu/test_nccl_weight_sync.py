@@ -25,15 +25,12 @@ def test_engine_equals_trainer_over_nccl(tiny_model: Path, tmp_path: Path) -> No
     with connected(config), ExitStack() as stack:
         bundles = [b for b in plan_bundles(config) if b.pool in ("policy", "rollout")]
         placement = Placement(bundles, timeout_s=60)
-        policy = RankPool.spawn("policy", 1, placement, timeout_s=300)
+        policy = RankPool("policy", 1, placement, timeout_s=300)
         engines = EnginePool.spawn(config, str(tiny_model), "nccl", placement)
         stack.callback(engines.shutdown)
-        ready = [
-            engines.submit("start", timeout_s=600),
-            policy.setup(ScrambledPolicy, config, str(tiny_model)),
-        ]
-        for call in ready:
-            call.result()
+        engines.supervisor.start()
+        policy.setup(ScrambledPolicy, config, str(tiny_model)).result()
+        engines.supervisor.wait_started()
         weights = WeightSync(config, policy, engines, "nccl")
         policy.call("scramble", 0.3)
         weights.push(1)
