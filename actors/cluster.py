@@ -46,12 +46,8 @@ def connected(config: Config) -> Iterator[None]:
         else {
             "num_cpus": config.cluster.num_cpus or local_cpus(plan_bundles(config)),
             "include_dashboard": False,
-            "_system_config": {
-                # A worker's own children end with it, also those of a reward function and of a SIGKILLed worker.
-                "process_group_cleanup_enabled": True,
-                # Here it is gone only when the driver is; Ray's agents would look for it for a minute.
-                "gcs_rpc_server_reconnect_timeout_s": 10,
-            },
+            # A worker's own children end with it, also those of a reward function and of a SIGKILLed worker.
+            "_system_config": {"process_group_cleanup_enabled": True},
         }
     )
     try:
