@@ -78,7 +78,7 @@ def connected(config: Config) -> Iterator[None]:
 def on_cluster(config: Config) -> AbstractContextManager[None]:
     """Connected from here on to a cluster that runs already; nothing where one is yet to be started.
 
-    One connection for the whole of a job: when its first one ends, Ray removes the job's working directory.
+    The check of the plan and the training then share a connection, as far as Ray is concerned one job.
     """
     return connected(config) if _address(config) else nullcontext()
 

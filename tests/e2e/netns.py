@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 SUBNET = "10.213.77"
 
 
@@ -46,7 +48,8 @@ class Host:
     """A namespace with one interface, ``eth0``, on the bridge.
 
     ``holder`` keeps a process there, so that the mounts of its own (/dev/shm, and a /tmp of ``folder``) last:
-    what runs on another host cannot read this one's files, as between real machines.
+    what runs on another host sees neither this one's files nor its processes, as between real machines. They
+    all end with it.
     """
 
     name: str
@@ -57,7 +60,8 @@ class Host:
     @property
     def inside(self) -> list[str]:
         """Put before a command, it runs on this host."""
-        return ["nsenter", f"--target={self.holder.pid}", "--mount", "--net", "--"]
+        [first] = psutil.Process(self.holder.pid).children()
+        return ["nsenter", f"--target={first.pid}", "--mount", "--net", "--pid", "--"]
 
     @property
     def cable(self) -> str:
@@ -137,7 +141,9 @@ def _hold(name: str, folder: Path, shared: Sequence[Path]) -> subprocess.Popen[b
         "echo ready",
         "exec sleep infinity",
     ]
-    command = ["ip", "netns", "exec", name, "bash", "-euc", "\n".join(script)]
+    # Processes of its own too: Ray's driver looks for a raylet among those that it sees.
+    alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    command = ["ip", "netns", "exec", name, *alone, "bash", "-euc", "\n".join(script)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert holder.stdout is not None
     said = holder.stdout.readline()

@@ -92,7 +92,7 @@ class RayCluster:
     def start_head(self, cpus: float, inside: Sequence[str] = ()) -> RayNode:
         head = [
             "--head",
-            *(f"--port={self.port}", f"--temp-dir={self.folder}", "--dashboard-host=0.0.0.0"),
+            *(f"--port={self.port}", "--dashboard-host=0.0.0.0"),
             *(f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={free_port()}"),
         ]
         return self._start(head, cpus, self.ip, inside)
@@ -109,6 +109,8 @@ class RayCluster:
                     *(*inside, str(BIN / "ray"), "start", "--block", "--disable-usage-stats"),
                     *(*arguments, f"--node-ip-address={ip}", f"--num-cpus={cpus:g}", "--object-store-memory=200000000"),
                     *(f"--{name}={free_port()}" for name in (*ports, "runtime-env-agent-port")),
+                    # Each its own: a raylet that is done with a job's working directory removes it.
+                    f"--temp-dir={self.folder}/{len(self.nodes)}",
                     # Several raylets of one machine would hand out the same ports from a range.
                     *("--min-worker-port=0", "--max-worker-port=0"),
                 ],
