@@ -60,8 +60,8 @@ class Recovery:
 
             return found.record["state"]["step"] if found else None, again
 
-        run_dir = checkpoints.run_dir
-        command = f"dvpo train --config {run_dir / 'config.yaml'} --run-dir {run_dir}"
+        place = checkpoints.folder.parent
+        command = f"dvpo train --config {checkpoints.run_dir / 'config.yaml'} --run-dir {place}"
         recovery, others = cls(groups, back, restart_budget(config.cluster), note, command), roles.health
         roles.health = lambda: others() | recovery.metrics()
         return recovery

@@ -35,7 +35,8 @@ class RewardPool:
     def wait_ready(self, timeout_s: float) -> None:
         """Raise PoolError when a worker cannot load the reward function on its node."""
         try:
-            ray.get([w.ready.remote() for w in self.workers], timeout=timeout_s)
+            wait_for([w.ready.remote() for w in self.workers], timeout_s)
+            self.fresh.clear()
         except GetTimeoutError as error:
             raise PoolError("reward", "start", f"no answer within {timeout_s:g} s") from error
         except RayActorError as error:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,13 @@ class Checkpoints:
         """Every checkpoint that is all there, oldest first."""
         return sorted((p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}")), key=str)
 
+    def set_aside(self) -> None:
+        """Start over: what an earlier run left here gets another name, so that it is neither read nor pruned."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for old in (self.run_dir / "checkpoints", self.run_dir / "policy"):
+            if old.exists():
+                os.replace(old, old.with_name(f"{old.name}-before-{stamp}"))
+
     def _remove(self, folder: Any) -> None:
         shutil.rmtree(folder)
 
@@ -119,6 +127,13 @@ class SharedCheckpoints(Checkpoints):
         for old in self.whole()[: -self.keep]:
             self._remove(old)
         return final
+
+    def set_aside(self) -> None:
+        """An object store cannot rename. Raises CheckpointError when there is something to set aside."""
+        if self.whole():
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints of an earlier run; with trainer.resume=never choose another --run-dir"
+            )
 
     def whole(self) -> list[Place]:
         files: Any = self.folder

@@ -223,6 +223,7 @@ def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> N
 
 def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
     if config.trainer.resume == "never":
+        checkpoints.set_aside()
         return None
     found = checkpoints.latest()
     if found and found.record["state"]["step"] > config.trainer.num_steps:

@@ -71,3 +71,18 @@ def test_a_run_does_not_continue_with_another_critic(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"algorithm\.adv_estimator=dvpo, the config now has grpo; give the old"):
         resume_point(load_config("demo", ["algorithm.adv_estimator=grpo"]), checkpoints)
     assert resume_point(load_config("demo-grpo", ["trainer.resume=never"]), checkpoints) is None
+
+
+def test_starting_over_keeps_the_old_run_and_reads_none_of_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(90, {}, {"state": {"step": 90}})
+    (tmp_path / "policy").mkdir()
+    checkpoints.set_aside()
+    assert checkpoints.latest() is None
+    assert not (tmp_path / "policy").exists()
+    checkpoints.save(2, {}, {"state": {"step": 2}})
+    found = checkpoints.latest()
+    assert found
+    assert found.record["state"]["step"] == 2, "nor is it pruned for the old run's sake"
+    [old] = tmp_path.glob("checkpoints-before-*")
+    assert (old / "step-000090" / "state.json").is_file()

@@ -50,14 +50,6 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
     assert scores[1][0].reward != scores[1][0].reward, "a failed sample has no reward, not 0"
 
 
-def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: RewardPool) -> None:
-    pool.wait_ready(60)
-    missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), pool.placement)
-    with pytest.raises(PoolError, match=r"'not_here' cannot be imported.*--working-dir"):
-        missing.wait_ready(60)
-    missing.shutdown()
-
-
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:
     assert [s.reward for s in pool.score([(["ok"], "ok", [1])], noisy=False)[0]] == [1.0]
 
@@ -68,3 +60,13 @@ def test_a_function_that_eats_memory_costs_its_sample_only(pool: RewardPool) -> 
     assert "MemoryError" in (eaten.error or "")
     assert good.reward == 1.0
     assert pool.restarts == before, "the worker lives on"
+
+
+def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: RewardPool) -> None:
+    """Last in this file: the pool gives its place up."""
+    pool.wait_ready(60)
+    pool.shutdown()
+    missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), pool.placement)
+    with pytest.raises(PoolError, match=r"'not_here' cannot be imported.*--working-dir"):
+        missing.wait_ready(60)
+    missing.shutdown()
