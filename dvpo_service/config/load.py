@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -57,8 +58,10 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    beside = path.parent / str(parent)
-    parent_path = beside if beside.is_file() else _find(str(parent))
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends names a shipped config or a file, this is {type(parent).__name__}")
+    beside = path.parent / parent
+    parent_path = beside if os.path.isfile(beside) else _find(parent)
     if parent_path.resolve() in (*below, path.resolve()):
         raise ConfigError(f"{path}: extends {parent!r}, which extends it again; break the circle")
     return _merge(_read(parent_path, (*below, path.resolve())), tree)
@@ -78,7 +81,7 @@ def _find(name_or_path: str) -> Path:
     if name_or_path in shipped:
         return shipped[name_or_path]
     path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):  # False too for what no file can be called
         return path
     close = difflib.get_close_matches(name_or_path, shipped, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
