@@ -222,6 +222,7 @@ def main() -> None:
     from dvpo_service.failure import describe
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # that Triton does nothing for a CPU is no news
     for signum in SIGNALS:  # SIGTERM ends like Ctrl-C: pools shut down, nothing left
         signal.signal(signum, raise_stopped)
     sys.path.insert(0, os.getcwd())  # so that module:function rewards beside the user are found

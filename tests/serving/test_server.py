@@ -183,7 +183,10 @@ def test_newer_weights_are_served_without_a_failed_request(server: ServerProcess
     assert {r["version"] for r in rows} == {"step-000010", "step-000020"}
     assert server.wait_ready()["versions"] == {"policy": "step-000020", "values": "step-000020"}
     assert values(server, prompt="12+7=", response="19")["states"][0]["mean"] != before
-    assert "updated: step-000010 -> step-000020" in server.output()
+    until = time.monotonic() + 120  # it says so when every replica has them, those that were killed above too
+    while "updated: step-000010 -> step-000020" not in server.output():
+        assert time.monotonic() < until, server.output()[-2000:]
+        time.sleep(0.5)
 
 
 def test_the_new_weights_are_the_new_folders(server: ServerProcess, client: OpenAI, run_dir: Path) -> None:
