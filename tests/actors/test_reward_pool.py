@@ -23,6 +23,7 @@ def pool(tiny_model: Path) -> Iterator[RewardPool]:
     config: Config = make_config(
         tiny_model,
         reward={"function": "tests.actors.bad_rewards:troublesome", "num_workers": 2, "timeout_s": 8},
+        cluster={"num_cpus": 8},  # room for a second pool
     )
     with connected(config):
         yield RewardPool(config.reward, Placement(plan_bundles(config), timeout_s=60))
@@ -47,10 +48,12 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
 
 def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: RewardPool) -> None:
     pool.wait_ready(60)
-    missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), pool.placement)
+    beside = Placement(pool.placement.bundles, timeout_s=60)
+    missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), beside)
     with pytest.raises(PoolError, match=r"'not_here' cannot be imported.*--working-dir"):
         missing.wait_ready(60)
     missing.shutdown()
+    beside.release()
 
 
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:
