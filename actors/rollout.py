@@ -14,6 +14,7 @@ import numpy as np
 import ray
 
 from dvpo_service.config import Config
+from dvpo_service.models.engine import engine_settings, prepare_environment
 from dvpo_service.types import Prompt, Sample
 
 # tmpfs: a file there is memory, and the engine maps it without a copy through a socket.
@@ -61,44 +62,18 @@ class RolloutEngine:
         """Load the model; returns when the engine can serve, at once if it does already."""
         if self.engine is not None:
             return
-        # Read by vLLM when it is imported. The actor owns its thread count; vLLM must not pin cores.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        prepare_environment()
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())  # else the default route's
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        rollout, gib = self.config.rollout, 2**30
-        memory: dict[str, Any]
-        if self.backend == "safetensors":
-            memory = {
-                "kv_cache_memory_bytes": int(rollout.kv_cache_gib * gib),
-                # A seeded request whose prompt is cut in two kills vLLM 0.32 on CPU ("CPU Generator
-                # does not use offset"), so prompts are taken whole.
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, self.config.max_model_len),
-            }
-        else:
-            memory = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        config = self.config
         args = AsyncEngineArgs(
-            model=self.model_path,
-            dtype=self.config.model.dtype,
-            trust_remote_code=self.config.model.trust_remote_code,
-            tensor_parallel_size=rollout.tensor_parallel_size,
-            # Its own processes, in this actor's bundle: vLLM must not ask Ray for a placement of its own.
-            distributed_executor_backend="mp" if rollout.tensor_parallel_size > 1 else None,
-            max_model_len=self.config.max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            enforce_eager=rollout.enforce_eager,
-            enable_prefix_caching=True,
+            **engine_settings(config, self.model_path, config.max_model_len, on_cpu=self.backend == "safetensors"),
             # Log-probs of the distribution sampled from (after temperature), as the trainer computes them.
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=self.backend),
-            seed=self.config.trainer.seed,
-            disable_log_stats=True,
-            **memory,
         )
         try:
             self.engine = AsyncLLM.from_engine_args(args)

@@ -27,12 +27,11 @@ from actors.trainers import CriticEstimator, PolicyPool, engine_mismatch
 from actors.weight_sync import WeightSync
 from actors.weight_transfer import Backend, weight_backend
 from dvpo_service import loop, terminal
-from dvpo_service.checkpoint import Checkpoint, Checkpoints, checkpoints_of
-from dvpo_service.config import Config, load_config, to_yaml
+from dvpo_service.checkpoint import Checkpoints, checkpoints_of
+from dvpo_service.config import Config, to_yaml
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.ledger import Ledger
 from dvpo_service.data.splits import Data, encode, load_data
-from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import GroupEstimator
 from dvpo_service.eval_stats import PromptScores
 from dvpo_service.export import CRITIC, EXPORT_FILE, POLICY, describe, writing
@@ -40,6 +39,7 @@ from dvpo_service.lock import locked
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.observe import FanObserver, NoPictures
+from dvpo_service.resume import open_tracker, restore, resume_point
 from dvpo_service.rewards.scoring import resolve
 from dvpo_service.roles import Display, Observer
 from dvpo_service.rundir import RunDir
@@ -219,52 +219,6 @@ def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> N
     roles.estimator.export(target / CRITIC)
     with written_locally(str(target)) as local:
         describe(Path(local), run.local, config, step, roles.tracker.run_id, critic=config.algorithm.has_critic)
-
-
-def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
-    if config.trainer.resume == "never":
-        checkpoints.set_aside()
-        return None
-    found = checkpoints.latest()
-    if found and found.record["state"]["step"] > config.trainer.num_steps:
-        raise CheckpointError(
-            f"{found.folder} is at step {found.record['state']['step']}, beyond trainer.num_steps = "
-            f"{config.trainer.num_steps}; raise num_steps, choose another --run-dir, or give trainer.resume=never"
-        )
-    if found:
-        _check_same_critic(config, checkpoints.run_dir)
-    return found
-
-
-def _check_same_critic(config: Config, run_dir: Path) -> None:
-    """Raise CheckpointError when the run in ``run_dir`` trains another kind of critic."""
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        return
-    before, now = load_config(str(file)).algorithm, config.algorithm
-    for key in ("adv_estimator", "n_heads", "n_quantiles", "critic_hidden_dim"):
-        if getattr(before, key) != getattr(now, key):
-            raise CheckpointError(
-                f"the checkpoints in {run_dir} are of algorithm.{key}={getattr(before, key)}, the config now has "
-                f"{getattr(now, key)}; give the old value, choose another --run-dir, or give trainer.resume=never"
-            )
-
-
-def restore(roles: loop.Roles, resume: Checkpoint | None) -> loop.TrainState:
-    if resume is None:
-        return loop.TrainState()
-    roles.policy.load(resume.folder / "policy")
-    roles.estimator.load(resume.folder / "estimator")
-    roles.stream.load_state_dict(resume.record["stream"])
-    return loop.TrainState(**resume.record["state"])
-
-
-def open_tracker(config: Config, run_dir: Path, resume: Checkpoint | None, display: Display) -> Tracker:
-    if resume is None:
-        return Tracker(run_dir, config, display=display)
-    step = resume.record["state"]["step"]
-    run_id = resume.record["mlflow_run_id"]
-    return Tracker(run_dir, config, run_id=run_id, resume_step=step + 1, display=display)
 
 
 def evaluate(

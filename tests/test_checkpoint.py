@@ -10,7 +10,7 @@ import pytest
 from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import load_config, to_yaml
 from dvpo_service.errors import CheckpointError
-from dvpo_service.launch import resume_point
+from dvpo_service.resume import resume_point
 
 
 def write(text: str):

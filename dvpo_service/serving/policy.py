@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dvpo_service.config import Config
+from dvpo_service.models.engine import engine_settings, prepare_environment
 
 Kind = Literal["chat", "completion"]
 
@@ -140,10 +141,7 @@ class PolicyServer:
             self._open.set()
 
     async def _start(self, policy: str) -> None:
-        # Read by vLLM when it is imported; the replica owns its thread count.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        prepare_environment()
         from starlette.datastructures import State
         from vllm import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -151,7 +149,11 @@ class PolicyServer:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        options = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_options(self.config, policy))
+        limit = self.config.serve.max_model_len or context_length(policy)
+        on_cpu = self.config.cluster.gpus_per_engine == 0
+        # What vLLM's own server takes from its command line, with its defaults.
+        options = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        vars(options).update(engine_settings(self.config, policy, limit, on_cpu=on_cpu))
         options.served_model_name = [self.model_name]
         try:
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(options))
@@ -160,35 +162,6 @@ class PolicyServer:
         state = State()
         await init_app_state(self.engine, state, options, await self.engine.get_supported_tasks())
         self.handlers = {"chat": state.openai_serving_chat, "completion": state.openai_serving_completion}
-
-
-def engine_options(config: Config, policy: str) -> list[str]:
-    """vLLM's command-line options for a served policy folder."""
-    rollout, model = config.rollout, config.model
-    limit = config.serve.max_model_len or context_length(policy)
-    options = {
-        "model": policy,
-        "dtype": model.dtype,
-        "max-model-len": limit,
-        "max-num-seqs": rollout.max_num_seqs,
-        "tensor-parallel-size": rollout.tensor_parallel_size,
-        "seed": config.trainer.seed,
-    }
-    flags = ["disable-log-stats", "enable-prefix-caching"]
-    if config.cluster.gpus_per_engine == 0:
-        options |= {
-            "kv-cache-memory-bytes": int(rollout.kv_cache_gib * 2**30),
-            "max-num-batched-tokens": max(4096, limit),
-        }
-        # A seeded request whose prompt is cut in two kills vLLM 0.32 on CPU, so prompts are taken whole.
-        flags.append("no-enable-chunked-prefill")
-    else:
-        options["gpu-memory-utilization"] = rollout.gpu_memory_utilization
-    if rollout.tensor_parallel_size > 1:
-        options["distributed-executor-backend"] = "mp"  # in this replica's bundle, not one of vLLM's own
-    flags += ["enforce-eager"] if rollout.enforce_eager else []
-    flags += ["trust-remote-code"] if model.trust_remote_code else []
-    return [f"--{k}={v}" for k, v in options.items()] + [f"--{flag}" for flag in flags]
 
 
 def context_length(policy: str) -> int:

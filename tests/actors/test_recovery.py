@@ -15,7 +15,7 @@ from dvpo_service import loop
 from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import TrainerConfig
 from dvpo_service.failure import describe
-from dvpo_service.launch import restore
+from dvpo_service.resume import restore
 from tests.builders import make_config
 from tests.fakes import DoneJob, Log
 from tests.test_loop import make_roles
