@@ -59,15 +59,11 @@ def connected(config: Config) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 **local,
             )
-    except (ConnectionError, OSError, ValueError) as error:
+    except (ConnectionError, OSError, ValueError, AuthenticationError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}. "
-            "Start a cluster with `ray start --head`, or leave cluster.address out to start one here"
-        ) from error
-    except AuthenticationError as error:
-        raise ClusterError(
-            f"Ray at {address} asks for its token: give RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token "
-            "as on its head node"
+            "Start a cluster with `ray start --head`, or leave cluster.address out to start one here; where the "
+            "cluster has a token, give RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
         ) from error
     try:
         yield
