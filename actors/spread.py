@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import shutil
 import tarfile
 import tempfile
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from dvpo_service.errors import ClusterError
+
+log = logging.getLogger(__name__)
 
 LARGEST = 4 * 2**30  # bytes that travel through Ray's object store; more should lie on shared storage
 SPREAD_S = 600.0
@@ -51,6 +55,16 @@ def spread_model(path: str, nodes: Iterable[str]) -> None:
     for node, why in zip(lacking, failed, strict=True):
         if why:
             raise ClusterError(f"node {address(node)} cannot take a copy of the model {path}: {why}")
+
+
+def spread_to_spares(path: str, used: Iterable[str]) -> None:
+    """The same for the cluster's other nodes, to which actors move when theirs is lost. What fails is logged alone."""
+    taken = set(used)
+    spares = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in taken]
+    try:
+        spread_model(path, spares)
+    except (ClusterError, RayError) as error:
+        log.warning("a spare node will not be of use: %s", " ".join(str(error).split())[:300])
 
 
 def check_shared(place: Path | UPath, nodes: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from actors.policy import PolicyWorker
 from actors.pool import RankPool
 from actors.recovery import Recovery
 from actors.reward_pool import RewardPool
-from actors.spread import check_shared, spread_model
+from actors.spread import check_shared, spread_model, spread_to_spares
 from actors.stream import SyncStream
 from actors.trainers import CriticEstimator, PolicyPool, engine_mismatch
 from actors.weight_sync import WeightSync
@@ -151,6 +151,7 @@ def start_pools(
     if run_dir is not None:
         check_shared(run_dir, placement.nodes())
     spread_model(model_path, placement.nodes())
+    spread_to_spares(model_path, placement.nodes())
     backend = weight_backend(config)
     pools = Pools(
         placement=placement,

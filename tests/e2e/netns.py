@@ -21,7 +21,7 @@ from typing import Self
 
 import psutil
 
-SUBNET = "10.213.77"
+SUBNET = f"10.213.{os.getpid() % 250 + 1}"  # another one for each test run on a machine
 
 
 def why_not() -> str | None:

@@ -1,7 +1,8 @@
-"""A cluster that crosses a network: four hosts, each with its own address and files, none of them shared."""
+"""A cluster that crosses a network: five hosts, one of them spare, each with its own address and files."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import subprocess
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ RUN = f"s3://{BUCKET}/runs/tiny"
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
     with Network() as network:
-        for name in "abcd":
+        for name in "abcde":
             network.host(name)
         yield network
 
@@ -130,7 +131,7 @@ def test_training_across_hosts_and_on_from_another_one(
 
 
 def test_a_cut_host_cannot_be_reached_until_it_is_joined(network: Network) -> None:
-    """The harness's own promise. Training through a cut is the recovery's to prove: it uses ``cut`` and ``join``."""
+    """The harness's own promise."""
     a, b = network.hosts[:2]
     port = free_port()
     listening = subprocess.Popen([*b.inside, str(BIN / "python"), "-m", "http.server", str(port), "--bind", b.address])
@@ -169,3 +170,29 @@ def test_hosts_have_files_of_their_own(network: Network) -> None:
         a.run("touch", f"{where}/only-a")
         assert subprocess.run([*b.inside, "test", "-e", f"{where}/only-a"]).returncode == 1
         assert not Path(where, "only-a").exists()
+
+
+def test_training_goes_on_when_a_host_is_cut_off(cluster: RayCluster, network: Network, config: str) -> None:
+    """Last in this file: the host that was cut off does not come back as a node."""
+    first, run = network.hosts[0], UPath(f"s3://{BUCKET}/runs/cut")
+    host_of = {n["node_id"]: n["node_ip"] for n in json.loads(cluster.ray("list", "nodes", "--format", "json"))}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train, cluster, first, config, "--run-dir", str(run), "trainer.num_steps=10")
+        wait_until(
+            lambda: training.done() or (run / "checkpoints/step-000002/state.json").exists(), 300, "a first checkpoint"
+        )
+        assert not training.done(), training.result().stderr[-3000:]
+        homes = {host_of[i] for i in cluster.homes("Rank")["Rank"]}
+        victim = next(h for h in network.hosts[1:] if h.address in homes)
+        network.cut(victim)
+        try:
+            done = training.result(timeout=400)
+        finally:
+            network.join(victim)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "restarting its group" in done.stdout, done.stdout[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(11)), "each step once"
+    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows[1:])
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in ledger] == list(range(10)), "each step's prompts once"
