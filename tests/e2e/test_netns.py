@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from upath import UPath
 
 from tests.e2e.netns import SUBNET, Host, Network, why_not
-from tests.e2e.raycluster import BIN, RayCluster, environment, free_port, wait_until
+from tests.e2e.raycluster import BIN, ROOT, RayCluster, environment, free_port, wait_until
 from tests.e2e.test_train import write_config
 
 pytestmark = [
@@ -31,8 +31,10 @@ RUN = f"s3://{BUCKET}/runs/tiny"
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
     with Network() as network:
+        # A clone below /tmp would be out of their sight.
+        shared = [ROOT] if ROOT.is_relative_to("/tmp") else []
         for name in "abcde":
-            network.host(name)
+            network.host(name, shared)
         yield network
 
 
@@ -87,7 +89,7 @@ def train(cluster: RayCluster, host: Host, config: str, *arguments: str) -> subp
         env=environment() | more,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=500,
     )
 
 
@@ -186,7 +188,7 @@ def test_training_goes_on_when_a_host_is_cut_off(cluster: RayCluster, network: N
         victim = next(h for h in network.hosts[1:] if h.address in homes)
         network.cut(victim)
         try:
-            done = training.result(timeout=400)
+            done = training.result(timeout=500)
         finally:
             network.join(victim)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
