@@ -136,13 +136,13 @@ class AlgorithmConfig(Section):
     def _fill_from_form(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        form = given.get("form", "paper")
+        form = str(given.get("form", "paper"))  # whatever was given: it is checked later
         if form not in FORMS:
             form = "paper"  # fill in the rest, so that the wrong form is the one error reported
         weights = given.get("dvpo_loss_weights", {})
         if isinstance(weights, dict):
             weights = FORM_WEIGHTS[form] | weights
-        whiten = {"whiten_advantages": given.get("adv_estimator", "dvpo") in WHITENED}
+        whiten = {"whiten_advantages": str(given.get("adv_estimator", "dvpo")) in WHITENED}
         return FORMS[form] | whiten | given | {"dvpo_loss_weights": weights}
 
     @model_validator(mode="after")
