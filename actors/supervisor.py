@@ -60,6 +60,7 @@ class Supervisor:
         self._changed = threading.Condition(threading.RLock())
         self._closing = threading.Event()
         self._watch: threading.Thread | None = None
+        self._watch_error: Exception | None = None  # nobody is replaced any more
 
     def start(self) -> None:
         """Begin to start every actor; those that serve already are left alone."""
@@ -83,7 +84,7 @@ class Supervisor:
             self._watch.start()
 
     def serving(self) -> dict[int, Any]:
-        """The actors that serve now. Raises RestartsSpent."""
+        """The actors that serve now. Raises RestartsSpent, and PoolError when the watch itself failed."""
         return self._which("serving")
 
     def alive(self) -> dict[int, Any]:
@@ -152,6 +153,8 @@ class Supervisor:
 
     def _which(self, *states: Any) -> dict[int, Any]:
         with self._changed:
+            if self._watch_error is not None:
+                raise PoolError(self.name, "watch", one_line(self._watch_error)) from self._watch_error
             if self.fleet.spent:
                 cause = next(m.cause for m in self.fleet.members if m.state == "dead" and m.due is None)
                 raise RestartsSpent(self.name, cause, self.fleet.budget.max_restarts)
@@ -161,10 +164,15 @@ class Supervisor:
         self._starts[i] = (self.actors[i].start.remote(), time.monotonic() + self.rhythm.start_s)
 
     def _run(self) -> None:
-        while not self._closing.wait(self.rhythm.beat_s):
-            self._finish_starts()
-            self._listen()
-            self._restart_due()
+        try:
+            while not self._closing.wait(self.rhythm.beat_s):
+                self._finish_starts()
+                self._listen()
+                self._restart_due()
+        except Exception as error:  # noqa: BLE001 - raised by whoever next asks for an actor, who would wait for ever
+            with self._changed:
+                self._watch_error = error
+                self._changed.notify_all()
 
     def _finish_starts(self) -> None:
         for i, (ref, deadline) in list(self._starts.items()):
