@@ -36,6 +36,7 @@ from dvpo_service.stopping import SIGNALS, Stopped
 
 APP = "dvpo"
 KEY_VARIABLE = "DVPO_API_KEY"
+READY_S = 60.0
 # One thread a replica: replicas share the cores, and threads that spin while they wait starve the others.
 ENVIRONMENT = {"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}}
 
@@ -181,11 +182,17 @@ def stopped_after() -> Iterator[None]:
 
 
 def running_version() -> str | None:
-    """The version that an application of ours on this cluster serves; None when there is none."""
+    """The version that an application of ours on this cluster serves; None when there is none. Raises ClusterError."""
     app = serve.status().applications.get(APP)
     if app is None or app.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
         return None
-    return str(serve.get_deployment_handle("policy", app_name=APP).ready.remote().result(timeout_s=60))
+    try:
+        return str(serve.get_deployment_handle("policy", app_name=APP).ready.remote().result(timeout_s=READY_S))
+    except TimeoutError as error:
+        raise ClusterError(
+            f"a server runs on this cluster, but no engine of it answered within {READY_S:g} s; see `serve status`, "
+            "wait until it is up, or end it with `serve shutdown`"
+        ) from error
 
 
 def servable(source: Path) -> Exported:
@@ -230,7 +237,8 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
 
 
 def _wait(config: Config, source: Path, served: Served, follow: bool) -> None:
-    """Until interrupted. A newer state that cannot be exported or served is said, and the old one stays."""
+    """Until interrupted. A newer state that cannot be exported or served is said, once, and serving goes on."""
+    said = ""
     while True:
         time.sleep(config.serve.follow_every_s)
         if not follow:
@@ -241,5 +249,7 @@ def _wait(config: Config, source: Path, served: Served, follow: bool) -> None:
                 deploy(config, newer)
                 terminal.say(f"updated: {served.version} -> {newer.version}")
                 served = newer
-        except CheckpointError as error:
-            terminal.say(f"still serving {served.version}: {error}")
+        except (CheckpointError, ClusterError) as error:
+            if str(error) != said:
+                terminal.say(f"no newer weights than {served.version}: {error}")
+            said = str(error)

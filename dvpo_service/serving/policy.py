@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +19,8 @@ from typing import Any, Literal
 
 from dvpo_service.config import Config
 from dvpo_service.models.engine import engine_settings, prepare_environment
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["chat", "completion"]
 
@@ -74,9 +77,9 @@ class PolicyServer:
         """The whole answer to a request that does not stream."""
         async with self._weights() as version:
             made = await self._handle(kind, body)
-            if error := getattr(made, "error", None):
-                return Answer(error.code, made.model_dump_json().encode(), version)
-            return Answer(200, made.model_dump_json().encode(), version)
+            self._end_with_engine()
+            error = getattr(made, "error", None)
+            return Answer(error.code if error else 200, made.model_dump_json().encode(), version)
 
     async def stream(self, kind: Kind, body: dict[str, Any]) -> AsyncIterator[Answer | str]:
         """First an Answer that says how it went (200: without a body), then server-sent events as text."""
@@ -87,7 +90,17 @@ class PolicyServer:
                 return
             yield Answer(200, b"", version)
             async for text in together(made, FLUSH_S):
+                self._end_with_engine()
                 yield text
+
+    def _end_with_engine(self) -> None:
+        """End this process with its engine, which nothing brings back.
+
+        vLLM would answer with an error, or with an event that says so. The caller sees a replica that died instead,
+        and asks another one where nothing has been streamed yet.
+        """
+        if self.engine.errored:
+            os._exit(1)
 
     def __del__(self) -> None:
         """Serve calls this when a replica ends: the engine's own processes go with it."""
@@ -100,7 +113,6 @@ class PolicyServer:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             if kind == "chat":
@@ -109,9 +121,6 @@ class PolicyServer:
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             return create_error_response("; ".join(lines))
-        except EngineDeadError:
-            # Nothing brings it back. The requests under way move to another replica when this process is gone.
-            os._exit(1)
         except Exception as error:  # noqa: BLE001 - vLLM's own mapping of its errors to answers
             return create_error_response(error)
 
@@ -129,16 +138,18 @@ class PolicyServer:
     async def _load(self, policy: str) -> None:
         """New weights, in place. What takes longer than the drain time goes on with the new weights."""
         self._open.clear()
+        until = time.monotonic() + self.config.serve.drain_timeout_s
+        while self._under_way and time.monotonic() < until:
+            await asyncio.sleep(0.01)
         try:
-            until = time.monotonic() + self.config.serve.drain_timeout_s
-            while self._under_way and time.monotonic() < until:
-                await asyncio.sleep(0.01)
             await self.engine.pause_generation(mode="keep", clear_cache=True)
             await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": policy})
             await self.engine.reset_prefix_cache()
             await self.engine.resume_generation()
-        finally:
-            self._open.set()
+        except Exception:
+            # Half of the old weights and half of the new would answer: a fresh replica starts with the new folder.
+            log.exception("the weights of %s cannot be loaded; this replica ends", policy)
+            os._exit(1)
 
     async def _start(self, policy: str) -> None:
         prepare_environment()

@@ -130,11 +130,14 @@ def test_chunks_come_together_in_order_and_errors_come_through() -> None:
 class FakeEngine:
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.errored = self.refuses = False
 
     async def pause_generation(self, **kwargs: Any) -> None:
         self.calls.append("pause")
 
     async def collective_rpc(self, method: str, kwargs: dict[str, str]) -> None:
+        if self.refuses:
+            raise ValueError("size mismatch")
         self.calls.append(f"{method} {kwargs['weights_path']}")
 
     async def reset_prefix_cache(self) -> None: ...
@@ -176,3 +179,54 @@ def test_new_weights_wait_for_responses_under_way_and_new_requests_for_the_weigh
         assert engine.calls == ["pause", "reload_weights p", "resume"], "the same version again changes nothing"
 
     asyncio.run(scenario())
+
+
+class Exited(BaseException):
+    """In place of a process that ends."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> PolicyServer:
+    def exit_now(code: int) -> None:
+        raise Exited(code)
+
+    monkeypatch.setattr("os._exit", exit_now)
+    server = PolicyServer(make_config("m"), "m")
+    server.engine, server.version = FakeEngine(), "old"
+    server._open.set()
+    return server
+
+
+@pytest.mark.parametrize("events_before", [0, 2])
+def test_a_replica_ends_with_its_engine_before_the_error_is_an_event(
+    server: PolicyServer, monkeypatch: pytest.MonkeyPatch, events_before: int
+) -> None:
+    """As vLLM does: the stream goes on with an event that says what happened."""
+
+    async def made(kind: str, body: dict[str, Any]) -> AsyncIterator[str]:
+        async def events() -> AsyncIterator[str]:
+            for i in range(events_before):
+                yield f"data: {i}"
+                await asyncio.sleep(0.1)
+            server.engine.errored = True
+            yield "data: error"
+
+        return events()
+
+    monkeypatch.setattr(server, "_handle", made)
+    seen: list[Any] = []
+
+    async def read() -> None:
+        async for item in server.stream("chat", {}):
+            seen.append(item)
+
+    with pytest.raises(Exited):
+        asyncio.run(read())
+    assert seen[1:] == [f"data: {i}" for i in range(events_before)], "after the header"
+
+
+def test_a_replica_whose_weights_are_half_loaded_ends(server: PolicyServer) -> None:
+    server.engine.refuses = True
+    with pytest.raises(Exited):
+        asyncio.run(server.reconfigure({"policy": "p", "version": "new"}))
+    assert server.version == "old"

@@ -77,6 +77,13 @@ def test_errors_are_those_that_openai_clients_know(server: ServerProcess, client
         with pytest.raises(APIStatusError) as caught:
             client.completions.create(**ask)
         assert caught.value.status_code in (400, 404)
+    empty = httpx.post(
+        f"{server.url}/v1/values", json={"prompt": "", "response": "1"}, headers={"authorization": "Bearer secret"}
+    )
+    assert empty.status_code == 400
+    assert (
+        empty.json()["error"]["message"] == "the prompt is empty: a value needs at least one token before the response"
+    )
 
 
 def test_values_are_the_critics_own(server: ServerProcess, run_dir: Path) -> None:
@@ -167,6 +174,38 @@ def test_a_process_killed_under_load_costs_no_request(server: ServerProcess, vic
     while len(processes(server, victim)) < (1 if "values" in victim else REPLICAS) and time.monotonic() < until:
         time.sleep(0.5)
     assert killed[0] not in [p.pid for p in processes(server, victim)]
+    server.wait_ready()
+
+
+def test_a_stream_that_has_not_begun_outlives_its_engine(server: ServerProcess) -> None:
+    """Whole, or cut off after it began and then says so; never an error in place of a first event."""
+    streams: list[list[str]] = []
+    enough = threading.Event()
+
+    def one(number: int) -> None:
+        body = {"prompt": f"{number}+1=", "max_tokens": 48, "ignore_eos": True, "stream": True}
+        with httpx.Client(headers={"authorization": "Bearer secret"}, timeout=120) as http:
+            while not enough.is_set():
+                with http.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+                    assert answer.status_code == 200
+                    streams.append([line for line in answer.iter_lines() if line])
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        running = [pool.submit(one, i) for i in range(24)]
+        time.sleep(1.5)
+        before = len(streams)
+        processes(server, "VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
+        until = time.monotonic() + 120
+        while len(streams) < before + 96 and time.monotonic() < until:
+            time.sleep(0.1)
+        enough.set()
+        for job in running:
+            job.result()
+    assert len(streams) >= before + 96
+    for events in streams:
+        assert '"error"' not in events[0]
+        assert events[-1] == "data: [DONE]"
+        assert '"error"' in events[-2] or '"finish_reason":"length"' in "".join(events)
     server.wait_ready()
 
 
