@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
+
+
+def needs(missing: str | None) -> pytest.MarkDecorator:
+    """Skip with the reason ``missing``, what this machine lacks (None: nothing); in CI, run and fail."""
+    return pytest.mark.skipif(missing is not None and "DVPO_CI" not in os.environ, reason=missing or "")
 
 
 def make_config(model: Path | str, **sections: dict[str, Any]) -> Config:

@@ -8,11 +8,12 @@ from dvpo_service.data.badrow import BadRow
 from dvpo_service.data.dataset import load_prompts
 from dvpo_service.data.split import split_dataset
 from dvpo_service.errors import ConfigError, DataError
+from tests.builders import needs
 
 SAMPLE = Path(__file__).parent / "gsm8k_sample.jsonl"
 SHARED = Path(os.environ.get("DVPO_SHARED", Path(__file__).parents[2].parent / "shared"))
 REAL = SHARED / "data" / "gsm8k"
-real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")
+real = needs(None if REAL.is_dir() else f"{REAL} is not there")
 
 
 def texts(data):

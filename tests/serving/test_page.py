@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from tests.builders import needs
 from tests.serving.server import ServerProcess, make_export
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -19,12 +20,7 @@ LIGHTNESS = """e => {
   return 0.3 * r + 0.6 * g + 0.1 * b;
 }"""
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        CHROMIUM is None and not os.environ.get("DVPO_CI"), reason="no Chromium here; .ci/run installs it"
-    ),
-]
+pytestmark = [pytest.mark.e2e, needs(None if CHROMIUM else "no Chromium on the PATH")]
 
 
 @pytest.fixture(scope="module")
