@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,16 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.config import AutoscalingConfig, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
 from dvpo_service import terminal
-from dvpo_service.config import Config, load_config
+from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.errors import CheckpointError, ClusterError, ConfigError
 from dvpo_service.export import CONFIG_FILE, Exported, export, is_export, newest, open_export
 from dvpo_service.serving.gateway import Gateway
+from dvpo_service.serving.http import HttpServer, Place, listen
 from dvpo_service.serving.policy import PolicyServer
 from dvpo_service.serving.replicas import Replicas
 from dvpo_service.serving.value_server import ValueServer
@@ -56,15 +57,16 @@ class Served:
         return cls(str(folder), critic, f"step-{exported.step:06d}")
 
 
-def application(config: Config, served: Served, key_digest: str | None) -> serve.Application:
-    """The three deployments; without a critic, two."""
+def application(config: Config, served: Served, key_digest: str | None, place: Place) -> serve.Application:
+    """The three deployments; without a critic, two. HTTP is answered at ``place``."""
     limits, cluster = config.serve, config.cluster
     name = limits.model_name or config.name
     current = {"policy": served.policy, "version": served.version}
-    # Beyond its own queue the gateway refuses, so what reaches a replica is bounded already.
-    common: dict[str, Any] = {"max_ongoing_requests": 100_000, "health_check_period_s": 5}
-    policy = serve.deployment(
-        name="policy",
+    code = _digest(config, name, bool(served.critic), key_digest, place)
+    policy = _deployment(
+        PolicyServer,
+        "policy",
+        code,
         autoscaling_config=AutoscalingConfig(
             min_replicas=limits.min_replicas,
             max_replicas=limits.max_replicas,
@@ -73,25 +75,48 @@ def application(config: Config, served: Served, key_digest: str | None) -> serve
         ray_actor_options=_resources(cluster.cpus_per_engine, cluster.gpus_per_engine),
         user_config=current,
         graceful_shutdown_timeout_s=limits.drain_timeout_s,
-        **common,
-    )(PolicyServer)
+    )
     parts = [policy.bind(config, name)]
     if served.critic:
-        values = serve.deployment(
-            name="values",
+        values = _deployment(
+            ValueServer,
+            "values",
+            code,
             num_replicas=limits.value_replicas,
             ray_actor_options=_resources(cluster.cpus_per_trainer, cluster.gpus_per_trainer),
             user_config=current | {"critic": served.critic},
-            **common,
-        )(ValueServer)
+        )
         parts.append(values.bind(config))
-    gateway = serve.deployment(
-        name="gateway",
+    gateway = _deployment(
+        HttpServer,
+        "gateway",
+        code,
         num_replicas=limits.gateways,
-        ray_actor_options=_resources(limits.cpus_per_gateway, 0),
-        **common,
-    )(serve.ingress(_gateway(config, name, bool(served.critic), key_digest))())
-    return gateway.bind(*parts)
+        ray_actor_options=_resources(limits.cpus_per_gateway, 0) | {"resources": {f"node:{place.node}": 0.001}},
+        user_config={},
+        graceful_shutdown_timeout_s=limits.drain_timeout_s,
+    )
+    return gateway.bind(_gateway(config, name, bool(served.critic), key_digest), place, limits.drain_timeout_s, *parts)
+
+
+def _deployment(server: type, name: str, code: str, **settings: Any) -> serve.Deployment:
+    """``code`` stands for everything but the weights: while it stays, so do the replicas.
+
+    Serve gives each deploy a new version otherwise, and replaces every replica for the sake of its ``user_config``.
+    """
+    made = serve.deployment(
+        name=name,
+        health_check_period_s=5,
+        # Beyond its own limit the gateway refuses, so what reaches a replica is bounded already.
+        max_ongoing_requests=100_000,
+        logging_config={"enable_access_log": False},
+        **settings,
+    )(server)
+    return made.options(version=code, _internal=True)
+
+
+def _digest(config: Config, *others: Any) -> str:
+    return hashlib.sha256(repr((to_yaml(config), *others)).encode()).hexdigest()[:12]
 
 
 def _gateway(config: Config, name: str, with_critic: bool, key_digest: str | None) -> Callable[[], FastAPI]:
@@ -119,7 +144,7 @@ def cpus_needed(config: Config) -> float:
         limits.max_replicas * cluster.cpus_per_engine
         + limits.value_replicas * cluster.cpus_per_trainer
         + limits.gateways * limits.cpus_per_gateway
-        + 1  # Serve's controller and proxies ask for none, but they need some
+        + 1  # Serve's controller asks for none, but it needs some
     )
 
 
@@ -129,26 +154,24 @@ def api_key_digest() -> str | None:
     return hashlib.sha256(key.encode()).hexdigest() if key else None
 
 
-def start_http(config: Config) -> int:
-    """Start Serve's HTTP proxies and return their port. Raises ConfigError when it is taken."""
+def free_place(config: Config) -> Place:
+    """Where this server will answer, on this node. Raises ConfigError when the port is taken."""
     host, port = config.serve.host, config.serve.port
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another serve.port") from error
-        port = probe.getsockname()[1]
-    serve.start(http_options=HTTPOptions(host=host, port=port))
-    return port
+    try:
+        with listen(host, port, shared=False) as probe:
+            port = probe.getsockname()[1]
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another serve.port") from error
+    return Place(host, port, ray.util.get_node_ip_address())
 
 
-def deploy(config: Config, served: Served) -> None:
+def deploy(config: Config, served: Served, place: Place) -> None:
     """Serve ``served``: start, or give newer weights to the replicas that run. Returns when that is done.
 
     Raises ClusterError when the replicas do not come up.
     """
-    target = serve.RunTarget(application(config, served, api_key_digest()), name=APP)
+    # No route: the gateways answer HTTP themselves.
+    target = serve.RunTarget(application(config, served, api_key_digest(), place), name=APP, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
     deadline = time.monotonic() + config.serve.start_timeout_s
     while (app := serve.status().applications[APP]).status != ApplicationStatus.RUNNING:
@@ -181,18 +204,20 @@ def stopped_after() -> Iterator[None]:
         serve.shutdown()
 
 
-def running_version() -> str | None:
-    """The version that an application of ours on this cluster serves; None when there is none. Raises ClusterError."""
+def running() -> tuple[str, Place] | None:
+    """What an application of ours on this cluster serves, and where; None when there is none. Raises ClusterError."""
     app = serve.status().applications.get(APP)
     if app is None or app.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
         return None
+    policy, gateway = (serve.get_deployment_handle(name, app_name=APP) for name in ("policy", "gateway"))
     try:
-        return str(serve.get_deployment_handle("policy", app_name=APP).ready.remote().result(timeout_s=READY_S))
+        version, place = (h.ready.remote().result(timeout_s=READY_S) for h in (policy, gateway))
     except TimeoutError as error:
         raise ClusterError(
-            f"a server runs on this cluster, but no engine of it answered within {READY_S:g} s; see `serve status`, "
+            f"a server runs on this cluster, but it did not answer within {READY_S:g} s; see `serve status`, "
             "wait until it is up, or end it with `serve shutdown`"
         ) from error
+    return str(version), place
 
 
 def servable(source: Path) -> Exported:
@@ -224,19 +249,21 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
     served = Served.of(exported)
     cluster = config.cluster.model_copy(update={"num_cpus": config.cluster.num_cpus or math.ceil(cpus_needed(config))})
     with connected(config.model_copy(update={"cluster": cluster})):
-        if before := running_version():
-            deploy(config, served)
+        if found := running():
+            before, place = found
+            deploy(config, served, place)
             terminal.say(f"updated: {before} -> {served.version}")
             return
         with stopped_after():
-            port = start_http(config)
+            place = free_place(config)
+            serve.start(proxy_location=ProxyLocation.Disabled)
             terminal.say(f"starting {config.serve.min_replicas} vLLM engine(s) for {exported.folder} ...")
-            deploy(config, served)
-            terminal.serving(config, served.version, bool(served.critic), port, with_key=bool(api_key_digest()))
-            _wait(config, source, served, follow)
+            deploy(config, served, place)
+            terminal.serving(config, served.version, bool(served.critic), place.port, with_key=bool(api_key_digest()))
+            _wait(config, source, served, place, follow)
 
 
-def _wait(config: Config, source: Path, served: Served, follow: bool) -> None:
+def _wait(config: Config, source: Path, served: Served, place: Place, follow: bool) -> None:
     """Until interrupted. A newer state that cannot be exported or served is said, once, and serving goes on."""
     said = ""
     while True:
@@ -246,7 +273,7 @@ def _wait(config: Config, source: Path, served: Served, follow: bool) -> None:
         try:
             newer = Served.of(servable(source))
             if newer != served:
-                deploy(config, newer)
+                deploy(config, newer, place)
                 terminal.say(f"updated: {served.version} -> {newer.version}")
                 served = newer
         except (CheckpointError, ClusterError) as error:

@@ -23,8 +23,7 @@ def engine_settings(config: Config, model: str, max_model_len: int, *, on_cpu: b
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "tensor_parallel_size": rollout.tensor_parallel_size,
-        # Its own processes, in this actor's bundle: vLLM must not ask Ray for a placement of its own.
-        "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else None,
+        "distributed_executor_backend": _executor(rollout.tensor_parallel_size, on_cpu=on_cpu),
         "max_model_len": max_model_len,
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": rollout.enforce_eager,
@@ -41,3 +40,16 @@ def engine_settings(config: Config, model: str, max_model_len: int, *, on_cpu: b
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, max_model_len),
     }
+
+
+def _executor(ranks: int, *, on_cpu: bool) -> Any:
+    """What runs the model: its own processes (``mp``) are in this actor's bundle, so that vLLM asks Ray for none.
+
+    One CPU rank needs no process beside the engine's own. vLLM would start one all the same, for the threads it
+    binds there; here the actor owns its threads, and the two would spin on a message queue, waiting for each other.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    if ranks > 1:
+        return "mp"
+    return UniProcExecutor if on_cpu else None

@@ -1,0 +1,74 @@
+"""The HTTP server of a gateway replica.
+
+Requests come straight to it, not through Ray Serve's proxies: those cost as much CPU a request as the gateway, and a
+hop. Serve keeps the replica alive. Gateways of a node share its port, the kernel spreads the connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where HTTP is answered: an address to listen on, and the Ray node, by its IP address, to do so."""
+
+    host: str
+    port: int
+    node: str
+
+
+class HttpServer:
+    """Serves what ``build()`` makes, at ``place``, until the replica ends. ``parts`` are the deployments behind it."""
+
+    def __init__(self, build: Callable[[], FastAPI], place: Place, drain_timeout_s: float, *parts: Any):
+        settings = uvicorn.Config(
+            build(), log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(drain_timeout_s))
+        )
+        self.server = uvicorn.Server(settings)
+        self.place, self._socket = place, listen(place.host, place.port, shared=True)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, _: object) -> None:
+        """Serve calls this on the loop that requests run on, before it calls the replica healthy."""
+        if self._serving is None:
+            self._serving = asyncio.create_task(self.server.serve([self._socket]))
+        while not self.server.started:
+            await self.check_health()
+            await asyncio.sleep(0.01)
+
+    async def ready(self) -> Place:
+        return self.place
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if self._serving and self._serving.done():
+            raise RuntimeError(f"the HTTP server ended: {self._serving.exception()}")
+
+    async def __del__(self) -> None:
+        """Serve awaits this when a replica ends: responses under way are finished, within the drain time."""
+        self.server.should_exit = True
+        if self._serving:
+            await self._serving
+
+
+def listen(host: str, port: int, *, shared: bool) -> socket.socket:
+    """A socket bound to ``host:port``; a ``shared`` one leaves the port to further shared ones. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listening.bind((host, port))
+    except OSError:
+        listening.close()
+        raise
+    return listening
