@@ -1,4 +1,4 @@
-"""The bare engine of bench_serving: one line of JSON in (prompts, tokens), one line with its speed out."""
+"""The bare engine of bench_serving, with the server's settings: a line of JSON in (prompts, tokens), its speed out."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import asyncio
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
+from dvpo_service.config import load_config
+from dvpo_service.export import CONFIG_FILE
+from dvpo_service.models.engine import engine_settings, prepare_environment
+from dvpo_service.serving.policy import context_length
 from tests.bench.bench_serving import at_once
 
 
-async def main(model: str) -> None:
+async def main(folder: str) -> None:
+    prepare_environment()
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=model,
-            dtype="float32",
-            max_model_len=128,
-            enforce_eager=True,
-            kv_cache_memory_bytes=2**30,
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=4096,
-            disable_log_stats=True,
-        )
-    )
+    config = load_config(str(Path(folder) / CONFIG_FILE))
+    settings = engine_settings(config, folder, context_length(folder), on_cpu=True)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
     count = 0
 
     async def ask(prompt: str, params: SamplingParams) -> None:

@@ -37,7 +37,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(run_dir: Path) -> Iterator[ServerProcess]:
-    keys = [f"serve.min_replicas={REPLICAS}", f"serve.max_replicas={REPLICAS}", "serve.follow_every_s=1"]
+    keys = [f"serve.min_replicas={REPLICAS}", f"serve.max_replicas={REPLICAS}", f"serve.gateways={REPLICAS}"]
+    keys += ["serve.follow_every_s=1"]
     with ServerProcess(run_dir, "--follow", *keys, environment={"DVPO_API_KEY": "secret"}) as found:
         yield found
 
@@ -167,14 +168,30 @@ def test_a_process_killed_under_load_costs_no_request(server: ServerProcess, vic
 
     killed: list[int] = []
     rows = hammer(server, 16, kill, seconds=4, until=lambda found: len(found) > 64)
-    assert killed
     assert {r["status"] for r in rows} == {200}
     assert len(values(server, prompt="1+1=", response="2")["states"]) == 2, "a value waits for its replica"
-    until = time.monotonic() + 240
-    while len(processes(server, victim)) < (1 if "values" in victim else REPLICAS) and time.monotonic() < until:
-        time.sleep(0.5)
-    assert killed[0] not in [p.pid for p in processes(server, victim)]
+    assert killed[0] not in {p.pid for p in all_back(server, victim, 1 if "values" in victim else REPLICAS)}
     server.wait_ready()
+
+
+def all_back(server: ServerProcess, name: str, count: int = REPLICAS) -> list[psutil.Process]:
+    """The processes of that name, once there are ``count`` again."""
+    until = time.monotonic() + 240
+    while len(found := processes(server, name)) < count:
+        assert time.monotonic() < until, f"only {len(found)} of {name}"
+        time.sleep(0.5)
+    return found
+
+
+def test_gateways_share_a_port_and_one_that_dies_comes_back(server: ServerProcess) -> None:
+    """What it had in its hands is lost, as with any HTTP server; who asks anew meets the other one."""
+    before = {p.pid: p for p in all_back(server, "ServeReplica:dvpo:gateway")}
+    killed = next(iter(before))
+    before[killed].send_signal(signal.SIGKILL)
+    before[killed].wait(timeout=10)
+    for _ in range(20):  # a connection each
+        assert httpx.get(f"{server.url}/healthz", timeout=10).text == "ok"
+    assert killed not in {p.pid for p in all_back(server, "ServeReplica:dvpo:gateway")}
 
 
 def test_a_stream_that_has_not_begun_outlives_its_engine(server: ServerProcess) -> None:
@@ -211,6 +228,7 @@ def test_a_stream_that_has_not_begun_outlives_its_engine(server: ServerProcess) 
 
 def test_newer_weights_are_served_without_a_failed_request(server: ServerProcess, run_dir: Path) -> None:
     before = values(server, prompt="12+7=", response="19")["states"][0]["mean"]
+    engines = {p.pid for p in all_back(server, "VLLM::EngineCore")}  # those killed above too
 
     def publish() -> None:
         make_export(run_dir / "newer", step=20, seed=5)
@@ -226,6 +244,7 @@ def test_newer_weights_are_served_without_a_failed_request(server: ServerProcess
     while "updated: step-000010 -> step-000020" not in server.output():
         assert time.monotonic() < until, server.output()[-2000:]
         time.sleep(0.5)
+    assert {p.pid for p in processes(server, "VLLM::EngineCore")} == engines, "the engines load them in place"
 
 
 def test_the_new_weights_are_the_new_folders(server: ServerProcess, client: OpenAI, run_dir: Path) -> None:
