@@ -38,8 +38,8 @@ from dvpo_service.stopping import SIGNALS, Stopped
 APP = "dvpo"
 KEY_VARIABLE = "DVPO_API_KEY"
 READY_S = 60.0
-# One thread a replica: replicas share the cores, and threads that spin while they wait starve the others.
-ENVIRONMENT = {"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}}
+# Replicas share the cores: threads that spin while they wait starve the others.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _gateway(config: Config, name: str, with_critic: bool, key_digest: str | Non
 
 
 def _resources(cpus: float, gpus: float) -> dict[str, Any]:
-    return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": ENVIRONMENT}
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
+    return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
 
 
 def cpus_needed(config: Config) -> float:
