@@ -26,6 +26,7 @@ from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.config import Config
 from dvpo_service.estimators.objective import Carried, Estimate, critic_objective, critic_spec
+from dvpo_service.integrity import Files
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.critic_folder import CriticSpec
 from dvpo_service.models.load import load_backbone
@@ -145,6 +146,9 @@ class CriticWorker:
 
     def save(self, folder: str) -> None:
         self.trainer.save(folder)
+
+    def saved(self, wait: bool) -> Files | None:
+        return self.trainer.saved(wait=wait)
 
     def load(self, folder: str) -> None:
         self.trainer.load(folder)

@@ -16,15 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint._fsspec_filesystem import FileSystem as FsspecFileSystem
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import get_scheduler
 
+from actors.saving import BackgroundSaver
 from dvpo_service.config import OptimConfig
+from dvpo_service.integrity import Files
 from dvpo_service.interfaces import own_address, use_interface_of
-from dvpo_service.storage import is_url, read_locally
+from dvpo_service.storage import read_locally
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Trainer:
         self._names = {k: first.setdefault(id(p), k) for k, p in module.named_parameters(remove_duplicate=False)}
         # Further tensors to save with the state, the same on every rank.
         self.extra: dict[str, Tensor] = {}
+        self._saver = BackgroundSaver()
 
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> StepReport:
         """Accumulate the gradients of the micro-batches' losses and step once.
@@ -123,12 +125,15 @@ class Trainer:
     # its own, and come back at any world size.
 
     def save(self, folder: str) -> None:
-        """Write model, optimizer and schedule below ``folder``, a path or an fsspec URL. Collective."""
-        writer = HuggingFaceStorageWriter(folder, save_distributed=True)
-        if is_url(folder):  # the writer itself knows local files only
-            files: Any = FsspecFileSystem()
-            writer.fs, writer.path, writer.sync_files = files, files.init_path(folder), False
-        dcp.save(self._tensors(*self._state()), storage_writer=writer)
+        """Write model, optimizer and schedule, as they are now, below ``folder``, a path or an fsspec URL.
+
+        Collective. Returns before they are written: see ``saved``.
+        """
+        self._saver.start(self._tensors(*self._state()), folder)
+
+    def saved(self, *, wait: bool) -> Files | None:
+        """This rank's files of the last ``save``; None while they are being written. Raises what that met."""
+        return self._saver.outcome(wait=wait)
 
     def load(self, folder: str) -> None:
         """Restore what ``save`` wrote, at any world size. Collective."""

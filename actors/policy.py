@@ -14,6 +14,7 @@ from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import policy_metrics, policy_sums
 from dvpo_service.algo.policy_loss import clipped_surrogate, importance_weights, kl_penalty
 from dvpo_service.config import Config
+from dvpo_service.integrity import Files
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharding import shard
@@ -109,6 +110,9 @@ class PolicyWorker:
 
     def save(self, folder: str) -> None:
         self.trainer.save(folder)
+
+    def saved(self, wait: bool) -> Files | None:
+        return self.trainer.saved(wait=wait)
 
     def load(self, folder: str) -> None:
         self.trainer.load(folder)

@@ -13,6 +13,7 @@ from dvpo_service.algo.advantages import whiten, whitening_sums
 from dvpo_service.algo.diagnostics import rollout_kl_metrics, rollout_kl_sums
 from dvpo_service.algo.policy_loss import kl_penalty
 from dvpo_service.config import Config
+from dvpo_service.integrity import Files
 from dvpo_service.storage import Place
 from dvpo_service.types import Advantages, Metrics, Rollouts, advantage_metrics
 
@@ -25,6 +26,25 @@ class MetricsJob:
 
     def result(self) -> Metrics:
         return self.call.result()[0]
+
+
+@dataclass
+class RanksSave:
+    """A ``SaveJob`` of a pool. Asking is a call like any other: the ranks answer between two of them."""
+
+    ranks: RankPool
+    started: Call
+
+    def done(self) -> bool:
+        self.started.result()
+        return all(files is not None for files in self.ranks.call("saved", False))
+
+    def result(self, timeout_s: float | None = None) -> Files:
+        self.started.result()
+        found: Files = {}
+        for files in self.ranks.call("saved", True, timeout_s=timeout_s):
+            found |= files
+        return found
 
 
 class PolicyPool:
@@ -56,8 +76,9 @@ class PolicyPool:
             values = whiten(values, mask, whitening_sums(values, mask)).float()
         return MetricsJob(self.ranks.submit("update", ray.put(rollouts), ray.put(values), step))
 
-    def save(self, folder: Place) -> None:
-        self.ranks.call("save", str(folder))
+    def save(self, folder: Place) -> RanksSave:
+        """Not waited for: a rank does what it is asked in order, so it takes its copy before the next update."""
+        return RanksSave(self.ranks, self.ranks.submit("save", str(folder)))
 
     def load(self, folder: Place) -> None:
         self.ranks.call("load", str(folder))
@@ -88,8 +109,9 @@ class CriticEstimator:
         """Levels [M] and every head's sorted atoms [B, T, H, M] of given responses."""
         return self.ranks.call("distributions", ray.put(rollouts))[0]
 
-    def save(self, folder: Place) -> None:
-        self.ranks.call("save", str(folder))
+    def save(self, folder: Place) -> RanksSave:
+        """Not waited for: a rank does what it is asked in order, so it takes its copy before the next update."""
+        return RanksSave(self.ranks, self.ranks.submit("save", str(folder)))
 
     def load(self, folder: Place) -> None:
         self.ranks.call("load", str(folder))

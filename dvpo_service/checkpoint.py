@@ -1,24 +1,30 @@
-"""Checkpoints at step boundaries: whole or not there, the oldest pruned."""
+"""Checkpoints at step boundaries: whole or not there, the oldest pruned, damaged ones set aside."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dvpo_service.errors import CheckpointError
+from dvpo_service.integrity import STATE_FILE, Damaged, Files, verify, write_record
+from dvpo_service.roles import SaveJob
 from dvpo_service.rundir import RunDir
 from dvpo_service.storage import Place, make_folder
+from dvpo_service.types import Metrics
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "state.json"
+_DAMAGED = "damaged-"  # before the name of a folder
+_DAMAGED_STATE = f"{STATE_FILE}.damaged"  # where folders cannot be renamed
+# How long a run that ends with an error waits for the save under way.
+_LAST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -27,63 +33,122 @@ class Checkpoint:
     record: dict[str, Any]
 
 
+@dataclass
+class Saving:
+    """A checkpoint that is being written below ``folder``, part by part."""
+
+    step: int
+    folder: Place
+    record: Mapping[str, Any]
+    jobs: dict[str, SaveJob] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+
 class Checkpoints:
     """``run_dir/checkpoints/step-000050``: a folder per part, and state.json, written last.
 
-    Written beside and renamed when whole.
+    Written beside and renamed when whole. That takes as long as it takes while training goes on:
+    ``begin`` starts it, ``advance``, called now and then, or ``finish`` completes it.
+
+    Each of them raises CheckpointError when the disk refuses the checkpoint; earlier ones are untouched.
     """
 
     def __init__(self, run_dir: Path, *, keep: int):
         self.run_dir, self.keep = run_dir, keep
         self.folder: Place = run_dir / "checkpoints"
-        self.newest: int | None = None  # step of the last one that this run wrote or read
+        self.newest: int | None = None  # step of the last whole one that this run wrote or read
+        self.saving: Saving | None = None
+        self.note: Callable[[str], None] = log.warning  # told of what a person has to know
+        self._took: Metrics = {}
 
-    def save(self, step: int, parts: Mapping[str, Callable[[Any], None]], record: dict[str, Any]) -> Place:
-        """Write a checkpoint; the previous one stays until this one is whole.
+    # Writing.
 
-        Raises CheckpointError when the disk refuses it; earlier checkpoints are untouched.
-        """
-        folder = self.run_dir / "checkpoints"
-        final, torn = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
-        try:
-            shutil.rmtree(torn, ignore_errors=True)
-            torn.mkdir(parents=True)
-            for name, write in parts.items():
-                (torn / name).mkdir()
-                write(torn / name)
-            (torn / STATE_FILE).write_text(json.dumps(record))
-            _fsync_tree(torn)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(torn, final)
-            _fsync(folder)
-        except OSError as error:
-            shutil.rmtree(torn, ignore_errors=True)
-            raise CheckpointError(
-                f"cannot write checkpoint {final}: {error.strerror or error}. Earlier checkpoints are whole; "
-                "free some space and give the same command to continue from the newest"
-            ) from error
-        self.newest = step
+    def begin(self, step: int, parts: Mapping[str, Callable[[Any], SaveJob]], record: Mapping[str, Any]) -> None:
+        """Start to write a checkpoint of the state as it is now. One that is under way is finished first."""
+        self.finish()
+        saving = Saving(step, self._place(step), record)
+        with self._reporting(saving):
+            self._prepare(saving)
+            for name, save in parts.items():
+                make_folder(saving.folder / name)
+                saving.jobs[name] = save(saving.folder / name)
+        self.saving = saving
+
+    def advance(self) -> None:
+        """Make the checkpoint under way whole if all its parts are written. Does not wait for that."""
+        if (saving := self.saving) is None:
+            return
+        with self._reporting(saving):
+            written = all(job.done() for job in saving.jobs.values())
+        if written:
+            self.finish()
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait until the checkpoint under way is written, and make it whole."""
+        if (saving := self.saving) is None:
+            return
+        with self._reporting(saving):
+            files = {f"{n}/{f}": s for n, job in saving.jobs.items() for f, s in job.result(timeout_s).items()}
+            self._make_whole(saving, files)
+        self.saving, self.newest = None, saving.step
+        self._took = {"time/checkpoint_write": time.perf_counter() - saving.began}
         for old in self.whole()[: -self.keep]:
             self._remove(old)
-        return final
+
+    def drop(self) -> None:
+        """Forget the checkpoint under way: those who write it are gone, or will write to nowhere."""
+        if self.saving is not None:
+            self._clear(self.saving)
+            self.saving = None
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """An error that ends the block does not cost the checkpoint under way, if it can be had soon."""
+        try:
+            yield
+        except Exception:
+            step = self.saving.step if self.saving else None
+            try:
+                self.finish(_LAST_WAIT_S)
+            except (CheckpointError, RuntimeError) as error:
+                log.warning("the checkpoint of step %s, under way when the run ended, is lost: %s", step, error)
+            raise
+
+    def lap(self) -> Metrics:
+        """How long the last checkpoint took from ``begin`` until it was whole; once."""
+        took, self._took = self._took, {}
+        return took
+
+    # Reading.
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; one that was cut off while being written does not count."""
-        whole = self.whole()
-        if not whole:
-            return None
-        file = whole[-1] / STATE_FILE
-        try:
-            found = Checkpoint(whole[-1], json.loads(file.read_text()))
-        except (OSError, ValueError) as error:
+        """The newest checkpoint whose every file is as it was written; newer ones get another name.
+
+        One that is under way or was cut off does not count. Raises CheckpointError when there are only
+        damaged ones, or the storage does not answer.
+        """
+        self.drop()
+        damages = []
+        for folder in reversed(self.whole()):
+            try:
+                found = Checkpoint(folder, _checked(folder))
+            except Damaged as damage:
+                damages.append(f"checkpoint {folder} is damaged: {damage}; kept as {self._put_by(folder)}")
+                continue
+            self.newest = step_of(folder)
+            for line in damages:
+                self.note(f"{line}; continuing from {folder.name}")
+            return found
+        self.newest = None
+        if damages or (put_by := self._put_by_before()):
             raise CheckpointError(
-                f"{file}: cannot be read ({error}); remove the folder to use the one before"
-            ) from error
-        self.newest = int(found.folder.name.removeprefix("step-"))
-        return found
+                f"{'. '.join(damages) or f'{put_by} is damaged'}. No whole checkpoint is left in {self.folder}: bring "
+                "one back from a copy, choose another --run-dir, or start over with trainer.resume=never"
+            )
+        return None
 
     def whole(self) -> list[Place]:
-        """Every checkpoint that is all there, oldest first."""
+        """Every checkpoint that was written to its end, oldest first."""
         return sorted((p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}")), key=str)
 
     def set_aside(self) -> None:
@@ -93,63 +158,130 @@ class Checkpoints:
             if old.exists():
                 os.replace(old, old.with_name(f"{old.name}-before-{stamp}"))
 
+    # What differs where nothing can be renamed.
+
+    def _place(self, step: int) -> Place:
+        return self.folder / f".step-{step:06d}.tmp"
+
+    def _prepare(self, saving: Saving) -> None:
+        """Remove what saves that were cut off have left, and make the folder."""
+        for torn in [*self.run_dir.glob("checkpoints/.step-*.tmp"), *self.run_dir.glob("checkpoints/step-*")]:
+            if torn.name.startswith(".") or not (torn / STATE_FILE).exists():
+                shutil.rmtree(torn)
+        make_folder(saving.folder)
+
+    def _make_whole(self, saving: Saving, files: Files) -> None:
+        torn = Path(str(saving.folder))
+        final = torn.with_name(f"step-{saving.step:06d}")
+        write_record(torn, saving.record, files)
+        _fsync_tree(torn)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(torn, final)
+        _fsync(final.parent)
+
+    def _clear(self, saving: Saving) -> None:
+        shutil.rmtree(str(saving.folder), ignore_errors=True)
+
     def _remove(self, folder: Any) -> None:
+        """The marker first: what is left of a removal that was cut off is no checkpoint."""
+        (folder / STATE_FILE).unlink()
         shutil.rmtree(folder)
+
+    def _put_by(self, folder: Any) -> Place:
+        names = (f"{_DAMAGED}{folder.name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+        target = next(p for name in names if not (p := folder.with_name(name)).exists())
+        os.replace(folder, target)
+        return target
+
+    def _put_by_before(self) -> Place | None:
+        return next(iter(sorted(self.run_dir.glob(f"checkpoints/{_DAMAGED}step-*"))), None)
+
+    @contextmanager
+    def _reporting(self, saving: Saving) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._clear(saving)
+            self.saving = None
+            raise CheckpointError(
+                f"cannot write checkpoint {self.folder}/step-{saving.step:06d}: {error.strerror or error}. Earlier "
+                "checkpoints are whole; free some space and give the same command to continue from the newest"
+            ) from error
 
 
 class SharedCheckpoints(Checkpoints):
     """The same at a URL. An object store cannot rename: parts go to their place, and state.json, written last,
-    says that they are whole. ``run``'s small files go with them."""
+    says that they are whole. ``run``'s small files go with them.
+
+    Also raises CheckpointError when another run has taken the URL over.
+    """
 
     def __init__(self, run: RunDir, *, keep: int):
         super().__init__(run.local, keep=keep)
         self.run, self.folder = run, run.place / "checkpoints"
 
-    def save(self, step: int, parts: Mapping[str, Callable[[Any], None]], record: dict[str, Any]) -> Place:
-        """Raises CheckpointError when the storage refuses it, or another run has taken the URL over."""
-        final = self.folder / f"step-{step:06d}"
-        try:
-            self.run.check_owner()
-            self._remove(final)
-            for name, write in parts.items():
-                make_folder(final / name)
-                write(final / name)
-            self.run.mirror()
-            self.run.check_owner()
-            make_folder(final)
-            (final / STATE_FILE).write_text(json.dumps(record))
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write checkpoint {final}: {error.strerror or error}. Earlier checkpoints are whole; "
-                "the same command continues from the newest"
-            ) from error
-        self.newest = step
-        for old in self.whole()[: -self.keep]:
-            self._remove(old)
-        return final
-
     def set_aside(self) -> None:
         """An object store cannot rename. Raises CheckpointError when there is something to set aside."""
-        if self.whole():
+        if self.whole() or self._put_by_before():
             raise CheckpointError(
                 f"{self.folder} holds checkpoints of an earlier run; with trainer.resume=never choose another --run-dir"
             )
 
     def whole(self) -> list[Place]:
+        return super().whole() if self._exists() else []
+
+    def _exists(self) -> bool:
         files: Any = self.folder
         files.fs.invalidate_cache()
-        return super().whole() if files.exists() else []
+        return files.exists()
+
+    def _place(self, step: int) -> Place:
+        return self.folder / f"step-{step:06d}"
+
+    def _prepare(self, saving: Saving) -> None:
+        self.run.check_owner()
+        self._remove(saving.folder)
+
+    def _make_whole(self, saving: Saving, files: Files) -> None:
+        self.run.mirror()
+        self.run.check_owner()
+        make_folder(saving.folder)
+        write_record(saving.folder, saving.record, files)
+
+    def _clear(self, saving: Saving) -> None:
+        """Without its marker it is no checkpoint, and a store that refuses may refuse this too."""
 
     def _remove(self, folder: Any) -> None:
-        """The marker first: what is left of a removal that was cut off is no checkpoint."""
         folder.fs.invalidate_cache()
         (folder / STATE_FILE).unlink(missing_ok=True)
         if folder.exists():
             folder.fs.rm(folder.path, recursive=True)
 
+    def _put_by(self, folder: Any) -> Place:
+        """Its files stay until a checkpoint of the same step takes their place."""
+        target = folder / _DAMAGED_STATE
+        target.write_bytes((folder / STATE_FILE).read_bytes())
+        (folder / STATE_FILE).unlink()
+        return target
+
+    def _put_by_before(self) -> Place | None:
+        found: Any = sorted(self.folder.glob(f"step-*/{_DAMAGED_STATE}"), key=str) if self._exists() else []
+        return found[0] if found else None
+
 
 def checkpoints_of(run: RunDir, *, keep: int) -> Checkpoints:
     return SharedCheckpoints(run, keep=keep) if run.is_remote else Checkpoints(run.local, keep=keep)
+
+
+def step_of(folder: Place) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _checked(folder: Place) -> dict[str, Any]:
+    record = verify(folder)
+    if record["state"]["step"] != step_of(folder):
+        raise Damaged(f"its {STATE_FILE} is of step {record['state']['step']}")
+    return record
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvpo_service.checkpoint import STATE_FILE, Checkpoints
+from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators import critic_objective, critic_spec
+from dvpo_service.integrity import STATE_FILE, Damaged, verify
 from dvpo_service.model_card import model_card
 from dvpo_service.models.base import base_folder, empty_backbone, empty_policy
 from dvpo_service.models.critic import DistributionalCritic
@@ -91,7 +92,7 @@ def is_export(folder: Path) -> bool:
 def export(source: Path, output: Path) -> Exported:
     """Export the newest state of ``source`` (see ``newest``) to ``output``, which is then whole or as it was.
 
-    Raises CheckpointError: nothing to export, a torn or pruned checkpoint, or ``output`` is some other folder.
+    Raises CheckpointError: nothing to export, a torn, damaged or pruned checkpoint, or ``output`` is some other folder.
     """
     step, state = newest(source)
     if is_export(state):
@@ -102,11 +103,17 @@ def export(source: Path, output: Path) -> Exported:
         return open_export(output)
     run_dir = run_of(state)
     config = run_config(run_dir)
+    try:
+        record = verify(state)
+    except Damaged as damage:
+        raise CheckpointError(
+            f"checkpoint {state} is damaged: {damage}; export another checkpoint of the run"
+        ) from damage
     with writing(output) as folder:
         _export_policy(state, run_dir, config, folder)
         if config.algorithm.has_critic:
             _export_critic(state, run_dir, config, folder / CRITIC)
-        describe(folder, run_dir, config, step, _read_json(state / STATE_FILE).get("mlflow_run_id"))
+        describe(folder, run_dir, config, step, record.get("mlflow_run_id"))
     return open_export(output)
 
 

@@ -126,7 +126,8 @@ def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines
             recovery = supervise(config, roles, pools, checkpoints, display)
             state = restore(roles, resume)
             display.status("")
-            state = recovery.run(lambda s: loop.train(config.trainer, roles, checkpoints, s, stopping), state)
+            with checkpoints.settled():
+                state = recovery.run(lambda s: loop.train(config.trainer, roles, checkpoints, s, stopping), state)
             display.status("exporting policy and critic")
             export_final(config, roles, run, state.step)
             summary = summarize(config, state, run, tracker, time.time() - started)
@@ -202,7 +203,7 @@ def assemble(
 
 def supervise(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Checkpoints, display: Display) -> Recovery:
     """What brings the run back when trainer ranks are lost; the display is told of every restart."""
-    pools.engines.supervisor.note = pools.rewards.note = display.note
+    pools.engines.supervisor.note = pools.rewards.note = checkpoints.note = display.note
     return Recovery.of(config, roles, pools.trainers, checkpoints, partial(restore, roles), display.note)
 
 

@@ -66,8 +66,9 @@ def train(
     for step in stopping.steps(range(state.step, config.num_steps)):
         started, boundary = time.perf_counter(), record(state, roles)
         # Until the critic sees the batch the trainers are as the last step left them.
-        with stopping.at_boundary(step, partial(save, checkpoints, roles, boundary)):
+        with stopping.at_boundary(step, partial(save, checkpoints, roles, boundary, wait=True)):
             batch = r.stream.next(step)
+            checkpoints.advance()
             with clock("logprobs"):
                 rollouts = r.policy.logprobs(batch.rollouts, step)
         with clock("advantages"):
@@ -84,8 +85,9 @@ def train(
         metrics = batch.metrics | value_metrics | r.mismatch(rollouts) | r.health()
         for update in updates:
             metrics |= update
+        checkpoints.advance()
         stop_if_diverging(metrics, state, config, rollouts, advantages, checkpoints.run_dir)
-        metrics |= clock.lap() | {"time/step": time.perf_counter() - started}
+        metrics |= clock.lap() | checkpoints.lap() | {"time/step": time.perf_counter() - started}
         if due(config.eval_every, state.step, config.num_steps):
             with clock("eval"):
                 state.after = r.evaluator.run(state.step)
@@ -97,7 +99,7 @@ def train(
         # Last: a step that a checkpoint holds has been logged, so a run that resumes misses none.
         if due(config.save_every, state.step, config.num_steps):
             with clock("checkpoint"):
-                save(checkpoints, roles, record(state, roles))
+                save(checkpoints, roles, record(state, roles), wait=state.step == config.num_steps)
     return state
 
 
@@ -106,11 +108,13 @@ def due(every: int, step: int, last: int) -> bool:
     return step == last or bool(every and step % every == 0)
 
 
-def save(checkpoints: Checkpoints, roles: Roles, record: dict[str, Any]) -> None:
-    """Write the checkpoint of ``record``'s step, unless it is there."""
-    parts = {"policy": roles.policy.save, "estimator": roles.estimator.save}
-    if checkpoints.newest != (step := record["state"]["step"]):
-        checkpoints.save(step, parts, record)
+def save(checkpoints: Checkpoints, roles: Roles, record: dict[str, Any], *, wait: bool) -> None:
+    """Begin the checkpoint of ``record``'s step, unless it is there or under way; ``wait`` until it is there."""
+    step, under_way = record["state"]["step"], checkpoints.saving
+    if step not in (checkpoints.newest, under_way and under_way.step):
+        checkpoints.begin(step, {"policy": roles.policy.save, "estimator": roles.estimator.save}, record)
+    if wait:
+        checkpoints.finish()
 
 
 def record(state: TrainState, roles: Roles) -> dict[str, Any]:

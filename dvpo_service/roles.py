@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from dvpo_service.integrity import Files
 from dvpo_service.storage import Place
 from dvpo_service.types import Advantages, Generated, Metrics, Rollouts
 
@@ -12,6 +13,16 @@ class Job(Protocol):
     """Work under way elsewhere."""
 
     def result(self) -> Metrics: ...
+
+
+class SaveJob(Protocol):
+    """A part of a checkpoint, of the state at the time it was asked for, being written."""
+
+    def done(self) -> bool:
+        """Whether it is all written. Returns soon; raises what the writing raised, as ``result`` does."""
+
+    def result(self, timeout_s: float | None = None) -> Files:
+        """Waits until it is. What was written, by path below the part's folder."""
 
 
 class RolloutStream(Protocol):
@@ -27,7 +38,7 @@ class Policy(Protocol):
         """Adds proximal and reference log-probs, and a KL penalty to the rewards if configured."""
 
     def update_async(self, rollouts: Rollouts, advantages: Advantages, step: int) -> Job: ...
-    def save(self, folder: Place) -> None: ...
+    def save(self, folder: Place) -> SaveJob: ...
     def load(self, folder: Place) -> None: ...
     def export(self, folder: Place) -> None: ...
 
@@ -37,7 +48,7 @@ class Estimator(Protocol):
 
     def advantages(self, rollouts: Rollouts, step: int) -> tuple[Advantages, Metrics]: ...
     def update_async(self, rollouts: Rollouts, step: int) -> Job: ...
-    def save(self, folder: Place) -> None: ...
+    def save(self, folder: Place) -> SaveJob: ...
     def load(self, folder: Place) -> None: ...
     def export(self, folder: Place) -> None:
         """Write the critic as ``DistributionalCritic.from_pretrained`` loads it; nothing where there is none."""

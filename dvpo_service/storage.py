@@ -34,6 +34,14 @@ def make_folder(place: Place) -> None:
         place.mkdir(parents=True, exist_ok=True)
 
 
+def files_below(folder: Place) -> list[str]:
+    """Paths of all files below ``folder``, relative to it; none where there is no such folder."""
+    if isinstance(folder, Path):
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    folder.fs.invalidate_cache()
+    return sorted(str(found)[len(folder.path.rstrip("/")) + 1 :] for found in folder.fs.find(folder.path))
+
+
 @contextmanager
 def written_locally(folder: str) -> Iterator[str]:
     """A local folder to write to, whose content is in ``folder`` when the block ends."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dvpo_service.integrity import Written, sums_of
 from dvpo_service.types import Advantages, Generated, Metrics, Rollouts
 from tests.builders import make_rollouts
 
@@ -64,8 +65,9 @@ class FakePolicy:
         self.log("policy update", step)
         return DoneJob(self.log, "policy", {"policy/loss": 0.1, "policy/skipped_steps": self.skipped})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Written:
         (folder / "weights").write_text("policy")
+        return Written(sums_of(folder))
 
     def load(self, folder: Path) -> None:
         assert (folder / "weights").read_text() == "policy"
@@ -86,8 +88,9 @@ class FakeEstimator:
         self.log("critic update", step)
         return DoneJob(self.log, "critic", {"critic/dvpo_loss": 0.2})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Written:
         (folder / "weights").write_text("critic")
+        return Written(sums_of(folder))
 
     def load(self, folder: Path) -> None:
         assert (folder / "weights").read_text() == "critic"

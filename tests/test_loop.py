@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import TrainerConfig
+from dvpo_service.integrity import Written
 from dvpo_service.loop import Roles, TrainingStopped, TrainState, train
 from tests.fakes import FakeEstimator, FakeEvaluator, FakePolicy, FakeStream, FakeTracker, FakeWeights, Log
 
@@ -69,7 +70,12 @@ def test_every_step_is_logged_once_with_its_stages(tmp_path: Path) -> None:
 def test_a_step_is_logged_before_it_is_saved(tmp_path: Path) -> None:
     roles = make_roles(Log())
     logged: list[int] = []
-    roles.policy.save = lambda folder: logged.append(max(roles.tracker.rows))  # type: ignore[attr-defined, method-assign]
+
+    def save(folder: Path) -> Written:
+        logged.append(max(roles.tracker.rows))  # type: ignore[attr-defined]
+        return Written({})
+
+    roles.policy.save = save  # type: ignore[method-assign, assignment]
     run(tmp_path, TrainerConfig(num_steps=4, eval_every=0, save_every=2), roles)
     assert logged == [2, 4]
 

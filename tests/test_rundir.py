@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dvpo_service.checkpoint import checkpoints_of
+from dvpo_service.checkpoint import Checkpoints, checkpoints_of
 from dvpo_service.errors import CheckpointError, UserError
+from dvpo_service.integrity import Written, sums_of
 from dvpo_service.rundir import JOB_CONFIG, RunDir, resolve_run_dir
 from dvpo_service.storage import Place, read_locally, written_locally
 
@@ -26,11 +27,17 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def write(text: str) -> Any:
-    def part(folder: Place) -> None:
+    def part(folder: Place) -> Written:
         with written_locally(str(folder)) as local:
             (Path(local) / "data").write_text(text)
+        return Written(sums_of(folder))
 
     return part
+
+
+def save(checkpoints: Checkpoints, step: int, parts: dict[str, Any] | None = None) -> None:
+    checkpoints.begin(step, parts or {}, {"state": {"step": step}})
+    checkpoints.finish()
 
 
 def opened(url: str) -> RunDir:
@@ -66,7 +73,7 @@ def test_a_checkpoint_comes_back_and_old_ones_go(url: str) -> None:
     assert checkpoints.latest() is None
     for step in (5, 10, 100):
         (run.local / "metrics.jsonl").write_text(f"up to {step}")
-        checkpoints.save(step, {"policy": write(str(step))}, {"state": {"step": step}})
+        save(checkpoints, step, {"policy": write(str(step))})
     names = {p.name for p in checkpoints.folder.iterdir()}
     assert names == {"step-000010", "step-000100"}
 
@@ -89,18 +96,18 @@ def test_what_a_later_crash_left_locally_gives_way_to_the_url(url: str) -> None:
 
 def test_without_its_marker_a_checkpoint_does_not_count(url: str) -> None:
     checkpoints = checkpoints_of(opened(url), keep=2)
-    checkpoints.save(1, {"policy": write("good")}, {"state": {"step": 1}})
+    save(checkpoints, 1, {"policy": write("good")})
 
     def broken(folder: Place) -> None:
         write("half")(folder)
         raise OSError("the network is gone")
 
     with pytest.raises(CheckpointError, match=r"step-000002: the network is gone"):
-        checkpoints.save(2, {"policy": broken}, {"state": {"step": 2}})
+        save(checkpoints, 2, {"policy": broken})
     found = checkpoints.latest()
     assert found is not None
     assert found.record["state"]["step"] == 1
-    checkpoints.save(2, {"policy": write("whole")}, {"state": {"step": 2}})
+    save(checkpoints, 2, {"policy": write("whole")})
     found = checkpoints.latest()
     assert found is not None
     with read_locally(str(found.folder / "policy")) as local:
@@ -109,11 +116,11 @@ def test_without_its_marker_a_checkpoint_does_not_count(url: str) -> None:
 
 def test_the_older_of_two_runs_ends_at_its_next_checkpoint(url: str) -> None:
     older = checkpoints_of(opened(url), keep=2)
-    older.save(1, {}, {"state": {"step": 1}})
+    save(older, 1)
     newer = checkpoints_of(opened(url), keep=2)
     with pytest.raises(CheckpointError, match=r"was taken over by process \d+ on .*--run-dir"):
-        older.save(2, {}, {"state": {"step": 2}})
-    newer.save(3, {}, {"state": {"step": 3}})
+        save(older, 2)
+    save(newer, 3)
     assert {p.name for p in newer.folder.iterdir()} == {"step-000001", "step-000003"}
 
 

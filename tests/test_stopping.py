@@ -149,10 +149,10 @@ def test_a_second_request_while_the_checkpoint_is_written_leaves_the_one_before(
     roles.stream.next = after(roles.stream.next, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # type: ignore[method-assign]
     save = roles.policy.save
 
-    def slow(folder: Path) -> None:
-        save(folder)
+    def slow(folder: Path) -> Any:
         if "000003" in str(folder):
             os.kill(os.getpid(), signal.SIGTERM)
+        return save(folder)
 
     roles.policy.save = slow  # type: ignore[method-assign]
     with stopping.listening(), pytest.raises(Stopped, match="stopped at once"):
@@ -165,7 +165,8 @@ def test_a_second_request_while_the_checkpoint_is_written_leaves_the_one_before(
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     roles, stopping, saves = make_roles(Log()), Stopping(), []
     config = CONFIG.model_copy(update={"save_every": 1})
-    roles.policy.save = saves.append  # type: ignore[method-assign]
+    save = roles.policy.save
+    roles.policy.save = lambda folder: saves.append(folder) or save(folder)  # type: ignore[method-assign, func-returns-value]
     roles.stream.next = after(roles.stream.next, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))  # type: ignore[method-assign]
     with stopping.listening(), pytest.raises(Stopped, match="checkpoint at step 2 written"):
         train(config, roles, Checkpoints(tmp_path, keep=2), TrainState(), stopping)

@@ -11,6 +11,7 @@ from dvpo_service.algo.baselines.grpo import grpo
 from dvpo_service.algo.baselines.reinforce_plus_plus import reinforce_plus_plus
 from dvpo_service.algo.baselines.rloo import rloo
 from dvpo_service.config import AlgorithmConfig
+from dvpo_service.integrity import Written
 from dvpo_service.storage import Place
 from dvpo_service.types import Advantages, Metrics, Rollouts, advantage_metrics
 
@@ -41,6 +42,8 @@ class GroupEstimator:
     def update_async(self, rollouts: Rollouts, step: int) -> Done:
         return Done()
 
-    def save(self, folder: Place) -> None: ...
+    def save(self, folder: Place) -> Written:
+        return Written({})
+
     def load(self, folder: Place) -> None: ...
     def export(self, folder: Place) -> None: ...

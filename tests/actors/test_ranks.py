@@ -16,6 +16,7 @@ from actors.critic import CriticWorker
 from actors.fsdp import Rendezvous
 from actors.policy import PolicyWorker
 from dvpo_service.config import Config
+from dvpo_service.integrity import sums_of
 from dvpo_service.storage import make_folder, place_of
 from dvpo_service.types import Metrics
 from tests.builders import make_config, make_rollouts
@@ -124,6 +125,9 @@ def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
     worker.save(folder)
     straight = worker.evaluate(make_rollouts(seed=1), 1)[0]
     after = worker.update()
+    written = worker.saved(True)
+    assert written
+    assert written == {name: sums_of(place_of(folder))[name] for name in written}, "as the rank that wrote it says"
     torch.distributed.barrier()
     fresh = CriticWorker.__new__(CriticWorker)
     fresh.__dict__.update(worker.__dict__)

@@ -19,6 +19,7 @@ from actors.critic import CriticWorker
 from actors.fsdp import Rendezvous, full_state
 from actors.policy import PolicyWorker
 from dvpo_service.config import Config, to_yaml
+from dvpo_service.integrity import sums_of, write_record
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from tests.builders import make_config, make_rollouts
@@ -34,6 +35,8 @@ def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, r
     policy = PolicyWorker(config, model, Rendezvous(rank, world, "127.0.0.1", ports[0], 120))
     policy.update(rollouts.with_(logprobs=rollouts.rollout_logprobs), torch.ones(rollouts.rewards.shape), 0)
     policy.save(f"{checkpoint}/policy")
+    policy.saved(True)
+    dist.barrier()
     policy.load(f"{checkpoint}/policy")
     policy.export(f"{run}/live/policy")
     state = full_state(policy.trainer.module.backbone)
@@ -42,6 +45,7 @@ def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, r
     critic.evaluate(rollouts, 0)
     critic.update()
     critic.save(f"{checkpoint}/estimator")
+    critic.saved(True)
     critic.export(f"{run}/live/critic")
     critic_state = full_state(critic.trainer.module)
     if rank == 0:
@@ -74,7 +78,7 @@ def write_run(run: Path, config: Config, model: Path, world: int) -> None:
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mp.spawn(_rank, (world, _free_ports(2), config, str(model), str(run), str(checkpoint)), nprocs=world)
-    (checkpoint / "state.json").write_text(json.dumps(STATE))
+    write_record(checkpoint, STATE, sums_of(checkpoint))
 
 
 def _train(model: Path, folder: Path, world: int) -> Path:
