@@ -186,7 +186,8 @@ def assemble(
     first = next(iter(data.held_out.values()))
     observer: Observer = NoPictures()
     if isinstance(estimator, CriticEstimator) and config.algorithm.adv_estimator == "dvpo":
-        observer = FanObserver(list(first.prompts[: config.tracking.fan_prompts]), tokenizer, estimator, tracker)
+        shown = list(first.prompts[: config.tracking.fan_prompts])
+        observer = FanObserver(shown, tokenizer, estimator, tracker, config.rollout.max_new_tokens)
     return loop.Roles(
         stream=SyncStream(config, data.train, pools.engines, pools.rewards, Ledger(run_dir / "ledger.jsonl")),
         policy=PolicyPool(config, pools.policy),
