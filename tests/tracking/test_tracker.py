@@ -217,7 +217,7 @@ def test_the_display_gets_metrics_and_warnings(tmp_path, make_config, monkeypatc
     def down(*args, **kwargs):
         raise ConnectionError("down")
 
-    monkeypatch.setattr(tracker._sink._client, "log_figure", down)
+    monkeypatch.setattr(tracker._sink._client, "log_artifact", down)
     metrics = {"eval/val/accuracy": 0.5, "critic/coverage/0.5": 0.5}
     tracker.log(0, metrics)
     tracker.finish("FAILED", None)
