@@ -106,12 +106,7 @@ class MlflowSink:
     def log_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
         """``figures/<name>/step-000100.png``. ``draw`` runs on another thread, outage or not."""
         path = f"figures/{name}/step-{step:06d}.png"
-
-        def make() -> None:
-            self._spool.add(path, lambda file: draw().savefig(file))
-            self._put_file(path)
-
-        self.drawing.put(f"figure {path}", make)
+        self.drawing.put(f"figure {path}", lambda: self._add(path, lambda file: draw().savefig(file)))
 
     def send_samples(self) -> None:
         """The sample table as it then is, whole: sent twice it is still the same table."""
@@ -125,14 +120,17 @@ class MlflowSink:
     ) -> int:
         """Close the run; the number of calls that could not be made before the deadline."""
         end = time.monotonic() + deadline_s
-        undrawn = self.drawing.close(deadline_s)
         if summary is not None:
             final = mask(dict(summary))
-            self._spool.add("summary.json", lambda file: _write_json(file, final))
-            self._put_file("summary.json")
+            self.drawing.put("summary.json", lambda: self._add("summary.json", lambda file: _write_json(file, final)))
             self.outbox.put("summary", lambda: self._log_summary(final), keep=True)
         self.outbox.put("run status", lambda: self._client.set_terminated(self.run_id, status=status), keep=True)
-        return undrawn + sum(box.close(max(0.0, end - time.monotonic())) for box in (self.outbox, self.files))
+        boxes = (self.drawing, self.outbox, self.files)
+        return sum(box.close(max(0.0, end - time.monotonic())) for box in boxes)
+
+    def _add(self, path: str, write: Callable[[Path], None]) -> None:
+        self._spool.add(path, write)
+        self._put_file(path)
 
     def _put_file(self, path: str) -> None:
         def upload(file: Path) -> None:

@@ -85,7 +85,7 @@ class Tracker:
         self._samples.rewind(step)
 
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Sample rollouts, one row each, the first ``tracking.sample_rows`` of them: a file, and MLflow's table view."""
+        """Sample rollouts, one row each: the first ``tracking.sample_rows`` go to a file and MLflow's table view."""
         if rows := rows[: self._sample_rows]:
             self._samples.write(step, rows)
             if self._sink:
