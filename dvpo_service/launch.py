@@ -100,6 +100,8 @@ def train(
 
 def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines | None) -> dict[str, Any]:
     started, run_dir = time.time(), run.local
+    if watch is None:
+        terminal.warn_of(config)
     resolve(config.reward.function)
     raw = load_data(config.data)
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)

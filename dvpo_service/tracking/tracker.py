@@ -14,10 +14,10 @@ from dvpo_service.config.schema import Config
 from dvpo_service.tracking.critic_figures import fan_over_training, head_disagreement, quantile_heatmap
 from dvpo_service.tracking.figures import FanData, calibration_plot, fan_chart
 from dvpo_service.tracking.jsonl import MetricsFile
-from dvpo_service.tracking.masking import mask
+from dvpo_service.tracking.masking import mask, mask_text
 from dvpo_service.tracking.mlflow_sink import MlflowSink, RunStatus
 from dvpo_service.tracking.samples import SamplesFile
-from dvpo_service.tracking.store import default_tracking_uri
+from dvpo_service.tracking.store import tracking_uri
 
 if TYPE_CHECKING:
     from dvpo_service.roles import Display
@@ -55,7 +55,7 @@ class Tracker:
         self.tracking_uri: str | None = None
         self._sink: MlflowSink | None = None
         if config.tracking.mlflow:
-            self.tracking_uri = config.tracking.mlflow_uri or default_tracking_uri(run_dir)
+            self.tracking_uri = tracking_uri(config, run_dir)
             self._sink = _open_sink(self.tracking_uri, run_dir, config, run_id, resume_step, self._samples, self._warn)
             self._send_missed(self._sink)
         self._file.rows.clear()
@@ -174,7 +174,7 @@ def _open_sink(
         run_id=run_id,
         resume_step=resume_step,
         tags=config.tracking.tags,
-        description=_description(config, run_dir),
+        description=mask_text(_description(config, run_dir)),
         warn=warn,
     )
 
