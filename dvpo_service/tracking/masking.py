@@ -13,7 +13,7 @@ MASK = "***"
 _SECRET_KEY = re.compile(
     r"token|passw(or)?d|passphrase|secret|(api|access|private)[_-]?key|credential|authorization|bearer", re.IGNORECASE
 )
-_SHORTEST = 6  # characters of an environment's secret: masking shorter ones would maim every text
+_SHORTEST = 8  # characters of an environment's secret: masking shorter ones would maim every text
 # user:password@ of a URI; the greedy last part takes a password that itself holds an @.
 _URI_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 _URI_QUERY = re.compile(r"([?&][^=&\s]*(?:token|password|secret|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
