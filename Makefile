@@ -1,4 +1,4 @@
-.PHONY: setup demo test unit check bench mlflow clean
+.PHONY: setup demo test unit check bench audit mlflow clean
 
 setup:            ## .venv with everything in it; nothing to do when nothing changed
 	@bash scripts/setup.sh
@@ -19,6 +19,9 @@ check: setup      ## ruff and mypy
 
 bench: setup      ## speed and memory, as JSON
 	.venv/bin/python -m tests.bench
+
+audit: setup      ## known vulnerabilities of what is installed; needs the network
+	@bash scripts/audit.sh
 
 mlflow: setup     ## open the runs in a browser, on loopback
 	@echo "runs, side by side: http://127.0.0.1:$(or $(PORT),5000)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"

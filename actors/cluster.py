@@ -13,12 +13,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
 from actors.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from dvpo_service.config import Config
 from dvpo_service.errors import ClusterError
+from dvpo_service.exposure import dashboard_warning
 from dvpo_service.rundir import JOB_CONFIG
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -51,8 +55,8 @@ def connected(config: Config) -> Iterator[None]:
         }
     )
     try:
-        with _own_sigterm():
-            ray.init(
+        with _own_sigterm(), nullcontext() if address else _on_loopback():
+            context = ray.init(
                 address=address or "local",
                 runtime_env={"env_vars": _beside_the_jobs(environment)},
                 log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
@@ -65,10 +69,31 @@ def connected(config: Config) -> Iterator[None]:
             "Start a cluster with `ray start --head`, or leave cluster.address out to start one here; where the "
             "cluster has a token, give RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
         ) from error
+    if warning := dashboard_warning(context.dashboard_url):
+        log.warning("%s", warning)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster started in this block listens on loopback only; by default all of Ray's ports are open to the network.
+
+    Ray does so by itself on macOS and Windows, by this switch, which its processes read from the environment.
+    """
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(variable)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[variable] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[0]
+        if before[1] is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before[1]
 
 
 def on_cluster(config: Config) -> AbstractContextManager[None]:

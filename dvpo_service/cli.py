@@ -220,8 +220,11 @@ def configs() -> None:
 def main() -> None:
     """Entry point: an error a person can mend is one line and exit code 2, never a stack trace."""
     from dvpo_service.failure import describe
+    from dvpo_service.tracking.masking import MaskingFormatter
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskingFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # that Triton does nothing for a CPU is no news
     for signum in SIGNALS:  # SIGTERM ends like Ctrl-C: pools shut down, nothing left
         signal.signal(signum, raise_stopped)

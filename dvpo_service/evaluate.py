@@ -17,7 +17,7 @@ from dvpo_service.data.splits import load_data, load_files
 from dvpo_service.eval_stats import by_group
 from dvpo_service.export import CONFIG_FILE, export, is_export, newest
 from dvpo_service.models.load import check_model
-from dvpo_service.terminal import make_console, progress
+from dvpo_service.terminal import make_console, progress, warn_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None
     from dvpo_service import launch
 
     config = subject.config
+    warn_of(config)
     check_model(subject.model, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     data = load_files(config.data, files) if files else load_data(config.data).held_out
     with progress(f"evaluating {subject.name}", sum(map(len, data.values()))) as bar:

@@ -27,7 +27,6 @@ from dvpo_service.models.base import base_folder, empty_backbone, empty_policy
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.unshard import unshard
 from dvpo_service.tracking.jsonl import read_metrics
-from dvpo_service.tracking.masking import mask
 from dvpo_service.tracking.registry import register, registry_uri
 from dvpo_service.tracking.store import open_store
 
@@ -176,7 +175,6 @@ def describe(
 ) -> None:
     """Add config, origin and model card to ``folder``, which has policy and critic already; ``critic``
     says whether it has one, where they are elsewhere."""
-    config = Config.model_validate(mask(config.model_dump(mode="json")))  # an export is made to be given away
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= step]
     has_critic = (folder / CRITIC).is_dir() if critic is None else critic

@@ -5,12 +5,18 @@ from __future__ import annotations
 import errno
 
 from dvpo_service.errors import UserError
+from dvpo_service.tracking.masking import mask_text
 
 HINT = "run again with `dvpo --debug ...` for the stack trace"
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """The line and the exit code."""
+    """The line, without secrets, and the exit code."""
+    line, code = _line(error)
+    return mask_text(line), code
+
+
+def _line(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

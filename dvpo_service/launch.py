@@ -100,6 +100,8 @@ def train(
 
 def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines | None) -> dict[str, Any]:
     started, run_dir = time.time(), run.local
+    if watch is None:
+        terminal.warn_of(config)
     resolve(config.reward.function)
     raw = load_data(config.data)
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
@@ -187,7 +189,8 @@ def assemble(
     first = next(iter(data.held_out.values()))
     observer: Observer = NoPictures()
     if isinstance(estimator, CriticEstimator) and config.algorithm.adv_estimator == "dvpo":
-        observer = FanObserver(list(first.prompts[: config.tracking.fan_prompts]), tokenizer, estimator, tracker)
+        shown = list(first.prompts[: config.tracking.fan_prompts])
+        observer = FanObserver(shown, tokenizer, estimator, tracker, config.rollout.max_new_tokens)
     return loop.Roles(
         stream=SyncStream(config, data.train, pools.engines, pools.rewards, Ledger(run_dir / "ledger.jsonl")),
         policy=PolicyPool(config, pools.policy),

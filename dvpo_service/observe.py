@@ -27,10 +27,17 @@ class FanObserver:
     """Two fixed responses per prompt, through training: its right answer, and one that is wrong.
 
     A critic that has learned rises along the first and falls along the second, at the token where
-    they part.
+    they part. A response ends after ``max_tokens``, as sampled ones do.
     """
 
-    def __init__(self, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, critic: Distributions, tracker: Any):
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        critic: Distributions,
+        tracker: Any,
+        max_tokens: int,
+    ):
         self.critic, self.tracker = critic, tracker
         self.history: list[tuple[int, list[FanData]]] = []  # (step, right and wrong answer), since this process began
         self.titles: list[str] = []
@@ -40,6 +47,7 @@ class FanObserver:
         for prompt in prompts:
             for answer in (prompt.answer, _wrong(prompt.answer)):
                 ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+                ids = ids[:max_tokens]  # an answer in the data may be longer than the model reads
                 samples.append(Sample(prompt.index, 0, tuple(ids), (0.0,) * len(ids), answer, "stop", 0))
                 self.titles.append(f"{prompt.messages[-1]['content']} {answer}"[-60:])
                 self.texts.append([str(tokenizer.decode([i])) for i in ids])

@@ -19,7 +19,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # The folder or URL below which relative run directories are.
 BASE = "DVPO_RUNS"
 # What the driver writes; ranks write checkpoints/ and policy/.
-SMALL_FILES = ("ledger.jsonl", "config.yaml", "metrics.jsonl", "summary.json")
+SMALL_FILES = ("ledger.jsonl", "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json")
 BASE_FOLDER = "base"  # what builds the model around a checkpoint's weights: models/base.py
 OWNER = "owner.txt"
 

@@ -247,6 +247,7 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     exported = servable(source)
     config = load_config(str(exported.folder / CONFIG_FILE), overrides)
+    terminal.warn_of(config)
     served = Served.of(exported)
     cluster = config.cluster.model_copy(update={"num_cpus": config.cluster.num_cpus or math.ceil(cpus_needed(config))})
     with connected(config.model_copy(update={"cluster": cluster})):

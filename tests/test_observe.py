@@ -42,7 +42,7 @@ def observer(tiny_model):
         Prompt(i, ({"role": "user", "content": question},), answer, "test", tuple(tokenizer(question)["input_ids"]))
         for i, (question, answer) in enumerate([("18+27=", "45"), ("2+3=", "5")])
     ]
-    return FanObserver(prompts, tokenizer, FakeCritic(), FakeTracker())
+    return FanObserver(prompts, tokenizer, FakeCritic(), FakeTracker(), 8)
 
 
 def test_a_right_and_a_wrong_response_per_prompt_with_every_head(observer):
@@ -81,6 +81,14 @@ def test_memory_is_bounded_and_the_first_observation_stays(observer, monkeypatch
 
 
 def test_without_prompts_nothing_is_asked(observer):
-    empty = FanObserver([], None, observer.critic, observer.tracker)
+    empty = FanObserver([], None, observer.critic, observer.tracker, 8)
     empty.observe(1)
     assert observer.critic.asked == observer.tracker.pictures == []
+
+
+def test_an_answer_longer_than_any_response_is_cut(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompt = Prompt(0, ({"role": "user", "content": "?"},), "7" * 100_000, "test", (5,))
+    observer = FanObserver([prompt], tokenizer, FakeCritic(), FakeTracker(), 8)
+    observer.observe(0)
+    assert observer.critic.asked[0].response_lens.tolist() == [8, 8]

@@ -13,10 +13,11 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from dvpo_service.errors import DataError
 from dvpo_service.tracking.jsonl import read_metrics
+from dvpo_service.tracking.masking import mask_override, mask_uri
 from tune_sweeps.grid import Arm, Grid
 
 Status = Literal["waiting", "running", "done", "failed"]
@@ -69,13 +70,19 @@ class Sweep:
     trials: list[Trial] = field(default_factory=list)
     grid_source: str = ""  # what was given as --grid
 
+    def masked(self) -> Self:
+        """Without secrets: what files, reports and MLflow get."""
+        uri = mask_uri(self.mlflow_uri) if self.mlflow_uri else None
+        return replace(self, overrides=[mask_override(o) for o in self.overrides], mlflow_uri=uri)
+
 
 def trial_name(arm: str, seed: int) -> str:
     return f"{arm}-seed{seed}"
 
 
 def save_sweep(sweep: Sweep) -> None:
-    """Write ``sweep.json``."""
+    """Write ``sweep.json``, without secrets."""
+    sweep = sweep.masked()
     sweep.folder.mkdir(parents=True, exist_ok=True)
     tree = {
         "grid": asdict(sweep.grid),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dvpo_service.errors import DataError
-from dvpo_service.tracking.masking import mask_message
+from dvpo_service.tracking.masking import MASK, mask_message
 from dvpo_service.tracking.store import open_store, reaching, sqlite_path
 from tune_sweeps.analysis import LEVEL, MIN_PAIRS, UNSURE, Analysis, Comparison, analyse, by_chance
 from tune_sweeps.guide import GuideRow, OwnLoss, guide_rows, own_losses
@@ -25,15 +26,17 @@ logger = logging.getLogger(__name__)
 _NAMED = 6  # arms that a sentence names before it counts the rest
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, mlflow_uri: str | None = None) -> Path:
     """Write report.html, report.md and report.json into the sweep's folder; returns the first.
 
     They also go to the sweep's MLflow run, as far as it has one: a failure there is a warning in the log.
+    ``mlflow_uri``: with the password that the folder does not have; by default MLFLOW_TRACKING_URI has it.
 
     Raises:
       DataError: ``folder`` holds no sweep, or nothing of it has begun to measure anything.
     """
     sweep = read_sweep(folder)
+    sweep = replace(sweep, mlflow_uri=mlflow_uri or sweep.mlflow_uri)
     if not any(t.metrics or t.summary or t.state.status == "failed" for t in sweep.trials):
         raise DataError(f"{folder}: no trial has measured anything yet; run `dvpo sweep`, or wait for a first step")
     analysis = analyse(sweep)
@@ -193,6 +196,8 @@ def _log_artifacts(sweep: Sweep, paths: Sequence[Path]) -> None:
     uri = sweep.mlflow_uri
     if not uri or not sweep.mlflow_run_id:
         return
+    if MASK in uri:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", uri)
     try:
         db = sqlite_path(uri)
         if db is not None and not db.is_file():  # opening it would make an empty one

@@ -15,7 +15,8 @@ from actors.placement import Bundle, alive_nodes, check_plan, local_cpus, local_
 from dvpo_service.config import Config
 from dvpo_service.data.splits import load_data
 from dvpo_service.errors import ConfigError, UserError
-from dvpo_service.terminal.console import make_console
+from dvpo_service.terminal import make_console, warn_of
+from dvpo_service.tracking.store import tracking_uri
 from dvpo_service.warmstart import base_model
 from tune_sweeps.grid import Grid
 from tune_sweeps.plan import Job, find_grid, plan_trials, resolve
@@ -48,6 +49,7 @@ def run_sweep(
     grid = find_grid(grid_name)
     probe = plan_trials(grid, config, overrides, seeds) if grid.arms else []
     first = probe[0].config if probe else resolve(config, overrides, one_draw(grid), seeds[0])
+    warn_of(first)
     sweep = _open(
         Sweep(folder, grid, config, list(overrides), list(seeds), None, None, grid_source=_source(grid_name)), resume
     )
@@ -58,6 +60,8 @@ def run_sweep(
         if sweep.mlflow_run_id is None and first.tracking.mlflow:
             uri, run_id = open_parent(first, sweep)
             sweep = replace(sweep, mlflow_uri=uri, mlflow_run_id=run_id)
+        elif sweep.mlflow_run_id:  # resumed: the file has no password of it
+            sweep = replace(sweep, mlflow_uri=tracking_uri(first, folder))
         save_sweep(sweep)
         job = Job.of(sweep, _base_models(sweep))
         results = _tuner(job, grid, slots).fit()
@@ -65,7 +69,7 @@ def run_sweep(
     _say(results, folder)
     from tune_sweeps.report import write_report  # matplotlib and scipy: not needed until here
 
-    return write_report(folder), results.num_errors
+    return write_report(folder, mlflow_uri=sweep.mlflow_uri), results.num_errors
 
 
 def _source(grid: str) -> str:
@@ -83,9 +87,9 @@ def _open(sweep: Sweep, resume: bool) -> Sweep:
     if not resume:
         raise ConfigError(f"{sweep.folder} holds a sweep already; give --resume to continue it, or another --run-dir")
     for what in ("config", "overrides", "seeds"):
-        if getattr(old, what) != getattr(sweep, what):
+        if getattr(old, what) != getattr(sweep.masked(), what):
             raise ConfigError(
-                f"{sweep.folder} was started with {what} {getattr(old, what)}, not {getattr(sweep, what)}; "
+                f"{sweep.folder} was started with {what} {getattr(old, what)}, not {getattr(sweep.masked(), what)}; "
                 "give the same command with --resume, or another --run-dir"
             )
     if old.grid.name != sweep.grid.name:

@@ -7,7 +7,7 @@ import logging
 from dvpo_service.config import Config
 from dvpo_service.errors import TrackingError
 from dvpo_service.tracking.mlflow_sink import experiment_id
-from dvpo_service.tracking.store import default_tracking_uri, open_store, reaching
+from dvpo_service.tracking.store import open_store, reaching, tracking_uri
 from tune_sweeps.records import Sweep
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def open_parent(config: Config, sweep: Sweep) -> tuple[str, str]:
     """Create it; returns the tracking URI and the run's id. Raises TrackingError."""
-    uri = config.tracking.mlflow_uri or default_tracking_uri(sweep.folder)
+    uri = tracking_uri(config, sweep.folder)
     client = open_store(uri)
     with reaching(uri):
         run = client.create_run(experiment_id(client, config.tracking.experiment, uri), run_name=sweep.folder.name)
@@ -45,7 +45,7 @@ def _description(sweep: Sweep) -> str:
             f"- arms: {arms}",
             f"- compared with: `{sweep.grid.reference}`" if sweep.grid.reference else "- no reference arm",
             f"- seeds: {', '.join(map(str, sweep.seeds))}; the arms of a seed share data order and base model",
-            f"- overrides: {' '.join(sweep.overrides) or 'none'}",
+            f"- overrides: {' '.join(sweep.masked().overrides) or 'none'}",
             f"- folder: `{sweep.folder}`",
             "",
             "The trials are nested below this run: select them and open the chart view; `critic/loss/*` has every "

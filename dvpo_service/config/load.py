@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from dvpo_service.config.schema import Config
 from dvpo_service.errors import ConfigError
+from dvpo_service.tracking.masking import mask, mask_override, names_secret
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -43,8 +44,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config: feeding it back gives the same run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved config: feeding it back gives the same run. A password in it is ``***`` (masking.py)."""
+    return yaml.safe_dump(mask(config.model_dump(mode="json")), sort_keys=False)
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -92,11 +93,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override {override!r}: write it as key.sub=value")
+        raise ConfigError(f"override {mask_override(override)!r}: write it as key.sub=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+        raise ConfigError(f"override {mask_override(override)!r}: the value is not valid YAML") from error
     if isinstance(value, str):
         # YAML 1.1 reads 1e-3 as a string; every user means the number.
         with contextlib.suppress(ValueError):
@@ -124,7 +125,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{dotted}: missing, and it has no default"
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
+    hidden = isinstance(error["input"], dict | BaseModel) or names_secret(dotted)
+    given = "" if hidden else f" (got {mask(error['input'])!r})"
     return f"{dotted}: {message}{given}" if dotted else message
 
 

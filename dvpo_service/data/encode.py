@@ -57,8 +57,10 @@ def _checked_ids(
     try:
         ids = _ids(prompt, tokenizer, chat_template)
     except jinja2.TemplateError as error:  # e.g. a template that wants user and assistant to alternate
-        message = str(error).partition("\n")[0]
-        raise BadRow("chat template", f"the chat template refuses the messages: {message}") from error
+        raise BadRow("chat template", f"the chat template refuses the messages: {_line(error)}") from error
+    # A template's own Python errors, and what tokenizers raises for text outside its vocabulary: a bare Exception.
+    except Exception as error:
+        raise BadRow("cannot be tokenized", f"the prompt cannot be tokenized: {_line(error)}") from error
     if not ids:
         raise BadRow("empty prompt", "the prompt has no tokens with this tokenizer")
     if len(ids) > limit:
@@ -73,3 +75,7 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool
     # return_dict is stated because its default changed in transformers 5.
     encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     return tuple(encoding["input_ids"])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -91,7 +91,7 @@ def _answer(value: object, where: str) -> str:
     if value is None:
         raise BadRow("missing answer", f"`{where}` is missing")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # an int of 400 digits fits no float
             raise BadRow("wrong type", f"`{where}` is {value}, not a finite number")
         return str(value)
     text = _text(value, where).strip()

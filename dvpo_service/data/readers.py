@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import glob
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dvpo_service.data.badrow import BadRow
+from dvpo_service.data.badrow import BadRow, show
 from dvpo_service.errors import DataError
 
 JSONL = (".jsonl", ".ndjson")
@@ -27,19 +28,26 @@ def expand_files(files: Sequence[str | Path]) -> list[Path]:
         raise TypeError("files is a sequence of paths, not one path")
     found: dict[Path, None] = {}
     for name in files:
-        path = Path(name).expanduser()
-        if path.is_file():
-            found[path] = None
-        elif glob.has_magic(str(path)):
-            matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
-            if not matches:
-                raise DataError(f"{path}: no file matches this pattern; check it against `ls {path.parent}`")
-            found.update(dict.fromkeys(matches))
-        else:
-            raise DataError(_missing(path))
+        try:
+            found.update(dict.fromkeys(_expand(Path(name).expanduser())))
+        except (OSError, RuntimeError) as error:  # a name too long for a file; `~who` of nobody here
+            raise DataError(
+                f"{show(str(name), 200)}: no such data file: {_first_line(error)}; check the path"
+            ) from error
     if not found:
         raise DataError("no data files are given; name at least one .jsonl or .parquet file")
     return list(found)
+
+
+def _expand(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise DataError(_missing(path))
+    matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    if not matches:
+        raise DataError(f"{path}: no file matches this pattern; check it against `ls {path.parent}`")
+    return matches
 
 
 def _missing(path: Path) -> str:
@@ -65,19 +73,22 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         else:
             raise DataError(f"{path}: unknown file type {path.suffix!r}; accepted: .jsonl, .parquet")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from error
+        raise DataError(
+            f"{path}: cannot be read: {_first_line(error) if error.strerror is None else error.strerror}"
+        ) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
     with path.open("rb") as lines:  # bytes: one line that is not UTF-8 must not hide its number
         for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8)  # some editors put a byte order mark first
             if line.strip():
                 yield f"{path}:{number}", _parse_line(line)
 
 
 def _parse_line(line: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8-sig"))  # -sig: some editors put a byte order mark first
+        return json.loads(line.decode())
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
     except json.JSONDecodeError as error:
@@ -91,12 +102,30 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in _to_python(batch):
                     number += 1
                     yield f"{path} row {number}", row
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{path}: not readable as Parquet after row {number}: {_first_line(error)}") from error
 
 
+def _to_python(batch: pa.RecordBatch) -> Iterator[object]:
+    try:
+        yield from batch.to_pylist()
+    # Text that is not UTF-8, a date beyond the year 9999: one such cell fails the batch, so find whose it is.
+    except (pa.ArrowException, ValueError, OverflowError):
+        yield from (_one_row(batch.slice(i, 1)) for i in range(len(batch)))
+
+
+def _one_row(batch: pa.RecordBatch) -> object:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"its text is not UTF-8: {_first_line(error)}")
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        return BadRow("wrong type", f"a cell has no Python value: {_first_line(error)}")
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    line = str(error).partition("\n")[0] or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in line)  # a damaged file's bytes, told by Arrow

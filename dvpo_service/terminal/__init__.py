@@ -8,7 +8,7 @@ from dvpo_service.terminal.closing import closing
 from dvpo_service.terminal.console import make_console
 from dvpo_service.terminal.plan import show_plan
 from dvpo_service.terminal.progress import Bar, progress
-from dvpo_service.terminal.serving import say, serving
+from dvpo_service.terminal.serving import say, serving, warn_of
 from dvpo_service.terminal.training import TrainingDisplay
 
-__all__ = ["Bar", "TrainingDisplay", "closing", "make_console", "progress", "say", "serving", "show_plan"]
+__all__ = ["Bar", "TrainingDisplay", "closing", "make_console", "progress", "say", "serving", "show_plan", "warn_of"]

@@ -8,14 +8,19 @@ from rich.table import Table
 from rich.text import Text
 
 from dvpo_service.config import Config
+from dvpo_service.exposure import LOOPBACK, serving_warning, warnings_of
 from dvpo_service.terminal.console import make_console, plain
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def say(text: str) -> None:
     """One plain line, at once."""
     plain(make_console(), text)
+
+
+def warn_of(config: Config) -> None:
+    """A line for each thing that the config opens to others."""
+    for line in warnings_of(config):
+        say(f"warning: {line}")
 
 
 def serving(
@@ -39,9 +44,7 @@ def serving(
     for key, value in rows.items():
         places.add_row(key, Text(value))
     parts: list[Table | Text] = [places]
-    if host not in LOOPBACK and not with_key:
-        parts.append(
-            Text(f"warning: anyone who reaches {host} can use this server; set DVPO_API_KEY", style="bold red")
-        )
+    if warning := serving_warning(host, with_key=with_key):
+        parts.append(Text(f"warning: {warning}", style="bold red"))
     panel = Panel(Group(*parts), title=f" serving {name}, {version} ", title_align="left", border_style="green")
     (console or make_console()).print(panel)

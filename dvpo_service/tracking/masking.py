@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 MASK = "***"
-_SECRET_KEY = re.compile(r"token|password|passwd|secret|api[_-]?key|access[_-]?key|credential", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"token|passw(or)?d|passphrase|secret|(api|access|private)[_-]?key|credential|authorization|bearer", re.IGNORECASE
+)
+_SHORTEST = 8  # characters of an environment's secret: masking shorter ones would maim every text
 # user:password@ of a URI; the greedy last part takes a password that itself holds an @.
 _URI_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 _URI_QUERY = re.compile(r"([?&][^=&\s]*(?:token|password|secret|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
@@ -27,6 +32,31 @@ def mask(tree: Any, key: str = "") -> Any:
     if not isinstance(tree, str):
         return tree
     return MASK if tree and _SECRET_KEY.search(key) else mask_uri(tree)
+
+
+def names_secret(key: str) -> bool:
+    return bool(_SECRET_KEY.search(key))
+
+
+def mask_override(override: str) -> str:
+    """``tracking.tags.hf_token=***`` for a ``key.sub=value``."""
+    key, equals, value = override.partition("=")
+    return key + equals + str(mask(value, key))
+
+
+def mask_text(text: str) -> str:
+    """Any text for a person, a log or a file: no credentials of URIs, no secret of this process's environment."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and names_secret(name):
+            text = text.replace(value, MASK)
+    return mask_uri(text)
+
+
+class MaskingFormatter(logging.Formatter):
+    """A log record without secrets, its stack trace too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_text(super().format(record))
 
 
 def mask_uri(text: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import posixpath
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from dvpo_service.errors import TrackingError
 from dvpo_service.tracking.masking import flatten, mask, mask_message
 from dvpo_service.tracking.outbox import Outbox
+from dvpo_service.tracking.samples import SamplesFile
+from dvpo_service.tracking.spool import Spool
 from dvpo_service.tracking.store import artifact_root, open_store, reaching
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ _UNSAFE = re.compile(r"[^\w\-. /]")
 
 class MlflowSink:
     """Start (or continue ``run_id``) in the constructor, which raises TrackingError; after that no
-    failure of MLflow reaches the caller: everything goes through an ``Outbox``.
+    failure of MLflow reaches the caller: metrics go through one ``Outbox``, artifacts by way of ``unsent``,
+    a folder, through another, since a store that takes no artifacts may take metrics. A third one draws.
 
     ``last_step`` is the newest step whose metrics the store already has, -1 for none. Steps up to
     it are not sent again, since MLflow cannot take points back.
@@ -45,6 +48,8 @@ class MlflowSink:
         config: Mapping[str, Any],
         config_yaml: str,
         *,
+        unsent: Path,
+        samples: SamplesFile,
         run_id: str | None = None,
         resume_step: int = 0,
         tags: Mapping[str, str] | None = None,
@@ -63,17 +68,25 @@ class MlflowSink:
                 self._client.set_tag(self.run_id, key, value)
             if old:
                 self._client.update_run(self.run_id, status="RUNNING")
-                _drop_samples_from(self._client, self.run_id, resume_step)
-        self.outbox = Outbox(lambda text: warn(mask_message(text, uri)), _hopeless)
+        self.outbox, self.files, self.drawing = (
+            Outbox(lambda text: warn(mask_message(text, uri)), _hopeless, name) for name in ("metrics", "files", "draw")
+        )
+        self._last_at = 0  # ms since the epoch, of the newest step's metrics
+        self._samples = samples
+        self._spool = Spool(unsent, fresh=run_id is None and resume_step == 0)
+        for path in self._spool.waiting():
+            self._put_file(path)
+        if samples.last >= 0:
+            self.send_samples()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], now: float | None = None) -> None:
         """All metrics of a step, in one call; sent again in order after an outage."""
         from mlflow.entities import Metric
 
+        at = self._last_at = int((time.time() if now is None else now) * 1000)
         if step <= self.last_step:
             return
         self.last_step = step
-        at = int((time.time() if now is None else now) * 1000)
         # MLflow stores infinity as 1.8e308, which flattens its charts; NaN leaves a gap.
         rows = [
             Metric(_safe(name), float(value) if math.isfinite(value) else math.nan, at, step)
@@ -87,26 +100,17 @@ class MlflowSink:
         self.outbox.put(f"metrics of step {step}", send, keep=True)
 
     def _outages(self) -> dict[str, float]:
-        failures = self.outbox.failures
+        failures = self.outbox.failures + self.files.failures
         return {"tracking/mlflow_failures": failures} if failures else {}
 
     def log_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
-        """``figures/<name>/step-000100.png``. ``draw`` runs on the sending thread."""
+        """``figures/<name>/step-000100.png``. ``draw`` runs on another thread, outage or not."""
         path = f"figures/{name}/step-{step:06d}.png"
-        self.outbox.put(f"figure {path}", lambda: self._client.log_figure(self.run_id, draw(), path))
+        self.drawing.put(f"figure {path}", lambda: self._add(path, lambda file: draw().savefig(file)))
 
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Appends the rows, with a ``step`` column, to the run's sample table."""
-        columns = ["step", *dict.fromkeys(key for row in rows for key in row if key != "step")]
-        table = {key: [step if key == "step" else row.get(key) for row in rows] for key in columns}
-        if rows:
-            self.outbox.put(f"samples of step {step}", lambda: self._client.log_table(self.run_id, table, SAMPLES))
-
-    def rewind(self, step: int) -> None:
-        """Steps from ``step`` on come again: metrics are not sent twice, sample rows are."""
-        self.outbox.put(
-            f"samples before step {step}", lambda: _drop_samples_from(self._client, self.run_id, step), keep=True
-        )
+    def send_samples(self) -> None:
+        """The sample table as it then is, whole: sent twice it is still the same table."""
+        self.files.put(SAMPLES, self._send_samples, keep=True)
 
     def finish(
         self,
@@ -115,20 +119,51 @@ class MlflowSink:
         deadline_s: float,
     ) -> int:
         """Close the run; the number of calls that could not be made before the deadline."""
+        end = time.monotonic() + deadline_s
         if summary is not None:
             final = mask(dict(summary))
+            self.drawing.put("summary.json", lambda: self._add("summary.json", lambda file: _write_json(file, final)))
             self.outbox.put("summary", lambda: self._log_summary(final), keep=True)
         self.outbox.put("run status", lambda: self._client.set_terminated(self.run_id, status=status), keep=True)
-        return self.outbox.close(deadline_s)
+        boxes = (self.drawing, self.outbox, self.files)
+        return sum(box.close(max(0.0, end - time.monotonic())) for box in boxes)
+
+    def _add(self, path: str, write: Callable[[Path], None]) -> None:
+        self._spool.add(path, write)
+        self._put_file(path)
+
+    def _put_file(self, path: str) -> None:
+        def upload(file: Path) -> None:
+            self._client.log_artifact(self.run_id, str(file), posixpath.dirname(path) or None)
+
+        self.files.put(path, lambda: self._spool.send(path, upload), keep=True)
+
+    def _send_samples(self) -> None:
+        table = self._samples.table()
+        if table["data"]:
+            # What MLflow's own UI looks at to show a table.
+            self._client.set_tag(
+                self.run_id, "mlflow.loggedArtifacts", json.dumps([{"path": SAMPLES, "type": "table"}])
+            )
+        self._client.log_text(self.run_id, json.dumps(table), SAMPLES)
 
     def _log_summary(self, summary: dict[str, Any]) -> None:
-        for key, by_split in summary.items():
-            # held_out_greedy_after: {"val": 0.6}  ->  metric held_out/greedy_after/val
-            if key.startswith("held_out_") and isinstance(by_split, dict):
-                for split, value in by_split.items():
-                    name = _safe(f"held_out/{key.removeprefix('held_out_')}/{split}")
-                    self._client.log_metric(self.run_id, name, float(value), step=max(self.last_step, 0))
-        self._client.log_dict(self.run_id, summary, "summary.json")
+        """Metrics at the time of the newest step: the same points when they are sent again."""
+        from mlflow.entities import Metric
+
+        # held_out_greedy_after: {"val": 0.6}  ->  metric held_out/greedy_after/val
+        rows = [
+            Metric(
+                _safe(f"held_out/{key.removeprefix('held_out_')}/{split}"),
+                float(value),
+                self._last_at,
+                max(self.last_step, 0),
+            )
+            for key, by_split in summary.items()
+            if key.startswith("held_out_") and isinstance(by_split, dict)
+            for split, value in by_split.items()
+        ]
+        self._client.log_batch(self.run_id, metrics=rows)
 
     def _create(self, experiment: str, run_name: str) -> str:
         return self._client.create_run(experiment_id(self._client, experiment, self.uri), run_name=run_name).info.run_id
@@ -186,17 +221,8 @@ def _find_run(client: MlflowClient, run_id: str, warn: Callable[[str], None]) ->
     return run
 
 
-def _drop_samples_from(client: MlflowClient, run_id: str, step: int) -> None:
-    """Steps from ``step`` on are done again: their rows leave the sample table."""
-    if SAMPLES not in {artifact.path for artifact in client.list_artifacts(run_id)}:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(client.download_artifacts(run_id, SAMPLES, folder))
-        table = json.loads(path.read_text(encoding="utf-8"))
-    at = table["columns"].index("step")
-    kept = [row for row in table["data"] if row[at] < step]
-    if len(kept) < len(table["data"]):
-        client.log_text(run_id, json.dumps(table | {"data": kept}), SAMPLES)
+def _write_json(file: Path, tree: dict[str, Any]) -> None:
+    file.write_text(json.dumps(tree, indent=2), encoding="utf-8")
 
 
 def _safe(name: str) -> str:

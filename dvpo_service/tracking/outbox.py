@@ -28,6 +28,7 @@ class Outbox:
         self,
         warn: Callable[[str], None],
         hopeless: Callable[[Exception], bool] = lambda error: False,
+        name: str = "calls",
         limit: int = 10_000,
     ) -> None:
         self.failures = 0
@@ -40,7 +41,7 @@ class Outbox:
         self._closing = False
         self._blocked = False  # the head failed; wait for a newer job before it is tried again
         self._outage = False
-        self._thread = threading.Thread(target=self._run, name="dvpo-tracking", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"dvpo-tracking-{name}", daemon=True)
         self._thread.start()
 
     def put(self, label: str, call: Callable[[], None], *, keep: bool = False) -> None:

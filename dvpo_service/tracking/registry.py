@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from dvpo_service.config import Config
 from dvpo_service.errors import TrackingError
-from dvpo_service.tracking.masking import MASK
-from dvpo_service.tracking.store import default_tracking_uri, reaching, sqlite_path
+from dvpo_service.tracking.store import reaching, sqlite_path, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -16,14 +15,9 @@ if TYPE_CHECKING:
 
 def registry_uri(config: Config, run_dir: Path) -> str:
     """The run's tracking URI, where its registry is too. Raises TrackingError when the run has none."""
-    uri = config.tracking.mlflow_uri
-    if uri and MASK in uri:
-        raise TrackingError(f"{run_dir}: the password of its MLflow store is masked; register from the run directory")
-    if uri:
-        return uri
-    if not config.tracking.mlflow:
+    if not (config.tracking.mlflow or config.tracking.mlflow_uri):
         raise TrackingError(f"{run_dir}: the run had no MLflow (tracking.mlflow=false), so there is no registry")
-    return default_tracking_uri(run_dir)
+    return tracking_uri(config, run_dir)
 
 
 def register(client: MlflowClient, uri: str, name: str, folder: Path, *, step: int, run_id: str | None) -> str:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dvpo_service.errors import TrackingError
-from dvpo_service.tracking.masking import mask_message, mask_uri
+from dvpo_service.tracking.masking import MASK, mask_message, mask_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from dvpo_service.config import Config
 
 _DB_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _CONNECT_S = 5.0
@@ -35,6 +37,18 @@ _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRI
 def default_tracking_uri(run_dir: Path) -> str:
     """SQLite in the folder that holds the run folders, so that all its runs stand in one UI."""
     return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+
+
+def tracking_uri(config: Config, run_dir: Path) -> str:
+    """The config's, or else SQLite beside the run folders. A config read back from a run has no password any more
+    (``***``): then it is that of the environment, MLFLOW_TRACKING_URI. Raises TrackingError where that is missing."""
+    uri = config.tracking.mlflow_uri
+    if uri and MASK in uri and not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
+        raise TrackingError(
+            f"tracking.mlflow_uri={config.tracking.mlflow_uri}: its password is masked, as in every file of a run; "
+            "give the whole URI as tracking.mlflow_uri=... or in the environment as MLFLOW_TRACKING_URI"
+        )
+    return uri or default_tracking_uri(run_dir)
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,16 @@ from dvpo_service.config.schema import Config
 from dvpo_service.tracking.critic_figures import fan_over_training, head_disagreement, quantile_heatmap
 from dvpo_service.tracking.figures import FanData, calibration_plot, fan_chart
 from dvpo_service.tracking.jsonl import MetricsFile
-from dvpo_service.tracking.masking import mask
+from dvpo_service.tracking.masking import mask, mask_text
 from dvpo_service.tracking.mlflow_sink import MlflowSink, RunStatus
-from dvpo_service.tracking.store import default_tracking_uri
+from dvpo_service.tracking.samples import SamplesFile
+from dvpo_service.tracking.store import tracking_uri
 
 if TYPE_CHECKING:
     from dvpo_service.roles import Display
 
 logger = logging.getLogger(__name__)
+UNSENT = "mlflow-unsent"  # in the run directory: artifacts that MLflow does not have yet
 
 
 class Tracker:
@@ -43,6 +45,9 @@ class Tracker:
     ) -> None:
         self._display = display
         self._file = MetricsFile(run_dir / "metrics.jsonl", resume_step)
+        self._samples = SamplesFile(run_dir / "samples.jsonl", resume_step)
+        self._samples.rows.clear()
+        self._sample_rows = config.tracking.sample_rows
         self._advisor = _advisor(config)
         self.advice: list[str] = []  # what the diagnostics of this run say, in words
         for row in self._file.rows:  # said before the run was cut off
@@ -50,8 +55,8 @@ class Tracker:
         self.tracking_uri: str | None = None
         self._sink: MlflowSink | None = None
         if config.tracking.mlflow:
-            self.tracking_uri = config.tracking.mlflow_uri or default_tracking_uri(run_dir)
-            self._sink = _open_sink(self.tracking_uri, run_dir, config, run_id, resume_step, self._warn)
+            self.tracking_uri = tracking_uri(config, run_dir)
+            self._sink = _open_sink(self.tracking_uri, run_dir, config, run_id, resume_step, self._samples, self._warn)
             self._send_missed(self._sink)
         self._file.rows.clear()
 
@@ -77,13 +82,14 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Steps from ``step`` on will be done and logged again. MLflow keeps the points it has of them."""
         self._file.rewind(step)
-        if self._sink:
-            self._sink.rewind(step)
+        self._samples.rewind(step)
 
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Sample rollouts, one row each, for MLflow's table view."""
-        if self._sink:
-            self._sink.log_samples(step, rows)
+        """Sample rollouts, one row each: the first ``tracking.sample_rows`` go to a file and MLflow's table view."""
+        if rows := rows[: self._sample_rows]:
+            self._samples.write(step, rows)
+            if self._sink:
+                self._sink.send_samples()
 
     def log_critic_pictures(
         self, step: int, charts: list[FanData], history: list[tuple[int, list[FanData]]] | None = None
@@ -115,10 +121,11 @@ class Tracker:
     ) -> None:
         """Flush and close the file and the MLflow run. Never raises for MLflow's sake."""
         self._file.close()
+        self._samples.close()
         if self._sink and (unsent := self._sink.finish(status, summary, deadline_s)):
             self._warn(
-                f"MLflow did not get the last {unsent} calls; every metric is in {self._file.path}, "
-                "and resuming the run sends them"
+                f"MLflow did not get the last {unsent} calls; every metric is in {self._file.path}, artifacts wait "
+                f"in {self._file.path.parent / UNSENT}, and the same command again sends both"
             )
 
     def _send_missed(self, sink: MlflowSink) -> None:
@@ -144,7 +151,15 @@ def _advisor(config: Config) -> Advisor:
     return Advisor(silent=silent, max_grad_norm=norms)
 
 
-def _open_sink(uri: str, run_dir: Path, config: Config, run_id: str | None, resume_step: int, warn: Any) -> MlflowSink:
+def _open_sink(
+    uri: str,
+    run_dir: Path,
+    config: Config,
+    run_id: str | None,
+    resume_step: int,
+    samples: SamplesFile,
+    warn: Callable[[str], None],
+) -> MlflowSink:
     import yaml
 
     tree = mask(config.model_dump(mode="json"))
@@ -154,10 +169,12 @@ def _open_sink(uri: str, run_dir: Path, config: Config, run_id: str | None, resu
         config.tracking.run_name or config.name,
         tree,
         yaml.safe_dump(tree, sort_keys=False),
+        unsent=run_dir / UNSENT,
+        samples=samples,
         run_id=run_id,
         resume_step=resume_step,
         tags=config.tracking.tags,
-        description=_description(config, run_dir),
+        description=mask_text(_description(config, run_dir)),
         warn=warn,
     )
 

@@ -39,6 +39,11 @@ def test_plain_text(data, tokenizer):
     assert encoded.prompts[0].token_ids == tuple(tokenizer.convert_tokens_to_ids(list("1+2=")))
 
 
+def test_a_prompt_of_exactly_the_limit_is_kept(data, tokenizer):
+    encoded = encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=12)
+    assert len(encoded.prompts[1].token_ids) == 12
+
+
 def test_too_long(data, tokenizer):
     with pytest.raises(DataError, match=r"a\.jsonl:2: the prompt has 12 tokens, data\.max_prompt_tokens=11\."):
         encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)
@@ -70,3 +75,13 @@ def test_template_is_missing_or_refuses(tmp_path, data, tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template=false"):
         encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)
+
+
+def test_what_a_template_or_a_tokenizer_raises_is_told(data, tokenizer):
+    tokenizer.chat_template = "{{ 1 + messages[0].content }}"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the prompt cannot be tokenized: unsupported operand"):
+        encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=11)
+    words = Tokenizer(models.WordLevel({"5": 0}, unk_token="?"))  # `?` itself is not in the vocabulary
+    without = PreTrainedTokenizerFast(tokenizer_object=words)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the prompt cannot be tokenized: WordLevel error"):
+        encode_prompts(data, without, chat_template=False, max_prompt_tokens=11)

@@ -3,8 +3,6 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dvpo_service.data.dataset import load_prompts
 from dvpo_service.errors import ConfigError, DataError
@@ -143,50 +141,3 @@ def test_bad_row_stops_or_is_counted(tmp_path, row, reason, what):
     assert len(data) == 2
     assert data.skipped_by_reason == {reason: 1}
     assert data.origins == (f"{path}:1", f"{path}:3")
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-message = st.fixed_dictionaries({}, optional={"role": json_values, "content": json_values})
-solution = st.from_regex(r"(<<[0-9+*/=. ()-]{1,12}>>){0,3}(#### ?[0-9,.-]{1,5})?", fullmatch=True)
-rows = json_values | st.fixed_dictionaries(
-    {},
-    optional={
-        "prompt": json_values | st.lists(message, max_size=2),
-        "answer": json_values | solution,
-        "question": json_values,
-        "reward_model": json_values | st.fixed_dictionaries({"ground_truth": json_values}),
-        "data_source": json_values,
-    },
-)
-lines = st.binary(max_size=30) | rows.map(lambda row: json.dumps(row).encode())
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=400, deadline=None)
-@given(
-    st.lists(lines, max_size=4),
-    st.sampled_from(["question", "calculation"]),
-    st.sampled_from(["+-", "+-*/"]),
-    st.sampled_from(["stop", "skip"]),
-)
-def test_any_bytes_give_prompts_or_a_data_error(tmp_path, data_lines, mode, operators, on_bad_row):
-    path = write(tmp_path / "a.jsonl", b"\n".join(data_lines))
-    options = {"gsm8k_mode": mode, "operators": operators, "max_operands": 4, "on_bad_row": on_bad_row}
-    try:
-        data = load_prompts([path], name="x", **options)
-    except DataError:
-        assert str(path) in error_of(path, **options)
-        return
-    assert data.prompts
-    assert all(p.answer.strip() and p.messages for p in data.prompts)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
-@given(st.binary(max_size=200))
-def test_any_bytes_as_parquet_give_a_data_error(tmp_path, content):
-    path = write(tmp_path / "a.parquet", content)
-    with pytest.raises(DataError, match=r"a\.parquet"):
-        load_prompts([path], name="x")

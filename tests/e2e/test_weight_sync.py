@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.engines import EnginePool
 from actors.placement import Placement, plan_bundles
 from actors.policy import PolicyWorker
-from actors.pool import RankPool
+from actors.pool import PoolError, RankPool
 from actors.rollout import Sampling
 from actors.weight_sync import WeightSync
 from actors.weight_transfer import EngineClient
@@ -181,3 +181,26 @@ def test_a_dead_engine_is_replaced_and_gets_the_weights_before_it_serves(
     assert tokens() == before, "the only engine: its successor starts, is given version 10, and samples the same"
     assert engines.actors[0] is not doomed
     assert engines.supervisor.metrics()["pool/restarts/rollout"] == 1
+
+
+def test_prompts_at_the_limit_are_sampled_and_one_beyond_is_one_line(
+    system: tuple[RankPool, EnginePool, WeightSync],
+) -> None:
+    _, engines, sync = system
+    sync.push(version=3)
+    sampling = Sampling(2, 1.0, 1.0, -1, 8)
+    limit = engines.config.data.max_prompt_tokens
+
+    def sample(tokens: int) -> list[Any]:
+        prompt = Prompt(0, ({"role": "user", "content": "x"},), "1", "t", (20,) * tokens)
+        return engines.generate([prompt], sampling, run_seed=0, step=3)[0]
+
+    for length in (1, limit):
+        for s in sample(length):
+            assert 1 <= len(s.token_ids) == len(s.logprobs) <= 8
+    # Data of that length never gets here (data.max_prompt_tokens); an engine would refuse it, and live.
+    with pytest.raises(PoolError) as caught:
+        sample(engines.config.max_model_len + 1)
+    assert "\n" not in str(caught.value)
+    assert str(engines.config.max_model_len) in str(caught.value)
+    assert len(sample(limit)) == 2

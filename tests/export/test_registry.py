@@ -53,10 +53,15 @@ def test_a_server_gets_the_folder_itself(local_run: Path, tmp_path: Path, monkey
         register(client, uri, "arithmetic", done.folder, step=3, run_id=None)
 
 
-def test_where_there_is_no_registry(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_where_there_is_no_registry(
+    trained: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = export(trained, tmp_path / "out").folder
-    with pytest.raises(TrackingError, match="its MLflow store is masked; register from the run directory"):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(TrackingError, match="its password is masked, as in every file of a run"):
         registry_uri(run_config(folder), folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@host")
+    assert registry_uri(run_config(folder), folder) == "http://me:hunter2@host"
     config = make_config(tiny_model, tracking={"mlflow": False})
     with pytest.raises(TrackingError, match="the run had no MLflow"):
         registry_uri(config, tmp_path)

@@ -9,6 +9,7 @@ import pytest
 
 from dvpo_service.errors import TrackingError
 from dvpo_service.tracking.jsonl import MetricsFile, read_metrics
+from dvpo_service.tracking.samples import SamplesFile
 
 
 def written(path, steps):
@@ -72,3 +73,15 @@ def test_logging_a_step_twice_is_an_error(tmp_path):
     file = written(tmp_path / "metrics.jsonl", [0, 1])
     with pytest.raises(ValueError, match="step 1 was logged already"):
         file.write(1, {})
+
+
+def test_samples_become_a_table_with_null_for_a_failed_reward(tmp_path):
+    file = SamplesFile(tmp_path / "samples.jsonl")
+    file.write(0, [{"response": "a", "reward": math.nan}])
+    file.write(25, [{"response": "b", "reward": 1.0, "error": ""}])
+    assert file.table() == {
+        "columns": ["step", "response", "reward", "error"],
+        "data": [[0, "a", None, None], [25, "b", 1.0, ""]],
+    }
+    file.rewind(25)
+    assert len(file.table()["data"]) == 1

@@ -217,12 +217,14 @@ def test_the_display_gets_metrics_and_warnings(tmp_path, make_config, monkeypatc
     def down(*args, **kwargs):
         raise ConnectionError("down")
 
-    monkeypatch.setattr(tracker._sink._client, "log_figure", down)
+    monkeypatch.setattr(tracker._sink._client, "log_artifact", down)
     metrics = {"eval/val/accuracy": 0.5, "critic/coverage/0.5": 0.5}
     tracker.log(0, metrics)
     tracker.finish("FAILED", None)
     assert display.steps == [(0, metrics)]
-    assert len(display.notes) == 1
+    assert len(display.notes) == 2
+    assert "figures/calibration/step-000000.png not sent (kept, sent later): ConnectionError: down" in display.notes[0]
+    assert "MLflow did not get the last 1 calls" in display.notes[1]
     assert client_of(tracker).get_run(tracker.run_id).info.status == "FAILED"
 
 
