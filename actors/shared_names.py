@@ -40,7 +40,8 @@ def expect_removed_names() -> None:
     """In each process of an engine: have vLLM's queues end in order when their names are gone already. Idempotent."""
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
 
-    end: Any = ShmRingBuffer.__del__
+    queue: Any = ShmRingBuffer
+    end = queue.__del__
     if end.__module__ == __name__:
         return
 
@@ -50,7 +51,7 @@ def expect_removed_names() -> None:
         except FileNotFoundError:
             resource_tracker.unregister(self.shared_memory._name, "shared_memory")
 
-    ShmRingBuffer.__del__ = end_without_name
+    queue.__del__ = end_without_name
 
 
 def _maps(pid: int) -> list[str]:

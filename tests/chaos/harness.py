@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -62,7 +61,7 @@ class Harness:
         self.files_before = shared_memory()
         self.finished, self.unexpected = False, list[str]()
         self.starts, self.expected_end = 0, False
-        self.rng = random.Random(len(plan))
+        self.corrupted: tuple[Fault, str, int] | None = None  # a checkpoint, and where the terminal's text was
         self.show: Any = None
         self.restarted: list[tuple[Fault, float]] = []  # over with the first step after that time
         self.terminal = config.with_name("terminal.txt")
@@ -146,6 +145,7 @@ class Harness:
             if any(e["event"] == "step" and e["time"] > began for e in steps):
                 self.events.write("over", id=fault.id)
                 self.restarted.remove((fault, began))
+        self._look_for_fallback()
         self.show.update(self._step(0), faults=float(len(self.events.read("struck"))))
         newest = max([since, *(e["time"] for e in steps)])
         if time.time() - newest > STALL_S:
@@ -182,9 +182,20 @@ class Harness:
         self.events.write("gone", seconds=time.time() - began)
 
     def _checkpoint(self, fault: Fault) -> None:
+        checkpoints, said = self.run_dir / "checkpoints", len(self.terminal.read_bytes())
+        self._while(lambda: self._running() and len(list(checkpoints.glob("step-*/state.json"))) < 2, DISK_S)
         self._driver(fault)
-        newest = corrupt_newest(self.run_dir / "checkpoints")
-        self.events.write("corrupted", checkpoint=newest.name)
+        self.corrupted = (fault, corrupt_newest(checkpoints).name, said)
+
+    def _look_for_fallback(self) -> None:
+        """Whether the driver that came after said that the checkpoint is damaged, and took the one before."""
+        if self.corrupted is None:
+            return
+        fault, name, said = self.corrupted
+        words = "".join(self.terminal.read_bytes()[said:].decode(errors="replace").split())
+        if name in words and "damaged" in words:
+            self.events.write("seen", id=fault.id)
+            self.corrupted = None
 
     def _mlflow(self, fault: Fault) -> None:
         self._struck(fault, "the MLflow server")

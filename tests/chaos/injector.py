@@ -45,7 +45,9 @@ class Injector:
         self.told = struck  # a fault that repeats is counted once
         self.events, self.pools, self.step = events, None, 0
         self.running: dict[str, int] = {}  # stages under way
-        self.skipping: list[Fault] = []  # NaN struck, and not yet seen
+        self.skipping: list[Fault] = []  # NaN struck, and not yet over
+        self.replaced: set[int] = set()  # reward workers that have not scored since
+        self.marks: dict[tuple[int, int], Fault] = {}  # by prompt and sample, in the scoring under way
 
     def install(self) -> None:
         """Around the methods in which a step's stages begin, and those in which the service notices and recovers."""
@@ -59,8 +61,8 @@ class Injector:
         around(Tracker, "log", self.logged)
         around(terminal.TrainingDisplay, "note", self.noted)
         around(Supervisor, "lost", self.lost)
-        around(Recovery, "_grant", self.telling(lambda recovery, error: (error.pool, 0)))
-        around(RewardPool, "_replace", self.telling(lambda pool, i, why: ("reward", i)))
+        around(Recovery, "_grant", self.granting)
+        around(RewardPool, "_replace", self.replacing)
         around(Recovery, "_recover", self.recovered)
         around(Supervisor, "acknowledged", self.acknowledged)
         around(Fleet, "restarted", self.of_engines("starting"))
@@ -93,21 +95,21 @@ class Injector:
         if not noisy:
             return call()
         self.begin("score")
-        marks = {}
+        self.marks = {}
         for fault in self.due("score"):
             texts = groups[fault.number % len(groups)][0]
             sample = fault.number // len(groups) % len(texts)
             texts[sample] = marked(fault.kind)
-            marks[fault.number % len(groups), sample] = fault
+            self.marks[fault.number % len(groups), sample] = fault
             self.tell(fault, f"sample {sample} of prompt {fault.number % len(groups)}", during=True)
         scores = call()
-        for (group, sample), fault in marks.items():
+        for (group, sample), fault in self.marks.items():
             if scores[group][sample].error is not None:
                 self.events.write("seen", id=fault.id, why=scores[group][sample].error)
                 self.events.write("over", id=fault.id)
-        if not pool.fresh:
-            for i in range(len(pool.workers)):
-                self.events.write("back", pool="reward", number=i)
+        for i in self.replaced - pool.fresh:
+            self.events.write("back", pool="reward", number=i)
+        self.replaced &= pool.fresh
         return scores
 
     def begin(self, stage: str) -> None:
@@ -189,13 +191,17 @@ class Injector:
             self.events.write("lost", pool=supervisor.name, number=i, cause=cause)
         return call()
 
-    def telling(self, who: Callable[..., tuple[str, int]]) -> Callable[..., Any]:
-        def before(call: Callable[[], Any], *args: Any) -> Any:
-            pool, number = who(*args)
-            self.events.write("lost", pool=pool, number=number)
-            return call()
+    def granting(self, call: Callable[[], Any], recovery: Any, error: Any) -> Any:
+        self.events.write("lost", pool=error.pool, number=0, cause=error.cause)
+        return call()
 
-        return before
+    def replacing(self, call: Callable[[], Any], pool: Any, i: int, why: str) -> Any:
+        self.replaced.add(i)
+        self.events.write("lost", pool="reward", number=i, cause=why)
+        for (group, _), fault in self.marks.items():
+            if fault.kind == "reward-hang" and group % len(pool.workers) == i:
+                self.events.write("seen", id=fault.id, why=why)
+        return call()
 
     def recovered(self, call: Callable[[], Any], recovery: Any, error: Any) -> Any:
         state = call()

@@ -3,14 +3,14 @@
 A calm run first (kept in the folder for the next time), then the same with faults by a plan drawn from ``--seed``.
 This process owns what a run depends on: a Ray cluster of several nodes on this machine, an MLflow server, a small
 disk for the run directory, and the driver, which it starts again with the same command whenever it has ended.
-Ends with ``report.md`` and ``report.json`` in the folder, and exit status 1 when a promise was broken. Needs root,
-for the small disk.
+Ends with ``report.md`` and ``report.json`` in the folder, and exit status 1 when a promise was broken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.events import Events
-from tests.chaos.faults import KINDS, counts, draw_plan, write_plan
+from tests.chaos.faults import DEAD_S, KINDS, counts, draw_plan, write_plan
 from tests.chaos.harness import Harness
 from tests.chaos.machines import MlflowServer, SmallDisk
 from tests.chaos.report import engine_overheads, fault_checks, outcomes, overhead_check, table, write_report
@@ -26,10 +26,9 @@ from tests.chaos.settings import WARMSTART, shipped_prompts, small_config, write
 from tests.chaos.verdict import calm_rows, run_checks
 from tests.e2e.raycluster import RayCluster
 
-PROMPTS, PER_STEP = 1000, 16
+PROMPTS, PER_STEP = 1000, 32
 DISK_MIB = 256
 HEARTBEAT_S, REWARD_S = 15.0, 2.0
-PER_REWARD_WORKER = PER_STEP / 2
 
 
 def config(model: dict[str, Any], folder: Path, steps: int, mlflow: str | None) -> dict[str, Any]:
@@ -66,16 +65,18 @@ def config(model: dict[str, Any], folder: Path, steps: int, mlflow: str | None) 
 def options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.long", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--steps", type=int, help="of training; 120 for 100 faults by default")
+    parser.add_argument("--steps", type=int, help="of training; three a fault by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     parser.add_argument("--skip", default="", help=f"kinds of faults to leave out, with commas: {', '.join(KINDS)}")
     given = parser.parse_args(arguments)
     given.out = given.out.absolute()
-    given.steps = given.steps or max(40, given.faults * 6 // 5)
+    given.steps = given.steps or max(60, given.faults * 3)
     given.skip = tuple(filter(None, given.skip.split(",")))
     if strange := set(given.skip) - KINDS.keys():
         parser.error(f"--skip: no kind {', '.join(strange)}")
+    if "disk" not in given.skip and os.geteuid() != 0:
+        parser.error("a small disk can be made by root only; leave that fault out: --skip disk")
     return given
 
 
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> int:
     events = Events(work / "events.jsonl")
     with ExitStack() as stack:
         mlflow = stack.enter_context(MlflowServer(work / "mlflow"))
-        disk = stack.enter_context(SmallDisk(work / "disk", DISK_MIB))
+        disk = stack.enter_context(SmallDisk(work / "disk", None if "disk" in given.skip else DISK_MIB))
         cluster = stack.enter_context(RayCluster(variables={"RAY_process_group_cleanup_enabled": "1"}))
         tree = config(base, given.out, given.steps, mlflow.uri)
         file = write_config(work / "chaos.yaml", tree)
@@ -103,7 +104,7 @@ def main(arguments: list[str]) -> int:
         harness.run()
         checks = run_checks(harness, calm, PROMPTS, given.steps)
     checks += harness.after_cluster()
-    found = outcomes(events.read(), {"hang": HEARTBEAT_S + 15, "reward-hang": REWARD_S * (PER_REWARD_WORKER + 2)})
+    found = outcomes(events.read(), {"hang": HEARTBEAT_S + DEAD_S, "reward-hang": REWARD_S + DEAD_S})
     checks += fault_checks(found, [f.id for f in plan], given.faults)
     checks.append(overhead_check(engine_overheads(events.read())))
     facts = {"seed": given.seed, "steps": given.steps, "minutes": round((time.time() - began) / 60, 1)}

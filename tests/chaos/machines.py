@@ -68,18 +68,20 @@ class MlflowServer:
 
 @dataclass
 class SmallDisk:
-    """A tmpfs of ``mib`` at ``folder``; needs root."""
+    """A tmpfs of ``mib`` at ``folder``, which needs root; None: a plain folder, which cannot be filled."""
 
     folder: Path
-    mib: int
+    mib: int | None
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        _run("mount", "-t", "tmpfs", "-o", f"size={self.mib}m", "tmpfs", str(self.folder))
+        if self.mib is not None:
+            _run("mount", "-t", "tmpfs", "-o", f"size={self.mib}m", "tmpfs", str(self.folder))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _run("umount", "--lazy", str(self.folder))
+        if self.mib is not None:
+            _run("umount", "--lazy", str(self.folder))
 
     def fill(self, leave: int) -> None:
         """Ballast until ``leave`` bytes are free."""

@@ -123,7 +123,7 @@ def fault_checks(found: Sequence[Outcome], planned: Sequence[int], wanted: int) 
     missing = sorted(set(planned) - {o.id for o in found})
     late = [o for o in found if o.limit_s and o.noticed_s is not None and o.noticed_s > o.limit_s]
     # One that another fault hid, as when its driver was killed first, has recovered all the same.
-    unseen = [o for o in found if o.noticed_s is None and o.kind not in ("driver", "checkpoint")]
+    unseen = [o for o in found if o.noticed_s is None and o.kind != "driver"]
     unseen = [o for o in unseen if o.recovered_s is None or not KINDS[o.kind].pool or KINDS[o.kind].repeats]
     stuck = [o for o in found if o.recovered_s is None]
     return [
