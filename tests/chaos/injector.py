@@ -52,7 +52,8 @@ class Injector:
     def install(self) -> None:
         """Around the methods in which a step's stages begin, and those in which the service notices and recovers."""
         around(launch, "start_pools", self.started)
-        around(SyncStream, "_generate", self.generating)
+        around(SyncStream, "next", self.next_step)
+        around(SyncStream, "_generate", self.stage("generate"))
         around(RewardPool, "score", self.scoring)
         around(PolicyPool, "logprobs", self.stage("logprobs"))
         around(CriticEstimator, "advantages", self.stage("advantages"))
@@ -75,11 +76,9 @@ class Injector:
         self.events.write("ready", pid=os.getpid())
         return self.pools
 
-    def generating(self, call: Callable[[], Any], stream: Any, step: int) -> Any:
+    def next_step(self, call: Callable[[], Any], stream: Any, step: int) -> Any:
         self.step = step
-        self.begin("generate")
-        with self.under_way("generate"):
-            return call()
+        return call()
 
     def stage(self, name: str) -> Callable[..., Any]:
         def during(call: Callable[[], Any], *_: Any, **__: Any) -> Any:
@@ -119,7 +118,7 @@ class Injector:
             number = fault.number % len(pool.actors)
             ray.get(pool.actors[number].__ray_call__.remote(poison), timeout=FIND_S)
             self.tell(fault, f"{pool.name} {number}", during=True)
-            self.skipping.append(fault)
+            self.skipping = [f for f in self.skipping if f != fault] + [fault]
         for fault in [f for f in self.pending if f.at == stage and f.step <= self.step]:
             if found := self.find(fault):
                 self.pending.remove(fault)
