@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from torch.distributed.checkpoint import CheckpointException
 
 from actors.fsdp import Rendezvous
 from actors.placement import Placement
@@ -95,8 +96,8 @@ class Call:
         except RayActorError as error:
             raise self._error(f"an actor died: {one_line(error)}", lost=True) from error
         except RayTaskError as error:
-            if isinstance(error.cause, OSError):
-                raise error.cause from error
+            if refused := of_storage(error.cause):
+                raise refused from error
             raise self._error(one_line(error.cause), lost=_of_hardware(error.cause) or self._lost_a_peer()) from error
         except RayError as error:  # an object or a node was lost on the way
             raise self._error(one_line(error), lost=True) from error
@@ -108,6 +109,14 @@ class Call:
         """Whether an actor died: the others may have failed for that alone, and have been heard first."""
         done, _ = ray.wait(self.refs, num_returns=len(self.refs), timeout=_PEER_GRACE_S)
         return any(isinstance(outcome(ref), RayActorError) for ref in done)
+
+
+def of_storage(cause: BaseException) -> OSError | None:
+    """The OSError that a call met, also where torch's distributed checkpoint tells it for all ranks together."""
+    met = [cause]
+    if isinstance(cause, CheckpointException):
+        met = [error for error, _ in cause.failures.values()]
+    return next((error for error in met if isinstance(error, OSError)), None)
 
 
 def _of_hardware(cause: BaseException) -> bool:
