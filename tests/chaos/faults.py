@@ -82,8 +82,9 @@ def draw_plan(wanted: Mapping[str, int], steps: int, seed: int) -> list[Fault]:
     """Faults in the order of their steps. Each kind is spread over the run: one in each of equal parts of it."""
     rng, drawn, nan_steps = random.Random(seed), list[tuple[int, str]](), list[int]()
     for name, count in wanted.items():
-        # What the harness breaks takes some steps to recover from.
-        first, last = EARLIEST, steps - (LATEST if KINDS[name].at else max(2 * LATEST, steps // 8))
+        # An engine, or what the harness breaks, takes many steps to recover from.
+        slow = not KINDS[name].at or KINDS[name].pool == "rollout"
+        first, last = EARLIEST, steps - (max(2 * LATEST, steps // 8) if slow else LATEST)
         if last - first < count:
             raise ValueError(f"{steps} steps are too few for {count} faults of kind {name}")
         for i in range(count):

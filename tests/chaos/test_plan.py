@@ -120,6 +120,14 @@ def test_what_was_missed_late_or_stuck_fails() -> None:
     assert "| SIGSTOP of an EngineCore, generating | 1 | 40.0 s | 40.0 s | 60.0 s | 60.0 s |" in table(found)
 
 
+def test_an_engine_that_was_still_starting_when_the_run_finished_is_no_failure() -> None:
+    events = [struck(0, "engine", 10.0), of("lost", 11.0), {"event": "end", "time": 20.0, "code": 0}]
+    found = outcomes(events, {})
+    assert found[0].outrun
+    assert all(c.ok for c in fault_checks(found, [0], 1))
+    assert not outcomes([*events[:2], {"event": "end", "time": 20.0, "code": 1}], {})[0].outrun
+
+
 def test_an_engine_s_recovery_is_held_against_its_own_start() -> None:
     one = [of("lost", 0.0), of("starting", 1.0), of("started", 21.0), of("back", 23.0)]
     assert engine_overheads(one) == [(23.0, 20.0, False)]
