@@ -28,5 +28,6 @@ class Events:
         """Those of the names, or all."""
         if not self.file.exists():
             return []
-        rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+        lines = self.file.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be under way
         return [r for r in rows if not names or r["event"] in names]

@@ -27,7 +27,7 @@ class Family:
                 continue
 
     def left(self) -> list[str]:
-        return [f"{p.pid} {_title(p)}" for p in self.seen if _alive(p)]
+        return [f"{p.pid} {title(p)}" for p in self.seen if _alive(p)]
 
     def actors_left(self) -> list[str]:
         """Those of a run alone: on a cluster that goes on, Ray's own processes stay."""
@@ -58,7 +58,8 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
+    """Its command line, short; Ray's and vLLM's processes say there what they are."""
     try:
         return (" ".join(process.cmdline()) or process.name())[:100]
     except psutil.NoSuchProcess:

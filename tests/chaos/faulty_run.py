@@ -16,9 +16,10 @@ from tests.chaos.injector import Injector
 
 
 def main(config: str, run_dir: str, plan: str) -> None:
-    Injector(read_plan(Path(plan)), Events(Path(plan).with_name("events.jsonl"))).install()
+    resolved, file = load_config(config), Path(plan)
+    Injector(read_plan(file), Events(file.with_name("events.jsonl")), resolved.trainer.num_steps).install()
     try:
-        launch.train(load_config(config), Path(run_dir))
+        launch.train(resolved, Path(run_dir))
     except Exception as error:  # noqa: BLE001 - told as the command line tells it
         line, code = failure.describe(error)
         print(f"error: {line}", flush=True)

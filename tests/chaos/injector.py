@@ -32,15 +32,19 @@ from tests.chaos.poison import poison
 from tests.chaos.rewards import marked
 
 FIND_S = 60.0
+# The last steps wait for what the harness has yet to do: a server that starts takes it longer than a step does.
+HOLD_STEPS, HOLD_S = 8, 60.0
 
 
 class Injector:
     """Strikes by ``plan``. A fault that the events tell of already is left out, unless it belongs to its step."""
 
-    def __init__(self, plan: Sequence[Fault], events: Events):
+    def __init__(self, plan: Sequence[Fault], events: Events, steps: int):
         struck = {e["id"] for e in events.read("struck")}
         mine = [f for f in plan if KINDS[f.kind].at]
         self.steps_own = [f for f in mine if KINDS[f.kind].repeats]
+        self.others = {f.id for f in plan if not KINDS[f.kind].at}  # the harness's
+        self.last_steps = range(steps - HOLD_STEPS, steps)
         self.pending = [f for f in mine if not KINDS[f.kind].repeats and f.id not in struck]
         self.told = struck  # a fault that repeats is counted once
         self.events, self.pools, self.step = events, None, 0
@@ -78,6 +82,9 @@ class Injector:
 
     def next_step(self, call: Callable[[], Any], stream: Any, step: int) -> Any:
         self.step = step
+        until = time.monotonic() + HOLD_S if step in self.last_steps else 0.0
+        while time.monotonic() < until and self.others - {e["id"] for e in self.events.read("struck")}:
+            time.sleep(0.5)
         return call()
 
     def stage(self, name: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -16,7 +17,7 @@ import psutil
 
 from tests.e2e.raycluster import free_port, wait_until
 
-START_S = 120.0
+START_S = 300.0
 
 
 @dataclass
@@ -85,8 +86,8 @@ class SmallDisk:
 
     def fill(self, leave: int) -> None:
         """Ballast until ``leave`` bytes are free."""
-        free = shutil.disk_usage(self.folder).free
         with (self.folder / "ballast").open("wb") as file:
+            free = shutil.disk_usage(self.folder).free
             os.posix_fallocate(file.fileno(), 0, max(1, free - leave))
 
     def empty(self) -> None:
@@ -112,9 +113,9 @@ def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     except psutil.NoSuchProcess:
         return
     for member in family:
-        if member.is_running():
+        with suppress(psutil.NoSuchProcess):
             member.kill()
-    process.wait(10)
+    process.wait(30)
     psutil.wait_procs(family, timeout=10)
 
 
