@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.builders import needs
 from tests.chaos.events import Events
 from tests.chaos.faults import KINDS, NAN, NAN_GAP, counts, draw_plan, read_plan, write_plan
-from tests.chaos.machines import corrupt_newest
+from tests.chaos.machines import SmallDisk, corrupt_newest
 from tests.chaos.report import accuracy_check, engine_overheads, fault_checks, outcomes, overhead_check, table
 
 
@@ -155,6 +158,18 @@ def test_a_corrupted_checkpoint_differs_and_the_one_before_does_not(tmp_path: Pa
     changed = (tmp_path / "step-000008/policy/shard.safetensors").read_bytes()
     assert len(changed) == 1000
     assert sum(b != 0 for b in changed) == 64
+
+
+@needs(None if os.geteuid() == 0 else "a tmpfs needs root")
+def test_a_small_disk_is_full_and_then_is_not(tmp_path: Path) -> None:
+    with SmallDisk(tmp_path / "disk", 8) as disk:
+        disk.fill(leave=2**20)
+        with pytest.raises(OSError, match="space") as met:
+            (disk.folder / "large").write_bytes(bytes(2 * 2**20))
+        assert met.value.errno == errno.ENOSPC
+        disk.empty()
+        (disk.folder / "large").write_bytes(bytes(2 * 2**20))
+    assert not (tmp_path / "disk" / "large").exists(), "it went with the disk"
 
 
 def test_events_are_read_by_name(tmp_path: Path) -> None:
