@@ -102,6 +102,11 @@ class Call:
         except RayError as error:  # an object or a node was lost on the way
             raise self._error(one_line(error), lost=True) from error
 
+    def finished(self, within_s: float) -> bool:
+        """Whether ``result`` would return or raise at once; waits for that, ``within_s`` at most."""
+        done, _ = ray.wait(self.refs, num_returns=len(self.refs), timeout=within_s)
+        return len(done) == len(self.refs) or any(isinstance(outcome(ref), RayError) for ref in done)
+
     def _error(self, cause: str, *, lost: bool) -> PoolError:
         return PoolError(self.pool, self.method, cause, lost=lost)
 
@@ -191,6 +196,13 @@ class RankPool(Pool):
         self.shutdown()
         self.actors = self._spawn(self.name)
         return self.setup(*self.made_of)
+
+    def gone(self) -> str | None:
+        """Why ranks are lost, if any is. One that is busy has no answer yet, and is not waited for."""
+        refs = [a.__ray_ready__.remote() for a in self.actors]
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
+        found = (outcome(ref) for ref in done)
+        return next((f"an actor died: {one_line(f)}" for f in found if isinstance(f, RayActorError)), None)
 
     def submit(self, method: str, *args: Any, timeout_s: float | None = None) -> Call:
         refs = [a.run.remote(method, *args) for a in self.actors]
