@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -82,6 +83,8 @@ def options(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     given = options(arguments)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: sys.exit(128 + number))  # what was started is ended
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     model = {"warmstart": WARMSTART}
