@@ -50,6 +50,7 @@ class Injector:
         self.events, self.pools, self.step = events, None, 0
         self.running: dict[str, int] = {}  # stages under way
         self.skipping: list[Fault] = []  # NaN struck, and not yet over
+        self.seen: set[int] = set()
         self.replaced: set[int] = set()  # reward workers that have not scored since
         self.marks: dict[tuple[int, int], Fault] = {}  # by prompt and sample, in the scoring under way
 
@@ -182,8 +183,9 @@ class Injector:
         self.events.write("step", step=step, skipped=skipped, failed=metrics.get("reward/failed", 0.0))
         for fault in list(self.skipping):
             if KINDS[fault.kind].pool in skipped:
+                self.seen.add(fault.id)
                 self.events.write("seen", id=fault.id)
-            else:
+            elif fault.id in self.seen:
                 self.skipping.remove(fault)
                 self.events.write("over", id=fault.id)
         return done
