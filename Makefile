@@ -1,4 +1,4 @@
-.PHONY: setup demo test unit check bench audit mlflow clean
+.PHONY: setup demo test unit chaos check bench audit mlflow clean
 
 setup:            ## .venv with everything in it; nothing to do when nothing changed
 	@bash scripts/setup.sh
@@ -11,6 +11,9 @@ test: setup check ## everything: checks, unit tests, real vLLM, Ray and MLflow
 
 unit: setup       ## the fast tests only
 	.venv/bin/python -m pytest -m "not e2e"
+
+chaos: setup      ## a hundred faults in one run, and what it kept of its promises (about 40 minutes)
+	.venv/bin/python -m tests.chaos.long $(ARGS)
 
 check: setup      ## ruff and mypy
 	.venv/bin/ruff check .

@@ -40,15 +40,17 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from actors.process import end_with_parent
+from actors.shared_names import expect_removed_names
 
 BACKEND = "safetensors"
 
 
 def register() -> None:
-    """Make the backend known, weights updatable, and an engine's process end with its actor. Idempotent."""
+    """Make the backend known, weights updatable, and a process end with its actor, leaving nothing. Idempotent."""
     from vllm.platforms import current_platform
 
     end_with_parent()
+    expect_removed_names()
     if current_platform.is_cpu():
         _disable_packed_linear()
     if BACKEND not in WeightTransferEngineFactory._registry:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from torch.distributed.checkpoint import CheckpointException
 
 from actors.fsdp import Rendezvous
 from actors.placement import Placement
@@ -95,11 +96,16 @@ class Call:
         except RayActorError as error:
             raise self._error(f"an actor died: {one_line(error)}", lost=True) from error
         except RayTaskError as error:
-            if isinstance(error.cause, OSError):
-                raise error.cause from error
+            if refused := of_storage(error.cause):
+                raise refused from error
             raise self._error(one_line(error.cause), lost=_of_hardware(error.cause) or self._lost_a_peer()) from error
         except RayError as error:  # an object or a node was lost on the way
             raise self._error(one_line(error), lost=True) from error
+
+    def finished(self, within_s: float) -> bool:
+        """Whether ``result`` would return or raise at once; waits for that, ``within_s`` at most."""
+        done, _ = ray.wait(self.refs, num_returns=len(self.refs), timeout=within_s)
+        return len(done) == len(self.refs) or any(isinstance(outcome(ref), RayError) for ref in done)
 
     def _error(self, cause: str, *, lost: bool) -> PoolError:
         return PoolError(self.pool, self.method, cause, lost=lost)
@@ -108,6 +114,14 @@ class Call:
         """Whether an actor died: the others may have failed for that alone, and have been heard first."""
         done, _ = ray.wait(self.refs, num_returns=len(self.refs), timeout=_PEER_GRACE_S)
         return any(isinstance(outcome(ref), RayActorError) for ref in done)
+
+
+def of_storage(cause: BaseException) -> OSError | None:
+    """The OSError that a call met, also where torch's distributed checkpoint tells it for all ranks together."""
+    met = [cause]
+    if isinstance(cause, CheckpointException):
+        met = [error for error, _ in cause.failures.values()]
+    return next((error for error in met if isinstance(error, OSError)), None)
 
 
 def _of_hardware(cause: BaseException) -> bool:
@@ -182,6 +196,13 @@ class RankPool(Pool):
         self.shutdown()
         self.actors = self._spawn(self.name)
         return self.setup(*self.made_of)
+
+    def gone(self) -> str | None:
+        """Why ranks are lost, if any is. One that is busy has no answer yet, and is not waited for."""
+        refs = [a.__ray_ready__.remote() for a in self.actors]
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
+        found = (outcome(ref) for ref in done)
+        return next((f"an actor died: {one_line(f)}" for f in found if isinstance(f, RayActorError)), None)
 
     def submit(self, method: str, *args: Any, timeout_s: float | None = None) -> Call:
         refs = [a.run.remote(method, *args) for a in self.actors]

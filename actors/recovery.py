@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from actors.health import Budget, Fleet
-from actors.pool import PoolError, RankPool, RestartsSpent
+from actors.pool import Call, PoolError, RankPool, RestartsSpent
 from actors.supervisor import restart_budget
+from dvpo_service import stopping
 from dvpo_service.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.config import Config
 from dvpo_service.loop import Roles, TrainState
 from dvpo_service.types import Metrics
+
+LOOK_S = 1.0
 
 
 @dataclass
@@ -125,7 +127,18 @@ class Recovery:
     def _restore(self, lost: set[str]) -> TrainState:
         step, restore = self.back()
         # Without a checkpoint there is no other way to the start than to build everything again.
-        building: list[Any] = [g.rebuild() for name, g in self.groups.items() if name in lost or step is None]
-        for call in building:
+        building = {name: g.rebuild() for name, g in self.groups.items() if name in lost or step is None}
+        self._watch_others(building, lost)
+        for call in building.values():
             call.result()
         return restore()
+
+    def _watch_others(self, building: dict[str, Call], lost: set[str]) -> None:
+        """Until those are built: what dies of the others meanwhile is noticed, and built beside them."""
+        began = self.clock()
+        while any(not c.finished(LOOK_S) for c in building.values() if self.clock() - began < c.timeout_s):
+            stopping.check()
+            for name, group in self.groups.items():
+                if name not in building and (cause := group.gone()):
+                    lost.add(self._grant(PoolError(name, "restart", cause, lost=True)))
+                    building[name] = group.rebuild()

@@ -22,8 +22,8 @@ START_TRIES = 3
 
 
 class RewardPool:
-    """CPU actors that score. A call that misses its deadline or kills its process is tried once more,
-    group by group, in a fresh process; what fails again is marked failed, never 0."""
+    """CPU actors that score, a group a call. One that misses its deadline or kills its process is tried once more,
+    in a fresh process; what fails again is marked failed, never 0."""
 
     def __init__(self, config: RewardConfig, placement: Placement):
         self.config, self.placement = config, placement
@@ -49,19 +49,9 @@ class RewardPool:
         """One list of scores per group, in order. Raises PoolError when no worker can be started."""
         for i in list(self.fresh):
             self._await_start(i)
-        shares = [list(range(i, len(groups), len(self.workers))) for i in range(len(self.workers))]
-        calls = [
-            (i, share, self.workers[i].score.remote([groups[g] for g in share], noisy))
-            for i, share in enumerate(shares)
-            if share
-        ]
-        scores: dict[int, list[Score]] = {}
-        for i, share, ref in calls:
-            # Every group of the share may take the whole deadline in turn.
-            found = self._result(i, ref, self.config.timeout_s * len(share))
-            if isinstance(found, str):
-                found = [self._retry(i, groups[g], noisy) for g in share]
-            scores.update(zip(share, found, strict=True))
+        shares = {i: list(range(i, len(groups), len(self.workers))) for i in range(len(self.workers))}
+        calls = {i: self._submit(i, groups, share, noisy) for i, share in shares.items()}
+        scores = {g: score for i in calls for g, score in self._collect(i, calls[i], groups, noisy).items()}
         return [scores[g] for g in range(len(groups))]
 
     def shutdown(self) -> None:
@@ -71,12 +61,31 @@ class RewardPool:
     def metrics(self) -> dict[str, float]:
         return {"pool/restarts/reward": float(self.restarts)}
 
-    def _retry(self, i: int, group: Work, noisy: bool) -> list[Score]:
-        self._await_start(i)
-        found = self._result(i, self.workers[i].score.remote([group], noisy), self.config.timeout_s)
-        if isinstance(found, str):
-            return [Score(math.nan, math.nan, found)] * len(group[0])
-        return found[0]
+    def _submit(self, i: int, groups: Sequence[Work], share: Sequence[int], noisy: bool) -> list[tuple[int, Any]]:
+        """A call for each group: worker ``i`` takes them in this order, so that each has a deadline of its own."""
+        return [(g, self.workers[i].score.remote([groups[g]], noisy)) for g in share]
+
+    def _collect(
+        self, i: int, calls: list[tuple[int, Any]], groups: Sequence[Work], noisy: bool
+    ) -> dict[int, list[Score]]:
+        """The scores of worker ``i``'s groups. One without an answer is asked again, first, of a fresh process."""
+        scores: dict[int, list[Score]] = {}
+        tried: int | None = None
+        while calls:
+            (g, ref), *others = calls
+            found = self._result(i, ref, self.config.timeout_s)
+            if not isinstance(found, str):
+                scores[g] = found[0]
+                calls = others
+                continue
+            if tried == g:
+                scores[g] = [Score(math.nan, math.nan, found)] * len(groups[g][0])
+            left = [h for h, _ in calls if h not in scores]
+            tried = g
+            if left:
+                self._await_start(i)
+            calls = self._submit(i, groups, left, noisy)
+        return scores
 
     def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Score]] | str:
         """The scores, or why there are none; then worker ``i`` is a fresh one."""

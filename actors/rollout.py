@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.shared_names import remove_mapped_names
 from dvpo_service.config import Config
 from dvpo_service.models.engine import engine_settings, prepare_environment
 from dvpo_service.types import Prompt, Sample
@@ -80,6 +81,7 @@ class RolloutEngine:
         except (ValueError, RuntimeError) as error:
             # vLLM's own errors (pydantic's) cannot be sent between processes.
             raise RuntimeError(f"vLLM did not start: {' '.join(str(error).split())[:500]}") from None
+        remove_mapped_names()
 
     async def generate(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[list[Sample]]:
         """``sampling.n`` samples for each prompt, in the prompts' order."""

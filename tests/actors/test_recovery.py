@@ -29,20 +29,32 @@ def lost(pool: str) -> PoolError:
 
 @dataclass
 class FakeGroup:
-    """Counts how often it was built; ``broken``: errors of the next builds."""
+    """Counts how often it was built; ``broken``: errors of the next builds; ``dead``: why its ranks are lost."""
 
     built: int = 0
     broken: list[PoolError] = field(default_factory=list)
+    dead: str | None = None
 
     def rebuild(self) -> Any:
-        self.built += 1
+        self.built, self.dead = self.built + 1, None
         error = self.broken.pop(0) if self.broken else None
         return FakeCall(error)
+
+    def gone(self) -> str | None:
+        return self.dead
 
 
 @dataclass
 class FakeCall:
+    """Finished when it is looked at again."""
+
     error: PoolError | None
+    timeout_s: float = 60.0
+    looks: int = 0
+
+    def finished(self, within_s: float) -> bool:
+        self.looks += 1
+        return self.looks > 1
 
     def result(self) -> None:
         if self.error:
@@ -125,6 +137,15 @@ def test_a_rank_that_dies_while_it_starts_is_tried_again_after_a_longer_wait(tmp
     assert run.train().step == 6
     assert run.groups["critic"].built == 1, "lost during the recovery, so built too"
     assert [round(w) for w in run.waits] == [1, 2, 1]
+
+
+def test_a_group_that_is_lost_beside_another_is_noticed_while_that_one_starts(tmp_path: Path) -> None:
+    run = Run(tmp_path, {3: lost("critic")})
+    run.groups["policy"].dead = "an actor died"
+    assert run.train().step == 6
+    assert (run.groups["policy"].built, run.groups["critic"].built) == (1, 1), "both at once, neither twice"
+    assert "critic and policy restarted" in run.notes[-1]
+    assert [step for step, row in run.roles.tracker.rows.items() if "pool/recovery_s/policy" in row] == [3]  # type: ignore[attr-defined]
 
 
 def test_a_spent_budget_is_one_line_with_the_cause_and_the_command(tmp_path: Path) -> None:

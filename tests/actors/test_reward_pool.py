@@ -36,17 +36,21 @@ def pool(tiny_model: Path) -> Iterator[RewardPool]:
 def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -> None:
     groups = [(["ok", "no"], "ok", [1, 2]) for _ in range(6)]
     groups[1] = (["hang"], "ok", [1])
-    groups[2] = (["die"], "ok", [1])
-    groups[3] = (["raise", "ok"], "ok", [1, 2])
+    groups[3] = (["die"], "ok", [1])  # of the same worker as what hangs
+    groups[2] = (["raise", "ok"], "ok", [1, 2])
+    noted: list[tuple[str, float]] = []
+    pool.note = lambda text: noted.append((text, time.perf_counter()))
     started = time.perf_counter()
     scores = pool.score(groups, noisy=False)
     assert time.perf_counter() - started < 90
+    noticed = next(at - started for text, at in noted if "no answer" in text)
+    assert noticed < 2 * pool.config.timeout_s, "at its own deadline, not at that of its worker's whole share"
     for i in (0, 4, 5):
         assert [s.reward for s in scores[i]] == [1.0, 0.0], i
     assert "no answer within 8 s" in (scores[1][0].error or "")
-    assert "process died" in (scores[2][0].error or "")
-    assert "ZeroDivisionError" in (scores[3][0].error or "")
-    assert scores[3][1].reward == 1.0
+    assert "process died" in (scores[3][0].error or "")
+    assert "ZeroDivisionError" in (scores[2][0].error or "")
+    assert scores[2][1].reward == 1.0
     assert scores[1][0].reward != scores[1][0].reward, "a failed sample has no reward, not 0"
 
 

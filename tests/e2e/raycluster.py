@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -76,6 +76,7 @@ class RayCluster:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="dvj", dir="/tmp")))
     port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
+    variables: Mapping[str, str] = field(default_factory=dict)  # more for the nodes' environment
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +115,7 @@ class RayCluster:
                     # Several raylets of one machine would hand out the same ports from a range.
                     *("--min-worker-port=0", "--max-worker-port=0"),
                 ],
-                env=environment(),
+                env=environment() | self.variables,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,

@@ -1,0 +1,124 @@
+"""What a run depends on, for a harness to break: an MLflow server, a small disk, the newest checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from tests.e2e.raycluster import free_port, wait_until
+
+START_S = 300.0
+
+
+@dataclass
+class MlflowServer:
+    """A tracking server on loopback, its database and artifacts in ``folder``."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"),
+            *("--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder.absolute()}/mlflow.db"),
+            *("--artifacts-destination", str(self.folder.absolute() / "artifacts")),
+        ]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+            )
+        wait_until(self.answers, START_S, "the MLflow server")
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL, its workers too."""
+        if self.process is not None:
+            kill_tree(self.process)
+            self.process = None
+
+
+@dataclass
+class SmallDisk:
+    """A tmpfs of ``mib`` at ``folder``, which needs root; None: a plain folder, which cannot be filled."""
+
+    folder: Path
+    mib: int | None
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.mib is not None:
+            _run("mount", "-t", "tmpfs", "-o", f"size={self.mib}m", "tmpfs", str(self.folder))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.mib is not None:
+            _run("umount", "--lazy", str(self.folder))
+
+    def fill(self, leave: int) -> None:
+        """Ballast until ``leave`` bytes are free."""
+        with (self.folder / "ballast").open("wb") as file:
+            free = shutil.disk_usage(self.folder).free
+            os.posix_fallocate(file.fileno(), 0, max(1, free - leave))
+
+    def empty(self) -> None:
+        (self.folder / "ballast").unlink(missing_ok=True)
+
+
+def corrupt_newest(checkpoints: Path) -> Path:
+    """Change bytes in the middle of the newest checkpoint's largest file; the checkpoint."""
+    newest = sorted(checkpoints.glob("step-*/state.json"))[-1].parent
+    largest = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    with largest.open("r+b") as file:
+        file.seek(largest.stat().st_size // 2)
+        was = file.read(64)
+        file.seek(-len(was), os.SEEK_CUR)
+        file.write(bytes(b ^ 0xFF for b in was))
+    return newest
+
+
+def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """All of its processes at once, as when a machine loses its power."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(30)
+    psutil.wait_procs(family, timeout=10)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
