@@ -12,7 +12,7 @@ test: setup check ## everything: checks, unit tests, real vLLM, Ray and MLflow
 unit: setup       ## the fast tests only
 	.venv/bin/python -m pytest -m "not e2e"
 
-chaos: setup      ## a hundred faults in one run, and what it kept of its promises (about 40 minutes)
+chaos: setup      ## a hundred faults in one run, and what it kept of its promises (30 to 40 minutes)
 	.venv/bin/python -m tests.chaos.long $(ARGS)
 
 check: setup      ## ruff and mypy

@@ -142,6 +142,8 @@ def overhead_check(overheads: Sequence[tuple[float, float, bool]]) -> Check:
     alone = [(whole, start) for whole, start, held_up in overheads if not held_up]
     over = [f"{whole:.0f} s against {start:.0f} s" for whole, start in alone if whole > start + OWN_OVERHEAD_S]
     name = f"an engine recovers within its own start + {OWN_OVERHEAD_S:g} s"
+    if not overheads:
+        return Check(name, True, "no engine was struck")
     if not alone:
         return Check(name, False, "no engine recovered")
     wholes, starts = [w for w, _ in alone], [s for _, s in alone]
