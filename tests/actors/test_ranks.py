@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from actors.fsdp import Rendezvous
 from actors.policy import PolicyWorker
 from dvpo_service.config import Config
 from dvpo_service.integrity import sums_of
-from dvpo_service.storage import make_folder, place_of
+from dvpo_service.storage import is_url, make_folder, place_of
 from dvpo_service.types import Metrics
 from tests.builders import make_config, make_rollouts
 
@@ -138,7 +139,40 @@ def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
     again = fresh.evaluate(make_rollouts(seed=1), 1)[0]
     assert torch.equal(again.values, straight.values), "a checkpoint restores the weights to the bit"
     assert fresh.update() == after, "and the optimizer, schedule and running moments"
+    if not is_url(folder):
+        _meet_a_full_disk(worker, f"{folder}-full")
     return [straight.rows, straight.advantages, straight.values] * STEPS, [after] * STEPS
+
+
+def _meet_a_full_disk(worker: CriticWorker, folder: str) -> None:
+    """The error is in the thread that writes; it comes to whoever asks, and the next save is none the worse."""
+    os.makedirs(folder, exist_ok=True)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    worker.save(folder)
+    with pytest.raises(OSError, match="too large"):
+        worker.saved(True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    worker.save(folder)
+    assert worker.saved(True)
+
+
+def continued_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
+    """What ``resume_run`` did after its checkpoint, from the checkpoint that one rank wrote."""
+    worker = CriticWorker(config, model, meet)
+    worker.load(f"{config.trainer.run_dir}/1")
+    values, _ = worker.evaluate(make_rollouts(seed=1), 1)
+    return [values.rows, values.advantages, values.values] * STEPS, [worker.update()] * STEPS
+
+
+def test_two_ranks_continue_what_one_has_saved(tiny_model: Path, tmp_path: Path) -> None:
+    def config(world: int) -> Config:
+        critic = {"world_size": world, "optim": {"lr": 1e-3}}
+        algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32}
+        return make_config(tiny_model, algorithm=algorithm, critic=critic, trainer={"run_dir": f"{tmp_path}/state"})
+
+    one = launch(resume_run, config(1), tiny_model, 1, tmp_path / "one")
+    assert_same(one, launch(continued_run, config(2), tiny_model, 2, tmp_path / "two"))
 
 
 @pytest.mark.parametrize("where", ["path", "s3"])

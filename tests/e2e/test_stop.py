@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def mismatch(run: Path) -> list[float]:
     return [v for row in rows(run) for k, v in sorted(row.items()) if k.startswith(ENGINE)]
 
 
-def test_stopped_twice_and_continued_equals_a_run_left_alone(tmp_path: Path) -> None:
+def test_stopped_twice_and_killed_and_continued_equals_a_run_left_alone(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = start(config, whole)
@@ -95,8 +96,21 @@ def test_stopped_twice_and_continued_equals_a_run_left_alone(tmp_path: Path) -> 
         client = MlflowClient(default_tracking_uri(cut))
         assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
 
+    # SIGKILL about when the last checkpoint is written: it is torn and the steps are done again, or it is
+    # whole and only the export and the summary are left to do.
+    process = start(config, cut)
+    wait_for_step(process, cut, STEPS)
+    family = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(random.Random(7).uniform(0, 0.5))
+    process.kill()
+    process.wait(10)
+    assert psutil.wait_procs(family, timeout=120)[1] == []
+
     process = start(config, cut)
     assert process.wait(WAIT_S) == 0, (cut / "terminal.txt").read_text()[-3000:]
+    assert [p.name for p in (cut / "checkpoints").iterdir() if p.name.startswith(".")] == [], "nothing torn is left"
+    assert json.loads((cut / "summary.json").read_text())["steps"] == STEPS
+    assert (cut / "policy" / "export.json").is_file()
     assert learned(cut) == learned(whole)
     assert mismatch(cut) == pytest.approx(mismatch(whole), rel=1e-4, abs=1e-9)
     assert client.get_run(state["mlflow_run_id"]).info.status == "FINISHED"
