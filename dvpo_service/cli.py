@@ -220,7 +220,7 @@ def configs() -> None:
 def main() -> None:
     """Entry point: an error a person can mend is one line and exit code 2, never a stack trace."""
     from dvpo_service.failure import describe
-    from dvpo_service.tracking.masking import MaskingFormatter
+    from dvpo_service.masking import MaskingFormatter
 
     handler = logging.StreamHandler()
     handler.setFormatter(MaskingFormatter("%(levelname)s %(name)s: %(message)s"))

@@ -6,7 +6,7 @@ import os
 from urllib.parse import urlsplit
 
 from dvpo_service.config import Config
-from dvpo_service.tracking.masking import mask_uri
+from dvpo_service.masking import mask_uri
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MLFLOW_LOGINS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")

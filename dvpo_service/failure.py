@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from dvpo_service.errors import UserError
-from dvpo_service.tracking.masking import mask_text
+from dvpo_service.masking import mask_text
 
 HINT = "run again with `dvpo --debug ...` for the stack trace"
 

@@ -9,9 +9,9 @@ from dvpo_service.checkpoint import Checkpoint
 from dvpo_service.config import Config
 from dvpo_service.data.splits import Data
 from dvpo_service.loop import TrainState
+from dvpo_service.masking import mask_uri
 from dvpo_service.rundir import RunDir
 from dvpo_service.storage import Place
-from dvpo_service.tracking.masking import mask_uri
 from dvpo_service.tracking.tracker import Tracker
 
 

@@ -20,7 +20,7 @@ from dvpo_service.data.dataset import load_prompts
 from dvpo_service.errors import ConfigError, TrackingError
 from dvpo_service.exposure import dashboard_warning, serving_warning, warnings_of
 from dvpo_service.failure import describe
-from dvpo_service.tracking.masking import MaskingFormatter, mask_override
+from dvpo_service.masking import MaskingFormatter, mask_override
 from dvpo_service.tracking.store import tracking_uri
 from tests.builders import make_config
 from tune_sweeps.grid import GRIDS

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from dvpo_service.config.schema import Config
 from dvpo_service.errors import ConfigError
-from dvpo_service.tracking.masking import mask, mask_override, names_secret
+from dvpo_service.masking import mask, mask_override, names_secret
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -11,9 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dvpo_service.masking import mask_uri
 from dvpo_service.storage import Place
 from dvpo_service.terminal.console import hours, make_console
-from dvpo_service.tracking.masking import mask_uri
 from dvpo_service.tracking.store import sqlite_path
 
 

@@ -13,8 +13,8 @@ from rich.text import Text
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.pools import TrainerPool
 from dvpo_service.config.schema import Config
+from dvpo_service.masking import mask_uri
 from dvpo_service.terminal.console import make_console
-from dvpo_service.tracking.masking import mask_uri
 
 
 def show_plan(config: Config, facts: Mapping[str, Any], console: Console | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dvpo_service.errors import TrackingError
-from dvpo_service.tracking.masking import MASK, mask_message, mask_uri
+from dvpo_service.masking import MASK, mask_message, mask_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

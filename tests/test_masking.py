@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dvpo_service.tracking.masking import flatten, mask, mask_message, mask_uri
+from dvpo_service.masking import flatten, mask, mask_message, mask_uri
 
 
 @pytest.mark.parametrize("key", ["hf_token", "db.password", "API_KEY", "api-key", "client_secret", "aws_access_key_id"])
