@@ -48,8 +48,8 @@ def _executor(ranks: int, *, on_cpu: bool) -> Any:
     One CPU rank needs no process beside the engine's own. vLLM would start one all the same, for the threads it
     binds there; here the actor owns its threads, and the two would spin on a message queue, waiting for each other.
     """
+    if ranks > 1 or not on_cpu:
+        return "mp" if ranks > 1 else None
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    if ranks > 1:
-        return "mp"
-    return UniProcExecutor if on_cpu else None
+    return UniProcExecutor

@@ -20,9 +20,10 @@ from dvpo_service.terminal.progress import progress
 from tests.chaos.events import Events
 from tests.chaos.family import Family, gone, shared_memory, title
 from tests.chaos.faults import KINDS, Fault
-from tests.chaos.machines import MlflowServer, SmallDisk, corrupt_newest, kill_tree
+from tests.chaos.machines import SmallDisk, corrupt_newest, kill_tree
 from tests.chaos.report import Check
 from tests.e2e.raycluster import ROOT, RayCluster, environment
+from tests.tracking.server import MlflowServer
 
 HEAD_CPUS, WORKER_CPUS, WORKERS = 3, 4, 2
 STALL_S = 420.0  # without a step, and then the run counts as stuck

@@ -21,11 +21,12 @@ from typing import Any
 from tests.chaos.events import Events
 from tests.chaos.faults import DEAD_S, KINDS, counts, draw_plan, write_plan
 from tests.chaos.harness import Harness
-from tests.chaos.machines import MlflowServer, SmallDisk
+from tests.chaos.machines import SmallDisk
 from tests.chaos.report import engine_overheads, fault_checks, outcomes, overhead_check, table, write_report
 from tests.chaos.settings import WARMSTART, shipped_prompts, small_config, write_config
 from tests.chaos.verdict import calm_rows, run_checks
 from tests.e2e.raycluster import RayCluster
+from tests.tracking.server import MlflowServer
 
 PROMPTS, PER_STEP = 1000, 32
 DISK_MIB = 256

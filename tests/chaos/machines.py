@@ -1,70 +1,16 @@
-"""What a run depends on, for a harness to break: an MLflow server, a small disk, the newest checkpoint."""
+"""What a run depends on, for a harness to break: a small disk, the newest checkpoint, a process with its children."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import sys
-import urllib.error
-import urllib.request
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import psutil
-
-from tests.e2e.raycluster import free_port, wait_until
-
-START_S = 300.0
-
-
-@dataclass
-class MlflowServer:
-    """A tracking server on loopback, its database and artifacts in ``folder``."""
-
-    folder: Path
-    port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.kill()
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        """Returns when it answers."""
-        command = [
-            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"),
-            *("--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder.absolute()}/mlflow.db"),
-            *("--artifacts-destination", str(self.folder.absolute() / "artifacts")),
-        ]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-            )
-        wait_until(self.answers, START_S, "the MLflow server")
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as reply:
-                return reply.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def kill(self) -> None:
-        """SIGKILL, its workers too."""
-        if self.process is not None:
-            kill_tree(self.process)
-            self.process = None
 
 
 @dataclass

@@ -21,9 +21,9 @@ from dvpo_service.data.ledger import check_ledger
 from tests.chaos.events import Events
 from tests.chaos.family import Family, shared_memory
 from tests.chaos.faults import DEAD_S, KINDS, NAN, Fault, write_plan
-from tests.chaos.machines import MlflowServer
 from tests.chaos.report import Outcome, outcomes
 from tests.chaos.settings import shipped_prompts, small_config, write_config
+from tests.tracking.server import MlflowServer
 
 pytestmark = pytest.mark.e2e
 

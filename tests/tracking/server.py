@@ -11,47 +11,59 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Self
+
+START_S = 300.0
 
 
 class MlflowServer:
     """``folder`` holds its store and its artifacts; the address stays the same through every start."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder.absolute()
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
 
     def start(self) -> None:
+        """Returns when it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + START_S
         while not self._answers():
-            assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
             assert time.monotonic() < deadline, "the MLflow server did not start"
             time.sleep(0.1)
 
     def kill(self) -> None:
         """SIGKILL to the server and its workers."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(30)
-            self._process = None
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(30)
+            self.process = None
 
     def freeze(self) -> None:
         """From now on connections are accepted, and nothing is answered."""
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGSTOP)
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGCONT)
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def _answers(self) -> bool:
         try:

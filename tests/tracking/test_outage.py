@@ -23,12 +23,8 @@ PICTURES = ("fan_over_training", "head_disagreement", "quantile_heatmap", "value
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    made = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    try:
-        made.start()
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as made:
         yield made
-    finally:
-        made.kill()
 
 
 def log(tracker: Tracker, step: int) -> float:
