@@ -25,7 +25,7 @@ from ray.serve.config import AutoscalingConfig, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
 from dvpo_service import terminal
-from dvpo_service.config import Config, load_config, to_yaml
+from dvpo_service.config import Config, load_config
 from dvpo_service.errors import CheckpointError, ClusterError, ConfigError
 from dvpo_service.export import CONFIG_FILE, Exported, export, is_export, newest, open_export
 from dvpo_service.serving.gateway import Gateway
@@ -57,12 +57,12 @@ class Served:
         return cls(str(folder), critic, f"step-{exported.step:06d}")
 
 
-def application(config: Config, served: Served, key_digest: str | None, place: Place) -> serve.Application:
+def application(config: Config, served: Served, place: Place) -> serve.Application:
     """The three deployments; without a critic, two. HTTP is answered at ``place``."""
     limits, cluster = config.serve, config.cluster
     name = limits.model_name or config.name
     current = {"policy": served.policy, "version": served.version}
-    code = _digest(config, name, bool(served.critic), key_digest, place)
+    code = _digest(config, name, bool(served.critic), place)
     policy = _deployment(
         PolicyServer,
         "policy",
@@ -96,7 +96,9 @@ def application(config: Config, served: Served, key_digest: str | None, place: P
         user_config={},
         graceful_shutdown_timeout_s=limits.drain_timeout_s,
     )
-    return gateway.bind(_gateway(config, name, bool(served.critic), key_digest), place, limits.drain_timeout_s, *parts)
+    return gateway.bind(
+        _gateway(config, name, bool(served.critic), place.key_digest), place, limits.drain_timeout_s, *parts
+    )
 
 
 def _deployment(server: type, name: str, code: str, **settings: Any) -> serve.Deployment:
@@ -116,7 +118,11 @@ def _deployment(server: type, name: str, code: str, **settings: Any) -> serve.De
 
 
 def _digest(config: Config, *others: Any) -> str:
-    return hashlib.sha256(repr((to_yaml(config), *others)).encode()).hexdigest()[:12]
+    """Of what replicas are made with. A newer run may have another length or model to start from, and whoever updates
+    a server need not repeat its address."""
+    tree = config.model_dump(mode="json", include={"model", "rollout", "cluster", "serve"})
+    del tree["model"]["path"], tree["serve"]["host"], tree["serve"]["port"], tree["serve"]["follow_every_s"]
+    return hashlib.sha256(repr((tree, config.trainer.seed, *others)).encode()).hexdigest()[:12]
 
 
 def _gateway(config: Config, name: str, with_critic: bool, key_digest: str | None) -> Callable[[], FastAPI]:
@@ -163,7 +169,7 @@ def free_place(config: Config) -> Place:
             port = probe.getsockname()[1]
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another serve.port") from error
-    return Place(host, port, ray.util.get_node_ip_address())
+    return Place(host, port, ray.util.get_node_ip_address(), api_key_digest())
 
 
 def deploy(config: Config, served: Served, place: Place) -> None:
@@ -172,7 +178,7 @@ def deploy(config: Config, served: Served, place: Place) -> None:
     Raises ClusterError when the replicas do not come up.
     """
     # No route: the gateways answer HTTP themselves.
-    target = serve.RunTarget(application(config, served, api_key_digest(), place), name=APP, route_prefix=None)
+    target = serve.RunTarget(application(config, served, place), name=APP, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
     deadline = time.monotonic() + config.serve.start_timeout_s
     while (app := serve.status().applications[APP]).status != ApplicationStatus.RUNNING:
@@ -236,7 +242,8 @@ def servable(source: Path) -> Exported:
 
 
 def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
-    """Serve until interrupted. Where our application runs on the cluster already, give it these weights and return.
+    """Serve until interrupted. Where our application runs on the cluster already, give it these weights and return:
+    it stays at its address, and asks for the key that it asked for.
 
     With ``follow``, newer checkpoints of the run are served as they appear.
 
@@ -261,7 +268,7 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
             serve.start(proxy_location=ProxyLocation.Disabled)
             terminal.say(f"starting {config.serve.min_replicas} vLLM engine(s) for {exported.folder} ...")
             deploy(config, served, place)
-            terminal.serving(config, served.version, bool(served.critic), place.port, with_key=bool(api_key_digest()))
+            terminal.serving(config, served.version, bool(served.critic), place.port, with_key=bool(place.key_digest))
             _wait(config, source, served, place, follow)
 
 

@@ -18,11 +18,15 @@ from fastapi import FastAPI
 
 @dataclass(frozen=True)
 class Place:
-    """Where HTTP is answered: an address to listen on, and the Ray node, by its IP address, to do so."""
+    """Where HTTP is answered: an address to listen on, and the Ray node, by its IP address, to do so.
+
+    ``key_digest`` is the SHA-256 of the API key that is asked for there, None for none.
+    """
 
     host: str
     port: int
     node: str
+    key_digest: str | None
 
 
 class HttpServer:
