@@ -115,5 +115,6 @@ def test_stopped_twice_and_killed_and_continued_equals_a_run_left_alone(tmp_path
     assert json.loads((cut / "summary.json").read_text())["steps"] == STEPS
     assert (cut / "policy" / "export.json").is_file()
     assert learned(cut) == learned(whole)
-    assert mismatch(cut) == pytest.approx(mismatch(whole), rel=1e-4, abs=1e-9)
+    # Means of differences of float32 log-probs, which are nothing but rounding: one unit in the last place each.
+    assert mismatch(cut) == pytest.approx(mismatch(whole), rel=1e-4, abs=1e-7)
     assert client.get_run(state["mlflow_run_id"]).info.status == "FINISHED"
