@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -23,6 +24,8 @@ from dvpo_service.exposure import dashboard_warning
 from dvpo_service.rundir import JOB_CONFIG
 
 log = logging.getLogger(__name__)
+
+TOKEN = secrets.token_hex(32)  # of the clusters that this process starts
 
 
 @contextmanager
@@ -54,11 +57,17 @@ def connected(config: Config) -> Iterator[None]:
             "_system_config": {"process_group_cleanup_enabled": True},
         }
     )
+    with nullcontext() if address else _closed_to_others():
+        yield from _session(address, _beside_the_jobs(environment), local)
+
+
+def _session(address: str | None, environment: dict[str, str], local: dict[str, Any]) -> Iterator[None]:
+    """Connect, yield once, disconnect."""
     try:
-        with _own_sigterm(), nullcontext() if address else _on_loopback():
+        with _own_sigterm():
             context = ray.init(
                 address=address or "local",
-                runtime_env={"env_vars": _beside_the_jobs(environment)},
+                runtime_env={"env_vars": environment},
                 log_to_driver=bool(os.environ.get("DVPO_ACTOR_LOGS")),
                 logging_level=logging.ERROR,
                 **local,
@@ -78,22 +87,37 @@ def connected(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A cluster started in this block listens on loopback only; by default all of Ray's ports are open to the network.
+def _closed_to_others() -> Iterator[None]:
+    """A cluster that starts and ends in this block is on loopback, and answers only those who hold a token made here.
 
-    Ray does so by itself on macOS and Windows, by this switch, which its processes read from the environment.
+    By default all of Ray's ports are open to the network. On macOS and Windows Ray keeps them on loopback by itself, by
+    the switch used here. The token is for what the switch leaves: Ray Serve's replicas listen on all interfaces and
+    unpickle what comes, and other users of the machine reach loopback too.
     """
-    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(variable)
-    ray_constants.ENABLE_RAY_CLUSTER, os.environ[variable] = False, "0"
+    variables = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    if "RAY_AUTH_MODE" not in os.environ:
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        # The cluster's processes read the environment when they start; this one has when it imported Ray.
+        _authenticate("token")
+    before = ray_constants.ENABLE_RAY_CLUSTER, {name: os.environ.get(name) for name in variables}
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ.update(variables)
     try:
         yield
     finally:
+        if "RAY_AUTH_MODE" in variables:
+            _authenticate("disabled")
         ray_constants.ENABLE_RAY_CLUSTER = before[0]
-        if before[1] is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before[1]
+        for name, value in before[1].items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _authenticate(mode: str) -> None:
+    """How this process presents itself to a cluster, ``token`` or ``disabled``."""
+    ray._config.initialize(json.dumps({"AUTH_MODE": mode}))
 
 
 def on_cluster(config: Config) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ START_TRIES = 3
 
 class RewardPool:
     """CPU actors that score, a group a call. One that misses its deadline or kills its process is tried once more,
-    in a fresh process; what fails again is marked failed, never 0."""
+    in a fresh process; what fails again is marked failed, never 0. Workers that have nothing to do are watched too."""
 
     def __init__(self, config: RewardConfig, placement: Placement):
         self.config, self.placement = config, placement
@@ -31,12 +32,16 @@ class RewardPool:
         self.restarts = 0
         self.workers = [self._spawn(i) for i in range(config.num_workers)]
         self.fresh = set(range(config.num_workers))  # spawned, and not heard of yet
+        self._idle = threading.Lock()  # held by whoever calls the workers
+        self._closing = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="reward watch", daemon=True)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Raise PoolError when a worker cannot load the reward function on its node."""
         try:
             wait_for([w.ready.remote() for w in self.workers], timeout_s)
             self.fresh.clear()
+            self._watching.start()
         except GetTimeoutError as error:
             raise PoolError("reward", "start", f"no answer within {timeout_s:g} s") from error
         except RayActorError as error:
@@ -47,16 +52,30 @@ class RewardPool:
 
     def score(self, groups: Sequence[Work], *, noisy: bool) -> list[list[Score]]:
         """One list of scores per group, in order. Raises PoolError when no worker can be started."""
-        for i in list(self.fresh):
-            self._await_start(i)
-        shares = {i: list(range(i, len(groups), len(self.workers))) for i in range(len(self.workers))}
-        calls = {i: self._submit(i, groups, share, noisy) for i, share in shares.items()}
-        scores = {g: score for i in calls for g, score in self._collect(i, calls[i], groups, noisy).items()}
-        return [scores[g] for g in range(len(groups))]
+        with self._idle:
+            for i in list(self.fresh):
+                self._await_start(i)
+            shares = {i: list(range(i, len(groups), len(self.workers))) for i in range(len(self.workers))}
+            calls = {i: self._submit(i, groups, share, noisy) for i, share in shares.items()}
+            scores = {g: score for i in calls for g, score in self._collect(i, calls[i], groups, noisy).items()}
+            return [scores[g] for g in range(len(groups))]
 
     def shutdown(self) -> None:
-        for worker in self.workers:
-            ray.kill(worker)
+        self._closing.set()
+        with self._idle:
+            for worker in self.workers:
+                ray.kill(worker)
+
+    def _watch(self) -> None:
+        """A worker that dies or hangs between two calls is replaced then, so that the next one need not wait for it.
+
+        One that was just spawned is left alone: the next call waits for it, with a deadline of its own.
+        """
+        while not self._closing.wait(self.config.heartbeat_s):
+            with self._idle:
+                beats = {i: w.ready.remote() for i, w in enumerate(self.workers) if i not in self.fresh}
+                for i, beat in beats.items():
+                    self._result(i, beat, self.config.heartbeat_timeout_s)
 
     def metrics(self) -> dict[str, float]:
         return {"pool/restarts/reward": float(self.restarts)}
@@ -87,8 +106,8 @@ class RewardPool:
             calls = self._submit(i, groups, left, noisy)
         return scores
 
-    def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Score]] | str:
-        """The scores, or why there are none; then worker ``i`` is a fresh one."""
+    def _result(self, i: int, ref: Any, timeout_s: float) -> Any:
+        """What worker ``i`` answers, or in words why it does not; then it is a fresh one."""
         try:
             return wait_for(ref, timeout_s)
         except GetTimeoutError:

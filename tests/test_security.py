@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from dvpo_service.failure import describe
 from dvpo_service.masking import MaskingFormatter, mask_override
 from dvpo_service.tracking.store import tracking_uri
 from tests.builders import make_config
+from tests.ports import listening
 from tune_sweeps.grid import GRIDS
 from tune_sweeps.records import Sweep, read_sweep, save_sweep
 
@@ -113,21 +116,19 @@ def test_a_cluster_started_here_listens_on_loopback_only() -> None:
 
     from actors.cluster import connected
 
-    def address(connection: Any) -> str:
-        return connection.laddr.ip.removeprefix("::ffff:")
-
     with connected(make_config("unused")):
         ray.get(ray.remote(lambda: None).remote(), timeout=60)
-        found = [c for p in (psutil.Process(), *psutil.Process().children(recursive=True)) for c in _listening(p)]
+        found = listening(psutil.Process())
         assert len(found) > 3
-        assert {address(c) for c in found} == {"127.0.0.1"}
-
-
-def _listening(process: psutil.Process) -> list[Any]:
-    try:
-        return [c for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
-    except psutil.NoSuchProcess:
-        return []
+        assert {address for address, _ in found} == {"127.0.0.1"}
+        # Whoever reaches one all the same, another user of this machine or through a port of Serve's, needs the token.
+        gcs = ray.get_runtime_context().gcs_address
+        stranger = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        joining = [sys.executable, "-c", f"from ray._raylet import GcsClient; GcsClient(address='{gcs}')"]
+        refused = subprocess.run(joining, env=stranger, capture_output=True, text=True, timeout=60)
+        assert refused.returncode != 0
+        assert "InvalidAuthToken" in refused.stderr
+    assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_what_is_opened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,12 +152,15 @@ class NoiseConfig(Section):
 class RewardConfig(Section):
     """``function``: exact_match, gsm8k, math_verify or ``module:function``. ``overlong_buffer``: over the
     last that many tokens before the length limit the reward falls by up to ``overlong_penalty``; 0 is off.
-    A call that takes more than ``max_memory_gib`` beyond what its worker holds is a failed sample; null: no bound."""
+    A call that takes more than ``max_memory_gib`` beyond what its worker holds is a failed sample; null: no bound.
+    A worker with nothing to do is asked every ``heartbeat_s`` whether it is there."""
 
     function: str = "exact_match"
     num_workers: Positive = 1
     timeout_s: PositiveFloat = 30.0
     start_timeout_s: PositiveFloat = 120.0
+    heartbeat_s: PositiveFloat = 5.0
+    heartbeat_timeout_s: PositiveFloat = 10.0
     max_memory_gib: PositiveFloat | None = 4.0
     overlong_buffer: NonNegative = 0
     overlong_penalty: PositiveFloat = 1.0

@@ -26,11 +26,14 @@ class ValueServer:
         self._batched.set_max_batch_size(config.serve.value_batch)  # type: ignore[attr-defined]
         self._batched.set_batch_wait_timeout_s(config.serve.value_wait_s)  # type: ignore[attr-defined]
 
-    def reconfigure(self, current: dict[str, str]) -> None:
+    async def reconfigure(self, current: dict[str, str]) -> None:
+        """Serve the critic in ``current["critic"]``. Requests are answered by the one before until it is loaded."""
         trust = self.config.model.trust_remote_code
-        self.tokenizer = load_tokenizer(current["policy"], trust_remote_code=trust)
-        self.model = ValueModel(Path(current["critic"]), trust_remote_code=trust)
-        self.version = current["version"]
+        tokenizer, model = await asyncio.gather(
+            asyncio.to_thread(load_tokenizer, current["policy"], trust_remote_code=trust),
+            asyncio.to_thread(ValueModel, Path(current["critic"]), trust_remote_code=trust),
+        )
+        self.tokenizer, self.model, self.version = tokenizer, model, current["version"]
 
     async def ready(self) -> str:
         return self.version

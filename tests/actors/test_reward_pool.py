@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from actors.cluster import connected
 from actors.placement import Placement, plan_bundles
@@ -27,10 +28,14 @@ def pool(tiny_model: Path) -> Iterator[RewardPool]:
             "num_workers": 2,
             "timeout_s": 8,
             "max_memory_gib": 1,
+            "heartbeat_s": 0.2,
         },
     )
     with connected(config):
-        yield RewardPool(config.reward, Placement(plan_bundles(config), timeout_s=60))
+        pool = RewardPool(config.reward, Placement(plan_bundles(config), timeout_s=60))
+        pool.wait_ready(60)
+        yield pool
+        pool.shutdown()
 
 
 def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -> None:
@@ -54,6 +59,20 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
     assert scores[1][0].reward != scores[1][0].reward, "a failed sample has no reward, not 0"
 
 
+def test_a_worker_that_dies_idle_is_replaced_before_it_is_needed(pool: RewardPool) -> None:
+    assert pool.score([(["ok"], "ok", [1])] * 2, noisy=False), "both are up"
+    noted: list[str] = []
+    pool.note, before = noted.append, pool.restarts
+    ray.kill(pool.workers[1])
+    deadline = time.monotonic() + 15
+    while pool.restarts == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert noted[0].startswith("reward worker 1: the process died")
+    assert [g[0].reward for g in pool.score([(["ok"], "ok", [1])] * 2, noisy=False)] == [1.0, 1.0]
+    assert pool.restarts == before + 1
+
+
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:
     assert [s.reward for s in pool.score([(["ok"], "ok", [1])], noisy=False)[0]] == [1.0]
 
@@ -68,7 +87,6 @@ def test_a_function_that_eats_memory_costs_its_sample_only(pool: RewardPool) -> 
 
 def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: RewardPool) -> None:
     """Last in this file: the pool gives its place up."""
-    pool.wait_ready(60)
     pool.shutdown()
     missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), pool.placement)
     with pytest.raises(PoolError, match=r"'not_here' cannot be imported.*--working-dir"):

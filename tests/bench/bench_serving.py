@@ -1,7 +1,9 @@
 """What HTTP, Ray Serve and the gateway cost: throughput of the server against the bare engine, on the same prompts.
 
-``python -m tests.bench.bench_serving [--requests 512] [--tokens 96]`` prints one JSON object. Engine and server run
-side by side and are measured in turn, 64 requests at a time; the client's own work is part of the server's figure.
+``python -m tests.bench.bench_serving [--requests 512] [--tokens 96] [--range-ratio 0.5]`` prints one JSON object.
+Engine and server run side by side and are measured in turn, 64 requests at a time; the client's own work is part of the
+server's figure. Responses are of ``tokens * (1 - ratio)`` to ``tokens * (1 + ratio)`` tokens, uniformly, as in vLLM's
+own benchmark; with a ratio of 0 all are of one length, so that 64 end in the same step.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -29,9 +32,10 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--requests", type=int, default=512)
     options.add_argument("--tokens", type=int, default=96)
+    options.add_argument("--range-ratio", type=float, default=0.5)
     given = options.parse_args(sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
-        export = make_export(Path(folder) / "export", hidden_size=96, num_layers=3, num_heads=3)
+        export = make_export(Path(folder) / "export", hidden_size=96, num_layers=3, num_heads=3, max_positions=256)
         with ServerProcess(export.folder) as server, Engine(export.folder) as engine:
             found = [(engine.round(given), asyncio.run(load(server.url, given))) for _ in range(ROUNDS + 1)][1:]
     bare, served = ([f[k] for f in found] for k in (0, 1))
@@ -41,6 +45,7 @@ def main() -> None:
                 "clients": CLIENTS,
                 "requests": given.requests,
                 "tokens_per_request": given.tokens,
+                "range_ratio": given.range_ratio,
                 "bare_tokens_per_s": [round(x) for x in bare],
                 "served_tokens_per_s": [round(x["tokens_per_s"]) for x in served],
                 "errors": sum(x["errors"] for x in served),
@@ -55,8 +60,11 @@ def main() -> None:
     )
 
 
-def prompts(count: int) -> list[str]:
-    return [f"{i % 89 + 10}+{i * 7 % 89 + 10}=" for i in range(count)]
+def asked(given: argparse.Namespace) -> list[tuple[str, int]]:
+    """Prompts, and how many tokens are to follow each; the same at every call."""
+    rng, spread = random.Random(0), given.tokens * given.range_ratio
+    lengths = [round(rng.uniform(given.tokens - spread, given.tokens + spread)) for _ in range(given.requests)]
+    return [(f"{i % 89 + 10}+{i * 7 % 89 + 10}=", n) for i, n in enumerate(lengths)]
 
 
 async def at_once(asks: list[Callable[[], Awaitable[None]]]) -> float:
@@ -78,10 +86,10 @@ async def load(url: str, given: argparse.Namespace) -> dict[str, float]:
     seconds: list[float] = []
     tokens = errors = 0
 
-    async def ask(session: aiohttp.ClientSession, prompt: str) -> None:
+    async def ask(session: aiohttp.ClientSession, prompt: str, length: int) -> None:
         nonlocal tokens, errors
         began = time.perf_counter()
-        body = {"prompt": prompt, "max_tokens": given.tokens, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": length, "ignore_eos": True}
         async with session.post(f"{url}/v1/completions", json=body) as answer:
             found = await answer.json()
             errors += answer.status != 200
@@ -90,7 +98,7 @@ async def load(url: str, given: argparse.Namespace) -> dict[str, float]:
 
     connector = aiohttp.TCPConnector(limit=CLIENTS)
     async with aiohttp.ClientSession(connector=connector) as session:
-        took = await at_once([partial(ask, session, p) for p in prompts(given.requests)])
+        took = await at_once([partial(ask, session, *a) for a in asked(given)])
     cuts = statistics.quantiles(seconds, n=100)
     return {"tokens_per_s": tokens / took, "errors": errors, "p50_ms": cuts[49] * 1e3, "p99_ms": cuts[98] * 1e3}
 
@@ -110,7 +118,7 @@ class Engine:
         """Tokens/s."""
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps([prompts(given.requests), given.tokens]) + "\n")
+        self.process.stdin.write(json.dumps(asked(given)) + "\n")
         self.process.stdin.flush()
         while not (line := self.process.stdout.readline()).startswith("tokens/s "):
             assert line, "the engine's process ended"

@@ -1,4 +1,4 @@
-"""The bare engine of bench_serving, with the server's settings: a line of JSON in (prompts, tokens), its speed out."""
+"""The bare engine of bench_serving, with the server's settings: a line of JSON in (prompts, lengths), its speed out."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ async def main(folder: str) -> None:
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
     count = 0
 
-    async def ask(prompt: str, params: SamplingParams) -> None:
+    async def ask(prompt: str, tokens: int) -> None:
         nonlocal count
         count += 1
+        params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
         async for _ in engine.generate(prompt, params, request_id=str(count)):
             pass
 
     while line := await asyncio.to_thread(sys.stdin.readline):
-        prompts, tokens = json.loads(line)
-        params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
-        took = await at_once([partial(ask, p, params) for p in prompts])
-        print(f"tokens/s {tokens * len(prompts) / took}", flush=True)
+        asked = json.loads(line)
+        took = await at_once([partial(ask, *a) for a in asked])
+        print(f"tokens/s {sum(tokens for _, tokens in asked) / took}", flush=True)
     engine.shutdown()
 
 

@@ -31,7 +31,7 @@ KINDS: dict[str, Kind] = {
     "hang": Kind("SIGSTOP of an EngineCore, generating", 4, ("generate",), "rollout"),
     "policy": Kind("SIGKILL of a policy rank", 5, ("logprobs", "update", "push"), "policy"),
     "critic": Kind("SIGKILL of a critic rank", 5, ("advantages", "update"), "critic"),
-    "reward-worker": Kind("SIGKILL of a reward worker, about to score", 6, ("score",), "reward"),
+    "reward-worker": Kind("SIGKILL of a reward worker, about to score or idle", 6, ("score", "update"), "reward"),
     "nan-policy": Kind("NaN in a policy rank's loss", 6, ("update",), "policy", repeats=True),
     "nan-critic": Kind("NaN in a critic rank's loss", 6, ("update",), "critic", repeats=True),
     "reward-raise": Kind("reward function raises", 8, ("score",), repeats=True),

@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
 from openai import APIStatusError, AuthenticationError, OpenAI
+from ray.serve.generated.serve_pb2 import ASGIRequest
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
 from dvpo_service.serving.values import ValueModel, ValueQuery
+from tests.ports import listening
 from tests.serving.server import ServerProcess, make_export
 
 pytestmark = pytest.mark.e2e
@@ -68,6 +72,17 @@ def test_the_openai_package_chats_completes_and_streams(client: OpenAI) -> None:
     made = client.completions.create(model="tiny", prompt=["1+1=", "2+2="], n=2, max_tokens=4, logprobs=1)
     assert [c.index for c in made.choices] == [0, 1, 2, 3]
     assert made.choices[0].logprobs
+
+
+def test_ports_beyond_loopback_ask_for_the_cluster_s_token(server: ServerProcess) -> None:
+    """Ray Serve's replicas listen on all interfaces and unpickle what comes: what their own cluster sends, no more."""
+    ports = {port for address, port in listening(psutil.Process(server.process.pid)) if address != "127.0.0.1"}
+    assert len(ports) >= 2 * REPLICAS, "else the test can go, and the token with it"
+    call = ASGIRequest(pickled_request_metadata=b"not even a pickle")
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+            ASGIServiceStub(channel).HandleRequest(call, timeout=30)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_errors_are_those_that_openai_clients_know(server: ServerProcess, client: OpenAI) -> None:
