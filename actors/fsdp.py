@@ -6,6 +6,7 @@ Every rank calls every method in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from transformers import get_scheduler
 from actors.saving import BackgroundSaver
 from dvpo_service.config import OptimConfig
 from dvpo_service.integrity import Files
-from dvpo_service.interfaces import own_address, use_interface_of
+from dvpo_service.interfaces import listen, own_address, use_interface_of
 from dvpo_service.storage import read_locally
 
 
@@ -44,14 +45,33 @@ def init_process_group(meet: Rendezvous) -> torch.device:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         use_interface_of(own_address(meet.address, meet.port))
+    timeout = datetime.timedelta(seconds=meet.timeout_s)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{meet.address}:{meet.port}",
+        store=_store(meet, timeout),
         rank=meet.rank,
         world_size=meet.world_size,
-        timeout=datetime.timedelta(seconds=meet.timeout_s),
+        timeout=timeout,
     )
     return device
+
+
+def _store(meet: Rendezvous, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The ranks' meeting point, at its address alone: torch would listen on all interfaces, and asks for no token."""
+    descriptor = None
+    if meet.rank == 0:
+        # An address that is translated on its way here is on no interface: torch's own choice then.
+        with contextlib.suppress(OSError):
+            descriptor = listen(meet.address, meet.port, shared=False).detach()
+    return dist.TCPStore(
+        meet.address,
+        meet.port,
+        meet.world_size,
+        is_master=meet.rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=descriptor,
+    )
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""The network interface that gloo shall use. By itself it takes the one that the host's name stands for, often
-the loopback, where no other host reaches it."""
+"""This host's network interfaces: where sockets listen, and which one gloo uses. By itself gloo takes the one that the
+host's name stands for, often the loopback, where no other host reaches it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,18 @@ def own_address(towards: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as route:
         route.connect(where)  # sends nothing: a datagram socket
         return route.getsockname()[0]
+
+
+def listen(host: str, port: int, *, shared: bool) -> socket.socket:
+    """A socket bound to ``host:port``; a ``shared`` one leaves the port to further shared ones. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listening.bind((host, port))
+    except OSError:
+        listening.close()
+        raise
+    return listening

@@ -28,8 +28,9 @@ from dvpo_service import terminal
 from dvpo_service.config import Config, load_config
 from dvpo_service.errors import CheckpointError, ClusterError, ConfigError
 from dvpo_service.export import CONFIG_FILE, Exported, export, is_export, newest, open_export
+from dvpo_service.interfaces import listen
 from dvpo_service.serving.gateway import Gateway
-from dvpo_service.serving.http import HttpServer, Place, listen
+from dvpo_service.serving.http import HttpServer, Place
 from dvpo_service.serving.policy import PolicyServer
 from dvpo_service.serving.replicas import Replicas
 from dvpo_service.serving.value_server import ValueServer

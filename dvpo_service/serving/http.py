@@ -7,13 +7,14 @@ hop. Serve keeps the replica alive. Gateways of a node share its port, the kerne
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+
+from dvpo_service.interfaces import listen
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,3 @@ class HttpServer:
         self.server.should_exit = True
         if self._serving:
             await self._serving
-
-
-def listen(host: str, port: int, *, shared: bool) -> socket.socket:
-    """A socket bound to ``host:port``; a ``shared`` one leaves the port to further shared ones. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        listening.bind((host, port))
-    except OSError:
-        listening.close()
-        raise
-    return listening

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 
@@ -19,12 +19,14 @@ from actors.critic import CriticWorker
 from actors.fsdp import Rendezvous, full_state
 from actors.policy import PolicyWorker
 from actors.trainers import engine_mismatch
+from actors.weight_transfer import free_port
 from dvpo_service.algo.advantages import whiten, whitening_sums
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.estimators import GroupEstimator
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 from tests.builders import make_config
+from tests.ports import listening
 
 EOS = 1
 RESPONSES: dict[str, list[tuple[int, ...]]] = {
@@ -67,9 +69,13 @@ def updated(worker: Any, metrics: dict[str, float], before: torch.Tensor, pool: 
     assert torch.equal(after, before) == (tokens == 0)
 
 
-def one(config: Config, model: str, port: int) -> None:
+def one(config: Config, model: str) -> None:
+    port = free_port()
     meet = Rendezvous(0, 1, "127.0.0.1", port, 60)
     critic = CriticWorker(config, model, meet)
+    assert [a for a, p in listening(psutil.Process()) if p == port] == ["127.0.0.1"], (
+        "torch's own choice is all of them"
+    )
     with patch("actors.policy.init_process_group", lambda meet: critic.device):  # both in one process here
         policy = PolicyWorker(config, model, meet)
     for name, responses in RESPONSES.items():
@@ -98,21 +104,18 @@ def one(config: Config, model: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _process(rank: int, configs: list[Config], model: str, port: int) -> None:
+def _process(rank: int, configs: list[Config], model: str) -> None:
     torch.set_num_threads(1)
     for config in configs:
-        one(config, model, port)
+        one(config, model)
     os._exit(0)  # gloo's threads can abort the interpreter's own shutdown
 
 
 def test_updates_on_empty_responses(tiny_model: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     base = {"n_quantiles": 8, "critic_hidden_dim": 16, "n_heads": 2}
     configs = []
     for i, algorithm in enumerate(ESTIMATORS):
         pool = {"mini_batch_size": 8, "micro_batch_size": 3, "packing": i % 2 == 0}
         sections: dict[str, Any] = {"critic": pool, "policy": pool, "algorithm": base | algorithm}
         configs.append(make_config(tiny_model, rollout={"prompts_per_step": 2, "n": 4}, **sections))
-    mp.spawn(_process, (configs, str(tiny_model), port), nprocs=1)
+    mp.spawn(_process, (configs, str(tiny_model)), nprocs=1)
