@@ -81,7 +81,9 @@ def warmstart(
 @app.command("eval")
 def evaluate(
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(help="A run directory, a checkpoint of it, or an export.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="A run directory, a checkpoint of it, or an export; or a URL.")
+    ] = None,
     config: Annotated[str | None, typer.Option("--config", "-c", help="With --model: a name or a YAML file.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="A Hugging Face folder or hub name.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="A file in place of the config's splits; repeatable.")] = None,
@@ -93,9 +95,10 @@ def evaluate(
     from dvpo_service.errors import ConfigError
     from dvpo_service.evaluate import Subject, from_run
     from dvpo_service.evaluate import evaluate as measure
+    from dvpo_service.fetch import local_copy
 
     if run and not (config or model):
-        with from_run(run, overrides or []) as subject:
+        with local_copy(run) as found, from_run(found, run, overrides or []) as subject:
             measure(subject, data or [], n, output)
     elif config and model and not run:
         measure(Subject(load_config(config, overrides or []), model, model), data or [], n, output)
@@ -105,14 +108,16 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Option(help="A run directory, a checkpoint of it, or an export.")],
+    run: Annotated[str, typer.Option(help="A run, a checkpoint of it, or an export: a path or URL.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     register: Annotated[str | None, typer.Option(help="Also a version of this model in the run's MLflow.")] = None,
 ) -> None:
     """The newest policy and critic of a run as a Hugging Face folder with a model card."""
     from dvpo_service.export import export_and_register
+    from dvpo_service.fetch import local_copy
 
-    done, version = export_and_register(run, output, register)
+    with local_copy(run) as found:
+        done, version = export_and_register(found, output, register)
     typer.echo(f"policy after {done.step} updates: {done.folder}")
     typer.echo(f"critic: {done.critic or 'none, the run has none'}")
     if version:
@@ -121,7 +126,7 @@ def export(
 
 @app.command()
 def serve(
-    run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, a checkpoint of it, or an export.")],
+    run: Annotated[str, typer.Option("--run", "-r", help="A run directory, a checkpoint of it, or an export.")],
     overrides: Overrides = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Serve newer checkpoints of the run as they appear.")
@@ -129,8 +134,11 @@ def serve(
 ) -> None:
     """Serve a policy with its value distributions: OpenAI's API, /v1/values, and a page to look at."""
     from dvpo_service.serve import run as serve_run
+    from dvpo_service.storage import is_url
 
-    serve_run(run, overrides or [], follow=follow)
+    if is_url(run):
+        raise UserError(f"{run}: every replica reads the weights from a path; `dvpo export --run {run} -o DIR` first")
+    serve_run(Path(run), overrides or [], follow=follow)
 
 
 @app.command()

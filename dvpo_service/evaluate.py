@@ -31,8 +31,8 @@ class Subject:
 
 
 @contextmanager
-def from_run(source: Path, overrides: Sequence[str]) -> Iterator[Subject]:
-    """The newest state of a run, a checkpoint or an export, with its run's config.
+def from_run(source: Path, name: str, overrides: Sequence[str]) -> Iterator[Subject]:
+    """The newest state of a run, a checkpoint or an export, with its run's config; ``name`` is what tables call it.
 
     A checkpoint is exported beside itself, where every node sees it, for as long as it takes.
     """
@@ -42,7 +42,7 @@ def from_run(source: Path, overrides: Sequence[str]) -> Iterator[Subject]:
         if not is_export(state):
             work = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eval-", dir=state.parent))
             folder = export(state, Path(work) / "policy").folder
-        yield Subject(load_config(str(folder / CONFIG_FILE), overrides), str(folder), str(source), step)
+        yield Subject(load_config(str(folder / CONFIG_FILE), overrides), str(folder), name, step)
 
 
 def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None) -> dict[str, Any]:

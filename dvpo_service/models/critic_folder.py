@@ -50,7 +50,10 @@ class CriticSpec:
 
 def write_critic(folder: Path, spec: CriticSpec, backbone: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError when the disk refuses it."""
-    tree = {"model_type": MODEL_TYPE, **dataclasses.asdict(spec), "backbone": backbone.to_dict()}
+    architecture = {
+        k: v for k, v in backbone.to_dict().items() if k != "_name_or_path"
+    }  # a path of the machine it is on
+    tree = {"model_type": MODEL_TYPE, **dataclasses.asdict(spec), "backbone": architecture}
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 
 def registry_uri(config: Config, run_dir: Path) -> str:
-    """The run's tracking URI, where its registry is too. Raises TrackingError when the run has none."""
+    """The run's tracking URI, where its registry is too. Raises TrackingError when the run has none, or not here."""
     if not (config.tracking.mlflow or config.tracking.mlflow_uri):
         raise TrackingError(f"{run_dir}: the run had no MLflow (tracking.mlflow=false), so there is no registry")
-    return tracking_uri(config, run_dir)
+    uri = tracking_uri(config, run_dir)
+    if (file := sqlite_path(uri)) and not file.exists():
+        raise TrackingError(f"{file} is not here: the run logged to MLflow on another machine, or was moved")
+    return uri
 
 
 def register(client: MlflowClient, uri: str, name: str, folder: Path, *, step: int, run_id: str | None) -> str:

@@ -32,8 +32,8 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_checkpoint_is_a_model_for_as_long_as_it_is_evaluated(run: Path) -> None:
-    with from_run(run, ["rollout.temperature=0.5"]) as subject:
-        assert (subject.step, subject.name) == (3, str(run))
+    with from_run(run, "a run", ["rollout.temperature=0.5"]) as subject:
+        assert (subject.step, subject.name) == (3, "a run")
         assert subject.config.rollout.temperature == 0.5
         load_causal_lm(subject.model)
     assert not Path(subject.model).exists()
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_a_model_for_as_long_as_it_is_evaluated(run: Path) -> No
 
 def test_an_export_is_evaluated_where_it_is(run: Path) -> None:
     policy = export(run, run / "policy").folder
-    with from_run(run, []) as subject:
+    with from_run(run, str(run), []) as subject:
         assert subject.model == str(policy)
 
 

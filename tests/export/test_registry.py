@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from dvpo_service.config import to_yaml
+from dvpo_service.config.schema import TrackingConfig
 from dvpo_service.errors import TrackingError
 from dvpo_service.export import export, export_and_register, run_config
 from dvpo_service.tracking import registry
@@ -22,7 +23,15 @@ def local_run(run: Path) -> Path:
     config = run_config(run)
     tracking = config.tracking.model_copy(update={"mlflow_uri": None})
     (run / "config.yaml").write_text(to_yaml(config.model_copy(update={"tracking": tracking})))
+    open_store(default_tracking_uri(run))
     return run
+
+
+def test_a_run_that_was_moved_has_no_registry(run: Path, tmp_path: Path) -> None:
+    config = run_config(run).model_copy(update={"tracking": TrackingConfig()})
+    with pytest.raises(TrackingError, match=r"mlflow\.db is not here"):
+        registry_uri(config, run)
+    assert not (run.parent / "mlflow.db").exists(), "none is made"
 
 
 def test_every_export_becomes_a_version_of_the_model(local_run: Path, tmp_path: Path) -> None:
