@@ -1,3 +1,7 @@
+# The real ones start as many processes as there are cores; two of them at once would wait for each other.
+UNIT := .venv/bin/python -m pytest -m "not e2e" -n 2
+E2E := .venv/bin/python -m pytest -m e2e
+
 .PHONY: setup demo test unit chaos check bench audit mlflow clean
 
 setup:            ## .venv with everything in it; nothing to do when nothing changed
@@ -7,10 +11,10 @@ demo: setup       ## the main job: a small policy learns, seen here and in MLflo
 	.venv/bin/dvpo train --config demo
 
 test: setup check ## everything: checks, unit tests, real vLLM, Ray and MLflow
-	.venv/bin/python -m pytest
+	@status=0; $(UNIT) || status=1; $(E2E) || status=1; exit $$status
 
 unit: setup       ## the fast tests only
-	.venv/bin/python -m pytest -m "not e2e"
+	$(UNIT)
 
 chaos: setup      ## a hundred faults in one run, and what it kept of its promises (30 to 40 minutes)
 	.venv/bin/python -m tests.chaos.long $(ARGS)

@@ -37,15 +37,21 @@ def critic_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
 def policy_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
     worker, tensors, metrics = PolicyWorker(config, model, meet), [], []
     for step in range(STEPS):
-        rollouts = make_rollouts(seed=step)
-        advantages = torch.randn(rollouts.rewards.shape, generator=torch.Generator().manual_seed(step))
-        # Near an untrained model's log-probs, so that some ratios are clipped and some are not.
-        near = torch.where(rollouts.response_mask, rollouts.rollout_logprobs * 0.2 - 5.5, 0.0)
-        metrics.append(worker.update(rollouts.with_(logprobs=near, ref_logprobs=near), advantages, step))
-        scored = worker.logprobs(rollouts, step)
-        assert scored.ref_logprobs is not None
-        tensors += [scored.rows, scored.logprobs, scored.ref_logprobs]
+        found, measured = policy_step(worker, step)
+        tensors += found
+        metrics.append(measured)
     return tensors, metrics
+
+
+def policy_step(worker: PolicyWorker, step: int) -> tuple[list[Tensor], Metrics]:
+    rollouts = make_rollouts(seed=step)
+    advantages = torch.randn(rollouts.rewards.shape, generator=torch.Generator().manual_seed(step))
+    # Near an untrained model's log-probs, so that some ratios are clipped and some are not.
+    near = torch.where(rollouts.response_mask, rollouts.rollout_logprobs * 0.2 - 5.5, 0.0)
+    measured = worker.update(rollouts.with_(logprobs=near, ref_logprobs=near), advantages, step)
+    scored = worker.logprobs(rollouts, step)
+    assert scored.ref_logprobs is not None
+    return [scored.rows, scored.logprobs, scored.ref_logprobs], measured
 
 
 def _rank(rank: int, world: int, port: int, run: Any, config: Config, model: str, out: str) -> None:
@@ -173,6 +179,32 @@ def test_two_ranks_continue_what_one_has_saved(tiny_model: Path, tmp_path: Path)
 
     one = launch(resume_run, config(1), tiny_model, 1, tmp_path / "one")
     assert_same(one, launch(continued_run, config(2), tiny_model, 2, tmp_path / "two"))
+
+
+def saved_policy_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
+    worker = PolicyWorker(config, model, meet)
+    policy_step(worker, 0)
+    worker.save(str(config.trainer.run_dir))
+    worker.saved(True)
+    tensors, metrics = policy_step(worker, 1)
+    return tensors * STEPS, [metrics] * STEPS
+
+
+def continued_policy_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
+    worker = PolicyWorker(config, model, meet)
+    worker.load(str(config.trainer.run_dir))
+    tensors, metrics = policy_step(worker, 1)
+    return tensors * STEPS, [metrics] * STEPS
+
+
+def test_one_rank_continues_what_two_have_saved(tiny_model: Path, tmp_path: Path) -> None:
+    def config(world: int) -> Config:
+        policy = {"world_size": world, "kl": {"coef": 0.1, "where": "loss"}, "optim": {"lr": 1e-3}}
+        return make_config(tiny_model, policy=policy, trainer={"run_dir": f"{tmp_path}/state"})
+
+    (tmp_path / "state").mkdir()
+    two = launch(saved_policy_run, config(2), tiny_model, 2, tmp_path / "two")
+    assert_same(two, launch(continued_policy_run, config(1), tiny_model, 1, tmp_path / "one"))
 
 
 @pytest.mark.parametrize("where", ["path", "s3"])
