@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.chaos.faults import DEAD_S, KINDS
 
+HUNG = "no heartbeat"  # in the cause of a lost engine: the supervisor's words
 OWN_OVERHEAD_S = 10.0  # what an engine's recovery may take beyond its own start
 NODE_LOSSES_S = 20.0  # within which the losses that follow a node's are its own
 Row = Mapping[str, Any]
@@ -96,8 +97,8 @@ def _least(*times: float | None) -> float | None:
 
 
 def engine_overheads(events: Sequence[Row]) -> list[tuple[float, float, bool]]:
-    """Of each engine that was lost and came back: seconds of its recovery, of its own start, and whether trainers
-    were lost in between, so that the weights it waited for came late."""
+    """Of each engine that was lost and came back: seconds of its recovery, of its own start, and whether the push of
+    weights that it waited for came late: trainers were lost in between, or another engine hung, in that push too."""
     found = []
     for i, lost in enumerate(events):
         if lost["event"] != "lost" or lost["pool"] != "rollout":
@@ -107,7 +108,7 @@ def engine_overheads(events: Sequence[Row]) -> list[tuple[float, float, bool]]:
         for e in events[i + 1 :]:
             if e["event"] in ("ready", "end"):
                 break
-            held_up |= e["event"] == "lost" and e["pool"] != "rollout"
+            held_up |= e["event"] == "lost" and (e["pool"] != "rollout" or HUNG in e["cause"])
             if e.get("pool") != "rollout" or e.get("number") != lost["number"]:
                 continue
             if e["event"] == "lost":

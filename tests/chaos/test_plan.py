@@ -141,6 +141,9 @@ def test_an_engine_s_recovery_is_held_against_its_own_start() -> None:
     held_up = [*slow[:2], of("lost", 5.0, "policy"), *slow[2:]]
     assert engine_overheads(held_up) == [(35.0, 20.0, True)]
     assert not overhead_check(engine_overheads(held_up)).ok, "then none was measured"
+    # Or another engine hung in the push that would have given them to it.
+    peer = {**of("lost", 30.0), "number": 1, "cause": "no heartbeat within 15 s"}
+    assert engine_overheads([*slow[:3], peer, slow[3]]) == [(35.0, 20.0, True)]
 
 
 def test_accuracy_may_differ_by_noise_only() -> None:
