@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from actors.critic import CriticWorker
 from actors.fsdp import Rendezvous
 from actors.policy import PolicyWorker
+from actors.weight_transfer import free_port
 from dvpo_service.config import Config
 from dvpo_service.types import Rollouts
 from tests.builders import make_config, make_rollouts
@@ -88,22 +88,19 @@ def check(worker: Any, pool: str, run: Run) -> None:
     cut()
 
 
-def _process(rank: int, kind: Any, pool: str, run: Run, configs: list[Config], model: str, port: int) -> None:
+def _process(rank: int, kind: Any, pool: str, run: Run, configs: list[Config], model: str) -> None:
     torch.set_num_threads(1)
     for config in configs:
-        check(kind(config, model, Rendezvous(0, 1, "127.0.0.1", port, 60)), pool, run)
+        check(kind(config, model, Rendezvous(0, 1, "127.0.0.1", free_port(), 60)), pool, run)
         torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads can abort the interpreter's own shutdown
 
 
 def launch(kind: Any, pool: str, run: Run, model: Path, variants: list[dict[str, dict[str, Any]]]) -> None:
     """All variants in one process: starting one takes longer than checking one."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     whole = {"mini_batch_size": None, "micro_batch_size": 16, "optim": OPTIM}
     configs = [make_config(model, **(v | {pool: whole | v.get(pool, {})})) for v in variants]
-    mp.spawn(_process, (kind, pool, run, configs, str(model), port), nprocs=1)
+    mp.spawn(_process, (kind, pool, run, configs, str(model)), nprocs=1)
 
 
 def test_of_the_critic(tiny_model: Path) -> None:
