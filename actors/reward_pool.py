@@ -62,9 +62,14 @@ class RewardPool:
 
     def shutdown(self) -> None:
         self._closing.set()
-        with self._idle:
-            for worker in self.workers:
-                ray.kill(worker)
+        self._kill()  # which also ends a heartbeat that waits
+        if self._watching.is_alive():
+            self._watching.join(self.config.heartbeat_timeout_s)
+            self._kill()
+
+    def _kill(self) -> None:
+        for worker in self.workers:
+            ray.kill(worker)
 
     def _watch(self) -> None:
         """A worker that dies or hangs between two calls is replaced then, so that the next one need not wait for it.
@@ -75,7 +80,18 @@ class RewardPool:
             with self._idle:
                 beats = {i: w.ready.remote() for i, w in enumerate(self.workers) if i not in self.fresh}
                 for i, beat in beats.items():
-                    self._result(i, beat, self.config.heartbeat_timeout_s)
+                    if (why := self._silent(beat)) and not self._closing.is_set():
+                        self._replace(i, why)
+
+    def _silent(self, beat: Any) -> str | None:
+        """Why a heartbeat has no answer. Not by ``wait_for``: a request to stop is for the thread of the loop."""
+        try:
+            ray.get(beat, timeout=self.config.heartbeat_timeout_s)
+        except GetTimeoutError:
+            return f"no answer within {self.config.heartbeat_timeout_s:g} s"
+        except RayActorError as error:
+            return _death(error)
+        return None
 
     def metrics(self) -> dict[str, float]:
         return {"pool/restarts/reward": float(self.restarts)}
@@ -106,14 +122,14 @@ class RewardPool:
             calls = self._submit(i, groups, left, noisy)
         return scores
 
-    def _result(self, i: int, ref: Any, timeout_s: float) -> Any:
-        """What worker ``i`` answers, or in words why it does not; then it is a fresh one."""
+    def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Score]] | str:
+        """The scores, or why there are none; then worker ``i`` is a fresh one."""
         try:
             return wait_for(ref, timeout_s)
         except GetTimeoutError:
             why = f"no answer within {timeout_s:g} s"
         except RayActorError as error:
-            why = f"the process died: {' '.join(str(error).split())[:200]}"
+            why = _death(error)
         self._replace(i, why)
         return why
 
@@ -142,3 +158,7 @@ class RewardPool:
 
     def _spawn(self, i: int) -> Any:
         return ray.remote(RewardWorker).options(**self.placement.options("reward", i)).remote(self.config)
+
+
+def _death(error: RayActorError) -> str:
+    return f"the process died: {' '.join(str(error).split())[:200]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ def pool(tiny_model: Path) -> Iterator[RewardPool]:
             "timeout_s": 8,
             "max_memory_gib": 1,
             "heartbeat_s": 0.2,
+            "heartbeat_timeout_s": 3,
         },
     )
     with connected(config):
@@ -59,16 +62,19 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
     assert scores[1][0].reward != scores[1][0].reward, "a failed sample has no reward, not 0"
 
 
-def test_a_worker_that_dies_idle_is_replaced_before_it_is_needed(pool: RewardPool) -> None:
+@pytest.mark.parametrize(
+    ("signum", "why"), [(signal.SIGKILL, "the process died"), (signal.SIGSTOP, "no answer within 3 s")]
+)
+def test_a_worker_lost_while_idle_is_replaced_before_it_is_needed(pool: RewardPool, signum: int, why: str) -> None:
     assert pool.score([(["ok"], "ok", [1])] * 2, noisy=False), "both are up"
     noted: list[str] = []
     pool.note, before = noted.append, pool.restarts
-    ray.kill(pool.workers[1])
+    os.kill(ray.get(pool.workers[1].__ray_call__.remote(lambda _: os.getpid()), timeout=30), signum)
     deadline = time.monotonic() + 15
     while pool.restarts == before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert noted[0].startswith("reward worker 1: the process died")
+    assert noted[0].startswith(f"reward worker 1: {why}")
     assert [g[0].reward for g in pool.score([(["ok"], "ok", [1])] * 2, noisy=False)] == [1.0, 1.0]
     assert pool.restarts == before + 1
 
