@@ -6,8 +6,8 @@ Every rank calls every method in the same order.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import errno
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,9 +60,12 @@ def _store(meet: Rendezvous, timeout: datetime.timedelta) -> dist.TCPStore:
     """The ranks' meeting point, at its address alone: torch would listen on all interfaces, and asks for no token."""
     descriptor = None
     if meet.rank == 0:
-        # An address that is translated on its way here is on no interface: torch's own choice then.
-        with contextlib.suppress(OSError):
+        try:
             descriptor = listen(meet.address, meet.port, shared=False).detach()
+        except OSError as error:
+            # An address that is translated on its way here is on no interface: torch's own choice then.
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
     return dist.TCPStore(
         meet.address,
         meet.port,
