@@ -42,13 +42,17 @@ class ValueServer:
         """Every state of a response. Raises BadRequest for one that is too long."""
         prompt, response = encode(self.tokenizer, asked)
         levels = None if asked.levels == "all" else asked.levels
-        [found] = await self.score([ValueQuery(prompt, response, levels, asked.alpha, asked.beta)])
+        [(found, version)] = await self._score([ValueQuery(prompt, response, levels, asked.alpha, asked.beta)])
         tokens = [str(self.tokenizer.decode([i])) for i in response]
         body = {"object": "values", "model": self.config.serve.model_name or self.config.name}
-        return {"body": body | as_json(found, tokens, response), "version": self.version}
+        return {"body": body | as_json(found, tokens, response), "version": version}
 
     async def score(self, queries: Sequence[ValueQuery]) -> list[ResponseValues]:
         """Raises BadRequest for a response that is too long for the critic."""
+        return [found for found, _ in await self._score(queries)]
+
+    async def _score(self, queries: Sequence[ValueQuery]) -> list[tuple[ResponseValues, str]]:
+        """Each with the version of the weights that it was made by."""
         assert self.model is not None
         for query in queries:
             length = len(query.prompt_ids) + len(query.response_ids)
@@ -59,9 +63,10 @@ class ValueServer:
         return list(await asyncio.gather(*(self._batched(q) for q in queries)))
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
-    async def _batched(self, queries: list[ValueQuery]) -> list[ResponseValues]:
+    async def _batched(self, queries: list[ValueQuery]) -> list[tuple[ResponseValues, str]]:
         assert self.model is not None
-        return await asyncio.to_thread(self.model.values, queries)
+        version = self.version  # newer weights may come while these are at work
+        return [(found, version) for found in await asyncio.to_thread(self.model.values, queries)]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
