@@ -26,6 +26,7 @@ from dvpo_service.model_card import model_card
 from dvpo_service.models.base import base_folder, empty_backbone, empty_policy
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.unshard import unshard
+from dvpo_service.storage import Place
 from dvpo_service.tracking.jsonl import read_metrics
 from dvpo_service.tracking.registry import register, registry_uri
 from dvpo_service.tracking.store import open_store
@@ -77,11 +78,15 @@ def newest(source: Path) -> tuple[int, Path]:
     run = [_state(f) for f in (*map(Path, map(str, Checkpoints(source, keep=1).whole()[-1:])), source / POLICY)]
     states = [state for state in run if state]
     if not states:
-        raise CheckpointError(
-            f"{source} holds nothing to export: no whole checkpoint in checkpoints/, no finished policy/, and no "
-            f"{EXPORT_FILE}; give a run directory, a checkpoint of it (RUN/checkpoints/step-000050), or an export"
-        )
+        raise nothing_in(source)
     return max(reversed(states), key=lambda state: state[0])  # of equals policy/, which is exported already
+
+
+def nothing_in(source: Place) -> CheckpointError:
+    return CheckpointError(
+        f"{source} holds nothing to export: no whole checkpoint in checkpoints/, no finished {POLICY}/, and no "
+        f"{EXPORT_FILE}; give a run directory, a checkpoint of it (RUN/checkpoints/step-000050), or an export"
+    )
 
 
 def is_export(folder: Path) -> bool:

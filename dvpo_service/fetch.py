@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo_service.errors import CheckpointError
-from dvpo_service.export import EXPORT_FILE, POLICY
+from dvpo_service.export import EXPORT_FILE, POLICY, nothing_in
 from dvpo_service.integrity import STATE_FILE
 from dvpo_service.rundir import BASE_FOLDER, SMALL_FILES
 from dvpo_service.storage import Place, files_below, is_url, place_of
@@ -32,9 +32,9 @@ def local_copy(source: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dvpo-run-") as folder:
         try:
             local = _copy_newest(place, Path(folder))
+        except CheckpointError:
+            raise
         except Exception as error:
-            if isinstance(error, CheckpointError):
-                raise
             # Each store has errors of its own: botocore's, aiohttp's, OSError.
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise CheckpointError(f"{source} cannot be read: {why}; check the URL and the credentials") from error
@@ -55,10 +55,7 @@ def _copy_newest(place: Place, folder: Path) -> Path:
     if exported in files:
         steps[f"{POLICY}/"] = int(json.loads((place / exported).read_text())["step"])
     if not steps:
-        raise CheckpointError(
-            f"{place} holds nothing to export: no whole checkpoint in checkpoints/, no finished {POLICY}/, and no "
-            f"{EXPORT_FILE}; give a run directory, a checkpoint of it (RUN/checkpoints/step-000050), or an export"
-        )
+        raise nothing_in(place)
     newest = max(reversed(steps), key=lambda name: steps[name])  # of equals policy/, which is exported already
     return _copy(place, [f for f in files if f.startswith(newest)] + _of_run(files), folder / place.name)
 
