@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+
+TRIES = 100
 
 
 @dataclass
@@ -31,10 +34,16 @@ class SmallDisk:
             _run("umount", "--lazy", str(self.folder))
 
     def fill(self, leave: int) -> None:
-        """Ballast until ``leave`` bytes are free."""
+        """Ballast until at most ``leave`` bytes are free; more than was there may be taken meanwhile, by a save."""
         with (self.folder / "ballast").open("wb") as file:
-            free = shutil.disk_usage(self.folder).free
-            os.posix_fallocate(file.fileno(), 0, max(1, free - leave))
+            for _ in range(TRIES):
+                if (free := shutil.disk_usage(self.folder).free) <= leave:
+                    return
+                try:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, free - leave)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
 
     def empty(self) -> None:
         (self.folder / "ballast").unlink(missing_ok=True)
