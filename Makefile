@@ -16,7 +16,7 @@ test: setup check ## everything: checks, unit tests, real vLLM, Ray and MLflow
 unit: setup       ## the fast tests only
 	$(UNIT)
 
-chaos: setup      ## a hundred faults in one run, and what it kept of its promises (30 to 40 minutes)
+chaos: setup      ## a hundred faults in one run, and what it kept of its promises (35 to 45 minutes)
 	.venv/bin/python -m tests.chaos.long $(ARGS)
 
 check: setup      ## ruff and mypy
