@@ -65,6 +65,7 @@ def engine_key(config: Config, model_path: str, backend: Backend) -> str:
         "enforce_eager",
         "kv_cache_gib",
         "generate_timeout_s",
+        "max_staleness",
     )
     settings = config.rollout.model_dump(include={*names, "gpu_memory_utilization"})
     parts = [str(settings), config.model.dtype, str(config.max_model_len), backend]
@@ -110,22 +111,48 @@ class EnginePool(Pool):
         return cls(config, Supervisor("rollout", rollout.num_engines, make, budget, rhythm))
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, run_seed: int, step: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        run_seed: int,
+        step: int,
+        check: Callable[[], None] | None = None,
     ) -> list[list[Sample]]:
-        """``sampling.n`` samples per prompt. The same seed and step sample the same tokens, on any engine."""
+        """``sampling.n`` samples per prompt. The same seed and step sample the same tokens, on any engine.
+
+        ``check`` is for callers in other threads than the loop's: it raises when the samples are no longer wanted.
+        They wait for the loop's ``revive`` where no engine serves, since the policy may be in the middle of an update.
+        """
         seeds = [sample_seed(run_seed, step, p.index, 0) % SEED_RANGE for p in prompts]
-        waiting = cut(len(prompts), SHARES_PER_ENGINE * len(self.actors))
+
+        def depart(positions: list[int], number: int, actor: Any) -> tuple[Any, Flight]:
+            ref = actor.generate.remote([prompts[p] for p in positions], sampling, [seeds[p] for p in positions])
+            return ref, Flight(positions, number, actor, time.monotonic() + self.timeout_s)
+
         flights: dict[Any, Flight] = {}
+        try:
+            samples = self._fly(cut(len(prompts), SHARES_PER_ENGINE * len(self.actors)), depart, flights, check)
+        finally:
+            for ref in flights:  # of a call that ended early
+                ray.cancel(ref)
+        return [samples[i] for i in range(len(prompts))]
+
+    def _fly(
+        self,
+        waiting: list[list[int]],
+        depart: Callable[[list[int], int, Any], tuple[Any, Flight]],
+        flights: dict[Any, Flight],
+        check: Callable[[], None] | None,
+    ) -> dict[int, list[Sample]]:
+        """Samples by position. ``flights`` are those under way."""
         samples: dict[int, list[Sample]] = {}
         while waiting or flights:
             if waiting:
-                turn = cycle(self._serving().items())
-                for positions, (number, actor) in zip(waiting, turn, strict=False):
-                    share, its_seeds = [prompts[p] for p in positions], [seeds[p] for p in positions]
-                    ref = actor.generate.remote(share, sampling, its_seeds)
-                    flights[ref] = Flight(positions, number, actor, time.monotonic() + self.timeout_s)
+                turn = cycle(self._serving(check).items())
+                flights |= dict(depart(p, *engine) for p, engine in zip(waiting, turn, strict=False))
                 waiting = []
-            stopping.check()
+            (check or stopping.check)()
             done, _ = ray.wait(list(flights), timeout=POLL_S)
             for ref in done:
                 flight = flights.pop(ref)
@@ -135,7 +162,7 @@ class EnginePool(Pool):
                 else:
                     samples.update(zip(flight.positions, found, strict=True))
             waiting += self._recalled(flights)
-        return [samples[i] for i in range(len(prompts))]
+        return samples
 
     def set_version(self, engines: dict[int, Any], version: int, timeout_s: float) -> None:
         """Have ``engines``, which hold weights ``version`` now, say so; then they serve."""
@@ -157,14 +184,18 @@ class EnginePool(Pool):
             ray.wait(ends, num_returns=len(ends), timeout=30)
         super().shutdown()
 
-    def _serving(self) -> dict[int, Any]:
+    def revive(self) -> bool:
+        """Weights to the engines where none serves; whether any does. For the loop's thread, between two updates."""
+        if not self.supervisor.serving() and self.supervisor.alive():
+            self.push_again()
+        return bool(self.supervisor.serving())
+
+    def _serving(self, check: Callable[[], None] | None) -> dict[int, Any]:
         """At least one engine that serves; waits for a replacement where all are lost."""
         while not (serving := self.supervisor.serving()):
-            stopping.check()
-            if self.supervisor.alive():
-                self.push_again()
-            else:
-                self.supervisor.wait(1.0)
+            (check or stopping.check)()
+            if check or not self.revive():
+                self.supervisor.wait(POLL_S)
         return serving
 
     def _landed(self, flight: Flight, found: Any) -> list[list[Sample]] | None:

@@ -39,6 +39,11 @@ class KeptRollouts:
         while self.draws and sum(size(d.generated.rollouts) for d in self.draws.values()) > self.limit:
             self.draws.popitem(last=False)
 
+    def drop_after(self, step: int) -> None:
+        """What was drawn for later steps than ``step``."""
+        for later in [s for s in self.draws if s > step]:
+            del self.draws[later]
+
     def find(self, step: int, cursor: CursorState) -> Draw | None:
         """The draw of ``step``, if the prompts due now are those that it was made from."""
         draw = self.draws.get(step)

@@ -204,9 +204,9 @@ class PolicyWorker:
     def _corrections(self, old: Tensor, part: Rollouts) -> Tensor | None:
         """Importance weights [b, T] of tokens that the engine sampled, if asked for."""
         rollout = self.config.rollout
-        if rollout.importance_correction == "none":
+        if rollout.correction == "none":
             return None
-        beyond: Literal["truncate", "mask"] = "truncate" if rollout.importance_correction == "truncated" else "mask"
+        beyond: Literal["truncate", "mask"] = "truncate" if rollout.correction == "truncated" else "mask"
         floor = rollout.importance_floor if beyond == "mask" else 0.0
         return importance_weights(
             old, part.rollout_logprobs.to(old.device), rollout.importance_cap, beyond=beyond, floor=floor

@@ -58,6 +58,7 @@ class RolloutEngine:
         self.weight_version = -1
         self.engine: Any = None
         self.updating = False  # between the start and the finish of a weight update
+        self.in_flight = config.rollout.max_staleness > 0  # weights may change in the middle of a response
 
     async def start(self) -> None:
         """Load the model; returns when the engine can serve, at once if it does already."""
@@ -125,6 +126,9 @@ class RolloutEngine:
         with _vllm_alive():
             await self._end_torn_update()
             self.updating = True
+            if self.in_flight:
+                # What is being generated goes on from where it is; the cache of it is computed anew.
+                await self.engine.pause_generation(mode="keep", clear_cache=True)
             await self.engine.start_weight_update()
 
     async def sees(self, path: str, target: str) -> bool:
@@ -160,7 +164,9 @@ class RolloutEngine:
         """Acknowledge weights ``version``: cached prefixes were computed with older ones."""
         with _vllm_alive():
             await self.engine.reset_prefix_cache()
-        self.weight_version = version
+            self.weight_version = version
+            if self.in_flight:
+                await self.engine.resume_generation()
         return version
 
     async def stop(self) -> None:

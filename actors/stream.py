@@ -1,8 +1,9 @@
-"""The rollout stream: cursor -> engines -> rewards -> a scored batch. Synchronous: staleness 0."""
+"""The rollout stream: cursor -> engines -> rewards -> a scored batch. Synchronous: staleness 0 (see ``ahead.py``)."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,23 +91,34 @@ class SyncStream:
         self.config, self.data, self.engines, self.rewards, self.ledger = config, data, engines, rewards, ledger
         self.cursor = PromptCursor(len(data.prompts), config.trainer.seed)
         self.kept = KeptRollouts(config.rollout.reuse_gib)
+        self.check: Callable[[], None] | None = None  # see EnginePool.generate
 
     def next(self, step: int) -> Generated:
         """The batch of ``step``: kept from before a fault if it is, or else sampled now."""
-        before = self.cursor.state_dict()
-        draw, reused = self.kept.find(step, before), 0
-        if draw:
-            self.cursor.load_state_dict(draw.after)
-            reused = len(draw.generated.rollouts)
-        else:
-            groups, generated = self._generate(step)
-            failed = sum(s.error is not None for g in groups for s in g.scores)
-            draw = Draw(generated, [g.prompt.index for g in groups], failed, before, self.cursor.state_dict())
-            self.kept.put(step, draw)
+        return self._give(step, *self._make(step))
+
+    def close(self) -> None:
+        """Nothing is under way between two calls of ``next``."""
+
+    def _give(self, step: int, draw: Draw, reused: bool) -> Generated:
+        """The batch, noted in the ledger."""
         self.ledger.write(step, draw.prompts, draw.failed)
         generated = draw.generated
         spent = {name: 0.0 for name in generated.metrics if reused and name.startswith("time/")}
-        return replace(generated, metrics=generated.metrics | spent | {"rollout/reused": float(reused)})
+        count = float(len(generated.rollouts)) if reused else 0.0
+        return replace(generated, metrics=generated.metrics | spent | {"rollout/reused": count})
+
+    def _make(self, step: int) -> tuple[Draw, bool]:
+        """The draw of ``step``, and whether it is one that was kept. The cursor stands behind it then."""
+        before = self.cursor.state_dict()
+        if draw := self.kept.find(step, before):
+            self.cursor.load_state_dict(draw.after)
+            return draw, True
+        groups, generated = self._generate(step)
+        failed = sum(s.error is not None for g in groups for s in g.scores)
+        draw = Draw(generated, [g.prompt.index for g in groups], failed, before, self.cursor.state_dict())
+        self.kept.put(step, draw)
+        return draw, False
 
     def _generate(self, step: int) -> tuple[list[Group], Generated]:
         """Everything drawn and the batch: the next ``prompts_per_step`` prompts, sampled ``n`` times and scored.
@@ -135,7 +147,7 @@ class SyncStream:
         config, seed = self.config, self.config.trainer.seed
         prompts = [self.data.prompts[i] for i in self.cursor.take(count)]
         start = time.perf_counter()
-        groups = self.engines.generate(prompts, training_sampling(config), run_seed=seed, step=step)
+        groups = self.engines.generate(prompts, training_sampling(config), run_seed=seed, step=step, check=self.check)
         generated = time.perf_counter()
         scores = score_samples(self.rewards, prompts, groups, run_seed=seed, step=step, noisy=True)
         seconds["generate"] += generated - start

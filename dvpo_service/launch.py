@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from actors.ahead import AheadStream
 from actors.cluster import connected, on_cluster, plan_fit
 from actors.critic import CriticWorker
 from actors.engines import EnginePool, WarmEngines
@@ -125,6 +126,7 @@ def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines
             display.status("starting engines and trainers")
             pools = start_pools(config, model_path, stack, warm, run.place)
             roles = assemble(config, data, tokenizer, pools, tracker, run_dir)
+            stack.callback(roles.stream.close)
             recovery = supervise(config, roles, pools, checkpoints, display)
             state = restore(roles, resume)
             display.status("")
@@ -191,8 +193,9 @@ def assemble(
     if isinstance(estimator, CriticEstimator) and config.algorithm.adv_estimator == "dvpo":
         shown = list(first.prompts[: config.tracking.fan_prompts])
         observer = FanObserver(shown, tokenizer, estimator, tracker, config.rollout.max_new_tokens)
+    stream = AheadStream if config.rollout.max_staleness else SyncStream
     return loop.Roles(
-        stream=SyncStream(config, data.train, pools.engines, pools.rewards, Ledger(run_dir / "ledger.jsonl")),
+        stream=stream(config, data.train, pools.engines, pools.rewards, Ledger(run_dir / "ledger.jsonl")),
         policy=PolicyPool(config, pools.policy),
         estimator=estimator,
         weights=WeightSync(config, pools.policy, pools.engines, pools.backend),

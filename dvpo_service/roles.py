@@ -26,11 +26,13 @@ class SaveJob(Protocol):
 
 
 class RolloutStream(Protocol):
-    """Scored rollouts, none older than the staleness bound."""
+    """Scored rollouts, none older than the staleness bound. Where it is in the data is behind the batch given last."""
 
     def next(self, step: int) -> Generated: ...
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
+    def close(self) -> None:
+        """End what it does ahead of ``next``."""
 
 
 class Policy(Protocol):

@@ -109,9 +109,11 @@ class RolloutConfig(Section):
     """``heartbeat_s``: how often an engine is asked; one silent for ``heartbeat_timeout_s`` is replaced.
     ``reuse_gib``: memory for scored rollouts, which steps done again after a fault take from there.
     ``dynamic_sampling``: groups whose rewards are all equal teach nothing; draw more prompts in their
-    place, up to ``max_draws`` batches. ``importance_correction`` weighs tokens by trainer / engine
+    place, up to ``max_draws`` batches. ``max_staleness``: a batch is generated while up to that many
+    updates before its own are made, and no token of it is from older weights; 0 is on-policy, the stages one
+    after the other. ``importance_correction`` weighs tokens by trainer / engine
     probability: ``truncated`` at ``importance_cap``, or ``masked`` (0) above it and below
-    ``importance_floor``."""
+    ``importance_floor``; ``auto`` is ``truncated`` where ``max_staleness`` is above 0."""
 
     num_engines: Positive = 1
     tensor_parallel_size: Positive = 1
@@ -121,13 +123,13 @@ class RolloutConfig(Section):
     top_p: Fraction = 1.0
     top_k: int = -1
     max_new_tokens: Positive = 16
-    max_staleness: Annotated[int, Field(ge=0, le=0)] = 0
+    max_staleness: NonNegative = 0
     max_num_seqs: Positive = 256
     enforce_eager: bool = False
     kv_cache_gib: PositiveFloat = 1.0
     gpu_memory_utilization: Fraction = 0.5
     weight_transfer: Literal["auto", "safetensors", "nccl", "ipc"] = "auto"
-    importance_correction: Literal["none", "truncated", "masked"] = "none"
+    importance_correction: Literal["auto", "none", "truncated", "masked"] = "auto"
     importance_cap: PositiveFloat = 2.0
     importance_floor: NonNegativeFloat = 0.0
     dynamic_sampling: bool = False
@@ -138,6 +140,13 @@ class RolloutConfig(Section):
     heartbeat_s: PositiveFloat = 1.0
     heartbeat_timeout_s: PositiveFloat = 60.0
     reuse_gib: NonNegativeFloat = 0.5
+
+    @property
+    def correction(self) -> Literal["none", "truncated", "masked"]:
+        """``auto``: stale tokens are weighed, fresh ones are taken as they are."""
+        if self.importance_correction != "auto":
+            return self.importance_correction
+        return "truncated" if self.max_staleness else "none"
 
 
 class NoiseConfig(Section):

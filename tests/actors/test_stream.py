@@ -19,7 +19,9 @@ from tests.builders import make_config
 class FakeEngines:
     asked: list[list[int]] = field(default_factory=list)
 
-    def generate(self, prompts: list[Prompt], sampling: Any, *, run_seed: int, step: int) -> list[list[Sample]]:
+    def generate(
+        self, prompts: list[Prompt], sampling: Any, *, run_seed: int, step: int, check: Any
+    ) -> list[list[Sample]]:
         self.asked.append([p.index for p in prompts])
         return [
             [Sample(p.index, j, (5,) * (j + 1), (-1.0,) * (j + 1), "x" * (j + 1), "stop", step) for j in range(4)]

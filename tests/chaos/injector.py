@@ -15,6 +15,7 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
+from actors.ahead import AheadStream
 from actors.health import Fleet
 from actors.recovery import Recovery
 from actors.reward import Work
@@ -57,7 +58,8 @@ class Injector:
     def install(self) -> None:
         """Around the methods in which a step's stages begin, and those in which the service notices and recovers."""
         around(launch, "start_pools", self.started)
-        around(SyncStream, "next", self.next_step)
+        for stream in (SyncStream, AheadStream):
+            around(stream, "next", self.next_step)
         around(SyncStream, "_generate", self.stage("generate"))
         around(RewardPool, "score", self.scoring)
         around(PolicyPool, "logprobs", self.stage("logprobs"))

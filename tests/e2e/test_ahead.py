@@ -1,0 +1,123 @@
+"""Generating ahead for real: weights that arrive in the middle of responses, and a run through faults."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.engines import EnginePool
+from actors.placement import Placement, plan_bundles
+from actors.pool import RankPool
+from actors.rollout import Sampling
+from actors.weight_sync import WeightSync
+from dvpo_service.algo.policy_loss import token_logprobs
+from dvpo_service.data.ledger import check_ledger
+from dvpo_service.launch import connected
+from dvpo_service.models.load import load_causal_lm
+from dvpo_service.types import Prompt, Sample
+from tests.builders import make_config
+from tests.chaos.family import gone
+from tests.chaos.settings import write_config
+from tests.chaos.test_recovery import PROMPTS, STEPS, chaos_config, finish, kills, rows, start
+from tests.e2e.test_weight_sync import ScrambledPolicy
+
+pytestmark = pytest.mark.e2e
+
+BOUND = 2
+EXACT = 1e-4
+
+
+@pytest.fixture(scope="module")
+def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
+    rollout = {"max_staleness": 1, "max_new_tokens": 96, "max_num_seqs": 64}
+    config = make_config(tiny_model, rollout=rollout, data={"max_prompt_tokens": 16})
+    with connected(config):
+        placement = Placement(plan_bundles(config), timeout_s=60)
+        policy = RankPool("policy", 1, placement, timeout_s=300)
+        engines = EnginePool.spawn(config, str(tiny_model), "safetensors", placement)
+        engines.supervisor.start()
+        policy.setup(ScrambledPolicy, config, str(tiny_model)).result()
+        engines.supervisor.wait_started()
+        yield policy, engines, WeightSync(config, policy, engines, "safetensors")
+        engines.shutdown()
+
+
+def logprobs(folder: Path, prompt: Prompt, sample: Sample) -> Tensor:
+    """By plain transformers, of the sample's tokens."""
+    ids = torch.tensor([prompt.token_ids + sample.token_ids])
+    with torch.no_grad():
+        found = token_logprobs(load_causal_lm(str(folder))(input_ids=ids).logits[:, :-1], ids[:, 1:])[0]
+    return found[len(prompt.token_ids) - 1 :]
+
+
+def test_a_response_goes_on_with_the_new_weights_and_each_token_has_the_log_prob_of_its_own(
+    system: tuple[RankPool, EnginePool, WeightSync], tmp_path: Path
+) -> None:
+    policy, engines, weights = system
+    prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (2, 20 + i % 9, 3)) for i in range(64)]
+    sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=96)
+    weights.push(0)
+    engines.generate(prompts[:4], sampling, run_seed=0, step=0)  # what the first generation compiles
+    policy.call("export", str(tmp_path / "old"))
+    policy.call("scramble", 0.05)
+    policy.call("export", str(tmp_path / "new"))
+
+    groups: list[list[Sample]] = []
+    thread = threading.Thread(
+        target=lambda: groups.extend(engines.generate(prompts, sampling, run_seed=0, step=1, check=lambda: None))
+    )
+    thread.start()
+    time.sleep(0.3)
+    weights.push(1)
+    assert thread.is_alive(), "the push must come in the middle"
+    thread.join(120)
+
+    switched = 0
+    for prompt, sample in [(p, s) for p, g in zip(prompts, groups, strict=True) for s in g]:
+        mine = torch.tensor(sample.logprobs)
+        old, new = (logprobs(tmp_path / name, prompt, sample) for name in ("old", "new"))
+        by_old, by_new = (mine - old).abs() < EXACT, (mine - new).abs() < EXACT
+        first = int((~by_old).nonzero()[0]) if not bool(by_old.all()) else len(mine)
+        assert bool(by_new[first:].all()), f"tokens {first} on are the new weights', cache and all"
+        switched += 0 < first < len(mine)
+        assert sample.weight_version == (1 if first == 0 and sample.weight_version == 1 else 0), "the oldest token's"
+    assert switched > 10, "responses that both weights took part in"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run that generates ahead, through a fault of each kind."""
+    folder = tmp_path_factory.mktemp("ahead")
+    tree = chaos_config(tiny_model, folder)
+    tree["rollout"]["max_staleness"] = BOUND
+    config = write_config(folder / "chaos.yaml", tree)
+    family = finish(start(config, folder / "run", kills()), folder / "run")
+    gone(family.left, 90)
+    return folder / "run"
+
+
+def test_a_run_through_faults_uses_no_token_older_than_the_bound(run_dir: Path) -> None:
+    metrics = rows(run_dir)
+    assert [r["step"] for r in metrics] == list(range(STEPS + 1))
+    stale = [r["rollout/staleness"] for r in metrics[1:]]
+    assert 1 <= max(stale) <= BOUND
+    restarts = {name: metrics[-1][f"pool/restarts/{name}"] for name in ("rollout", "policy", "critic")}
+    assert all(restarts.values()), restarts
+
+
+def test_its_ledger_is_exact(run_dir: Path) -> None:
+    assert not check_ledger(run_dir / "ledger.jsonl", PROMPTS)
+    assert [r["step"] for r in rows(run_dir, "ledger.jsonl")] == list(range(STEPS))
+
+
+def test_stale_tokens_are_weighed(run_dir: Path) -> None:
+    """The engine's log-probs differ from the trainer's where tokens are stale, and there alone."""
+    for row in rows(run_dir)[1:]:
+        fresh = row["rollout/staleness"] == 0
+        assert (row["policy/rollout_kl"] < 1e-9) == fresh or row["policy/rollout_kl"] < 1e-6
