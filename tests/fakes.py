@@ -51,6 +51,9 @@ class FakeStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken = state["taken"]
 
+    def close(self) -> None:
+        """Nothing is ahead."""
+
 
 @dataclass
 class FakePolicy:

@@ -25,6 +25,7 @@ def healthy(step: int) -> dict[str, float]:
         "reward/failed": 0.0,
         "reward/groups_without_spread": 0.3 + 0.2 * done,
         "rollout/truncated": 0.05,
+        "rollout/staleness": 0.0,
         "policy/rollout_kl": 1e-5,
         "policy/rollout_ess": 0.999,
         "policy/clip_fraction": 0.1 * rng.random(),
@@ -85,6 +86,12 @@ def test_each_rule_speaks_once_on_its_case(name: str, bad: dict[str, float]) -> 
     advisor = Advisor()
     heard(advisor, 0, 59)
     assert heard(advisor, 60, 90, **bad) == [name]
+
+
+def test_stale_tokens_may_differ_from_the_trainers() -> None:
+    advisor = Advisor()
+    heard(advisor, 0, 59)
+    assert heard(advisor, 60, 90, **{"policy/rollout_kl": 0.05, "rollout/staleness": 1.0}) == []
 
 
 def test_held_out_falls_while_the_reward_rises() -> None:

@@ -44,6 +44,17 @@ def critic_mean_off(sds: float) -> Condition:
     return Condition(f"`critic/quantile_mean` more than {sds:g} `critic/return_sd` from `critic/return_mean`", find)
 
 
+def fresh_engine_differs(bound: float) -> Condition:
+    """``policy/rollout_kl`` is beyond ``bound`` though the weights are the same; stale tokens do differ."""
+
+    def find(h: History) -> Found | None:
+        value = h["policy/rollout_kl"]
+        stale = sum(h.measured("rollout/staleness"))
+        return {"value": value} if value > bound and stale == 0 else None
+
+    return Condition(f"`policy/rollout_kl` > {bound:g} where `rollout/staleness` is 0", find)
+
+
 def head_spread(sign: Literal["<", ">"], share: float) -> Condition:
     """The heads' disagreement is beyond ``share`` of the returns' standard deviation."""
     beyond = operator.gt if sign == ">" else operator.lt

@@ -12,6 +12,7 @@ from dvpo_service.advice.conditions import (
     Condition,
     critic_mean_off,
     entropy_collapsed,
+    fresh_engine_differs,
     gradient_clipped,
     head_spread,
     held_out_falls,
@@ -146,11 +147,11 @@ POLICY = (
 ROLLOUT = (
     Rule(
         "engine_differs",
-        limit("policy/rollout_kl", ">", 0.01),
+        fresh_engine_differs(0.01),
         "The rollout engine's log-probs are a KL of {value:.2g} from the trainer's: other weights or another "
         "precision.",
-        "Use model.dtype=float32 or another rollout.weight_transfer, lower rollout.max_staleness if it is above 0, or "
-        "correct with rollout.importance_correction=truncated or masked.",
+        "Use model.dtype=float32 or another rollout.weight_transfer, or correct with "
+        "rollout.importance_correction=truncated or masked.",
     ),
     Rule(
         "few_effective_samples",

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.pools import TrainerPool
-from dvpo_service.config.schema import Config
+from dvpo_service.config.schema import Config, RolloutConfig
 from dvpo_service.masking import mask_uri
 from dvpo_service.terminal.console import make_console
 
@@ -40,7 +40,7 @@ def _plan_rows(config: Config) -> dict[str, str]:
         "model": _model_words(config),
         "algorithm": _algorithm_words(a),
         "rollout": f"{_count(r.num_engines, 'vLLM engine')}, tensor parallel {r.tensor_parallel_size}, "
-        f"{_device(cluster.gpus_per_engine)}",
+        f"{_device(cluster.gpus_per_engine)}; " + _staleness_words(r),
         "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.function}, noise: {w.noise.kind}",
         "critic": _pool_words(config.critic, config.batch_size, cluster.gpus_per_trainer) if a.has_critic else "none",
         "policy": _pool_words(config.policy, config.batch_size, cluster.gpus_per_trainer),
@@ -49,6 +49,12 @@ def _plan_rows(config: Config) -> dict[str, str]:
         "steps": f"{t.num_steps}, {_every('evaluation', t.eval_every)}, {_every('checkpoint', t.save_every)}",
         "tracking": "metrics.jsonl" + (f", MLflow experiment {track.experiment}" if track.mlflow else ""),
     }
+
+
+def _staleness_words(r: RolloutConfig) -> str:
+    if not r.max_staleness:
+        return "on-policy"
+    return f"ahead of the trainers by up to {_count(r.max_staleness, 'update')}, importance correction: {r.correction}"
 
 
 def _algorithm_words(a: AlgorithmConfig) -> str:

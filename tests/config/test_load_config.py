@@ -160,3 +160,17 @@ def test_combinations_that_mean_nothing_are_refused_with_the_reason(path: str, o
 
 def test_one_head_and_one_quantile_are_a_critic(path: str) -> None:
     load_config(path, ["algorithm.n_heads=1", "algorithm.n_quantiles=1", "algorithm.form=calibrated"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "meant"),
+    [
+        ([], "none"),
+        (["rollout.max_staleness=2"], "truncated"),
+        (["rollout.max_staleness=2", "rollout.importance_correction=masked"], "masked"),
+        (["rollout.max_staleness=2", "rollout.importance_correction=none"], "none"),
+        (["rollout.importance_correction=truncated"], "truncated"),
+    ],
+)
+def test_stale_tokens_are_weighed_unless_told_otherwise(path: str, overrides: list[str], meant: str) -> None:
+    assert load_config(path, overrides).rollout.correction == meant

@@ -116,8 +116,7 @@ def test_its_ledger_is_exact(run_dir: Path) -> None:
     assert [r["step"] for r in rows(run_dir, "ledger.jsonl")] == list(range(STEPS))
 
 
-def test_stale_tokens_are_weighed(run_dir: Path) -> None:
-    """The engine's log-probs differ from the trainer's where tokens are stale, and there alone."""
-    for row in rows(run_dir)[1:]:
-        fresh = row["rollout/staleness"] == 0
-        assert (row["policy/rollout_kl"] < 1e-9) == fresh or row["policy/rollout_kl"] < 1e-6
+def test_the_engines_log_probs_differ_from_the_trainers_where_tokens_are_stale_and_there_alone(run_dir: Path) -> None:
+    metrics = rows(run_dir)[1:]
+    assert all(r["policy/rollout_kl"] < 1e-9 for r in metrics if r["rollout/staleness"] == 0)
+    assert any(r["policy/rollout_kl"] > 1e-9 for r in metrics if r["rollout/staleness"] > 0)

@@ -88,14 +88,14 @@ def test_a_server_that_hangs_to_the_end_of_the_run(
     try:
         held_up = [log(tracker, step) for step in range(1, 4)]
         began = time.monotonic()
-        tracker.finish("FINISHED", {"held_out_after": {"val": 0.7}}, deadline_s=3)
+        tracker.finish("FINISHED", {"held_out_after": {"val": 0.7}}, deadline_s=8)
         took = time.monotonic() - began
         waiting = list((tmp_path / "a" / UNSENT).rglob("*.png"))
     finally:
         tracker._sink._client = None  # type: ignore[assignment]  # the process ends here: no thread of it sends more
         server.thaw()
     assert max(held_up) < 0.5
-    assert took < 5
+    assert took < 12
     assert len(waiting) >= 3 * len(PICTURES)
     assert f"artifacts wait in {tmp_path / 'a' / UNSENT}, and the same command again sends both" in caplog.text
 
