@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dvpo_service import failure, launch
 from dvpo_service.config import load_config
+from dvpo_service.stopping import Stopped
 from tests.chaos.events import Events
 from tests.chaos.faults import read_plan
 from tests.chaos.injector import Injector
@@ -20,6 +21,8 @@ def main(config: str, run_dir: str, plan: str) -> None:
     Injector(read_plan(file), Events(file.with_name("events.jsonl")), resolved.trainer.num_steps).install()
     try:
         launch.train(resolved, Path(run_dir))
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
     except Exception as error:  # noqa: BLE001 - told as the command line tells it
         line, code = failure.describe(error)
         print(f"error: {line}", flush=True)

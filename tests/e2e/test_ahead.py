@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -24,12 +25,13 @@ from dvpo_service.types import Prompt, Sample
 from tests.builders import make_config
 from tests.chaos.family import gone
 from tests.chaos.settings import write_config
-from tests.chaos.test_recovery import PROMPTS, STEPS, chaos_config, finish, kills, rows, start
+from tests.chaos.test_recovery import PROMPTS, STEPS, chaos_config, family_of, finish, kills, rows, start
+from tests.e2e.test_stop import wait_for_step
 from tests.e2e.test_weight_sync import ScrambledPolicy
 
 pytestmark = pytest.mark.e2e
 
-BOUND = 2
+BOUND, STOP_AT = 2, 9
 EXACT = 1e-4
 
 
@@ -92,13 +94,19 @@ def test_a_response_goes_on_with_the_new_weights_and_each_token_has_the_log_prob
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A run that generates ahead, through a fault of each kind."""
+    """A run that generates ahead: an engine and a policy rank are lost, it is told to stop, and continued."""
     folder = tmp_path_factory.mktemp("ahead")
     tree = chaos_config(tiny_model, folder)
     tree["rollout"]["max_staleness"] = BOUND
-    config = write_config(folder / "chaos.yaml", tree)
-    family = finish(start(config, folder / "run", kills()), folder / "run")
+    config, faults = write_config(folder / "chaos.yaml", tree), [k for k in kills() if k.kind in ("engine", "policy")]
+    process = start(config, folder / "run", faults)
+    family = family_of(process)
+    wait_for_step(process, folder / "run", STOP_AT)
+    family.look()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
     gone(family.left, 90)
+    gone(finish(start(config, folder / "run", faults), folder / "run").left, 90)
     return folder / "run"
 
 
@@ -107,7 +115,7 @@ def test_a_run_through_faults_uses_no_token_older_than_the_bound(run_dir: Path) 
     assert [r["step"] for r in metrics] == list(range(STEPS + 1))
     stale = [r["rollout/staleness"] for r in metrics[1:]]
     assert 1 <= max(stale) <= BOUND
-    restarts = {name: metrics[-1][f"pool/restarts/{name}"] for name in ("rollout", "policy", "critic")}
+    restarts = {name: max(r[f"pool/restarts/{name}"] for r in metrics[1:]) for name in ("rollout", "policy")}
     assert all(restarts.values()), restarts
 
 
