@@ -22,6 +22,7 @@ echo "setting up .venv (extras: $extras); a first time takes a minute or two, an
 settings=$(.venv/bin/python scripts/uv_settings.py)
 eval "$settings"
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
+export UV_COMPILE_BYTECODE=1 # as pip does: a run starts many processes, and some environments write none later
 [ -t 2 ] || quiet=-q # its progress bars are for a person
 uv() { # which chooses among several indexes as pip does
   .venv/bin/uv pip install ${quiet-} --python .venv/bin/python --index-strategy unsafe-best-match "$@"
