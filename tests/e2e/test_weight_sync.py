@@ -59,8 +59,8 @@ def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]
 
 
 def engine_logprobs(engines: EnginePool) -> list[Tensor]:
-    [scores] = engines.call("score", SEQUENCES)
-    return [torch.tensor(s) for s in scores]
+    """One sequence at a time: what is batched beside it, which depends on arrival, would move the last digits."""
+    return [torch.tensor(engines.call("score", [s])[0][0]) for s in SEQUENCES]
 
 
 def model_logprobs(folder: Path | str) -> list[Tensor]:
