@@ -18,8 +18,6 @@ from dvpo_service.config import Config
 from dvpo_service.models.engine import engine_settings, prepare_environment
 from dvpo_service.types import Prompt, Sample
 
-# tmpfs: a file there is memory, and the engine maps it without a copy through a socket.
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -12,7 +12,6 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import nn
 
-from actors import cpu_weight_transfer
 from actors.rollout import EngineLost
 from dvpo_service.config import Config
 
@@ -98,7 +97,10 @@ class EngineClient:
 
 def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int) -> Any:
     """A vLLM ``TrainerWeightTransferEngine`` over ``module``'s parameters. Collective."""
+    # vLLM takes seconds to import, and whoever only names a backend or a client does without.
     from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+
+    from actors import cpu_weight_transfer
 
     cpu_weight_transfer.register()
     if rank == 0:
@@ -110,6 +112,8 @@ def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int
 
 def _init_info(backend: Backend, rank: int, client: EngineClient) -> Any:
     if backend == "safetensors":
+        from actors import cpu_weight_transfer
+
         return cpu_weight_transfer.TrainerInit(rank=rank)
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
