@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +52,7 @@ class PolicyWorker:
         self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
         self.transfer: Any = None
         self.membership: Any = None  # the engines that the transfer reaches
+        importlib.import_module("actors.cpu_weight_transfer")  # vLLM's: seconds, while the engines start anyway
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, step: int) -> RankLogprobs:
