@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -208,18 +207,3 @@ def test_mlflow_has_each_step_once_though_its_server_was_away(faulty: tuple[Path
 def test_nothing_is_left_of_a_run_with_faults(faulty: tuple[Path, Family, set[str]]) -> None:
     faulty[1].all_gone(within_s=10)
     assert [name for name in faulty[2] if name.startswith("psm_")] == []
-
-
-def test_nothing_outlives_a_killed_driver(tmp_path: Path, tiny_model: Path) -> None:
-    run_dir = tmp_path / "killed"
-    run = start(write_config(tmp_path / "chaos.yaml", chaos_config(tiny_model, tmp_path)), run_dir, [])
-    family = family_of(run)
-    while not (run_dir / "ledger.jsonl").exists() or len(rows(run_dir, "ledger.jsonl")) < 2:
-        assert run.poll() is None, (run_dir / "terminal.txt").read_text()[-3000:]
-        family.look()
-        time.sleep(0.3)
-    family.look()
-    run.send_signal(signal.SIGKILL)
-    run.wait(10)
-    seconds = family.all_gone(within_s=90)
-    print(f"all {len(family.seen)} processes were gone {seconds:.1f} s after the driver")

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from actors.engines import EnginePool
-from actors.placement import Placement, plan_bundles
 from actors.pool import RankPool
 from actors.rollout import Sampling
 from actors.weight_sync import WeightSync
 from dvpo_service.algo.policy_loss import token_logprobs
 from dvpo_service.data.ledger import check_ledger
-from dvpo_service.launch import connected
 from dvpo_service.models.load import load_causal_lm
 from dvpo_service.types import Prompt, Sample
 from tests.builders import make_config
@@ -27,7 +25,7 @@ from tests.chaos.family import gone
 from tests.chaos.settings import write_config
 from tests.chaos.test_recovery import PROMPTS, STEPS, chaos_config, family_of, finish, kills, rows, start
 from tests.e2e.test_stop import wait_for_step
-from tests.e2e.test_weight_sync import ScrambledPolicy
+from tests.e2e.test_weight_sync import policy_and_engines
 
 pytestmark = pytest.mark.e2e
 
@@ -39,15 +37,8 @@ EXACT = 1e-4
 def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
     rollout = {"max_staleness": 1, "max_new_tokens": 96, "max_num_seqs": 64}
     config = make_config(tiny_model, rollout=rollout, data={"max_prompt_tokens": 16})
-    with connected(config):
-        placement = Placement(plan_bundles(config), timeout_s=60)
-        policy = RankPool("policy", 1, placement, timeout_s=300)
-        engines = EnginePool.spawn(config, str(tiny_model), "safetensors", placement)
-        engines.supervisor.start()
-        policy.setup(ScrambledPolicy, config, str(tiny_model)).result()
-        engines.supervisor.wait_started()
-        yield policy, engines, WeightSync(config, policy, engines, "safetensors")
-        engines.shutdown()
+    with policy_and_engines(config, tiny_model) as system:
+        yield system
 
 
 def logprobs(folder: Path, prompt: Prompt, sample: Sample) -> Tensor:

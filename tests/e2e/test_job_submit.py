@@ -32,10 +32,10 @@ def cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """What a user submits from: a config, and a reward function that no node has installed."""
     folder = tmp_path_factory.mktemp("project")
-    tree = yaml.safe_load(write_config(folder).read_text())
+    tree = yaml.safe_load(write_config(folder, tiny_model).read_text())
     tree["reward"]["function"] = "my_reward:short_answer"
     tree["policy"] |= {"world_size": 2}
     tree["rollout"] |= {"num_engines": 1}

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.e2e, needs(why_not())]
 
 BUCKET = "dvpo"
 RUN = f"s3://{BUCKET}/runs/tiny"
+BEGUN, STEPS = 4, 12
 
 
 @pytest.fixture(scope="module")
@@ -102,32 +103,24 @@ def test_a_run_directory_that_other_hosts_do_not_see_is_one_line(
     assert "s3://" in last
 
 
-def test_training_across_hosts_and_on_from_another_one(
-    cluster: RayCluster, network: Network, config: str, s3: dict[str, str]
-) -> None:
-    def rows() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (UPath(RUN) / "metrics.jsonl").read_text().splitlines()]
-
-    first, last = network.hosts[0], network.hosts[-1]
-    done = train(cluster, first, config, "--run-dir", RUN, "trainer.num_steps=4")
+@pytest.fixture(scope="module")
+def begun(cluster: RayCluster, network: Network, config: str) -> list[dict[str, Any]]:
+    """The metrics of a run that the first host began and ended."""
+    done = train(cluster, network.hosts[0], config, "--run-dir", RUN, f"trainer.num_steps={BEGUN}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
-    assert [r["step"] for r in rows()] == [0, 1, 2, 3, 4]
+    return rows()
+
+
+def rows(name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (UPath(RUN) / name).read_text().splitlines()]
+
+
+def test_training_across_hosts(begun: list[dict[str, Any]]) -> None:
+    assert [r["step"] for r in begun] == list(range(BEGUN + 1))
     # Exact weights, through the object store: an engine cannot read the file of a trainer on another host.
-    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows()[1:])
-    shards = list((UPath(RUN) / "checkpoints/step-000004/policy").iterdir())
+    assert all(r["policy/rollout_kl"] < 1e-8 for r in begun[1:])
+    shards = list((UPath(RUN) / f"checkpoints/step-{BEGUN:06d}/policy").iterdir())
     assert len(shards) == 2, "a file from each of the policy's ranks"
-    before = rows()
-
-    # Another machine, with nothing but the URL, goes on.
-    done = train(cluster, last, config, "--run-dir", RUN, "trainer.num_steps=6")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
-    assert "at step 4" in done.stdout
-    assert [r["step"] for r in rows()] == list(range(7))
-    assert rows()[:5] == before
-    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows()[1:])
-    summary = json.loads((UPath(RUN) / "summary.json").read_text())
-    assert summary["where"]["policy"] == f"{RUN}/policy"
-    assert {"config.json", "model.safetensors"} <= {f.name for f in (UPath(RUN) / "policy").iterdir()}
 
 
 def test_a_cut_host_cannot_be_reached_until_it_is_joined(network: Network) -> None:
@@ -153,7 +146,7 @@ def test_a_cut_host_cannot_be_reached_until_it_is_joined(network: Network) -> No
         listening.wait(10)
 
 
-def test_nothing_is_left_on_the_hosts(network: Network, cluster: RayCluster) -> None:
+def test_nothing_is_left_on_the_hosts(cluster: RayCluster, begun: list[dict[str, Any]]) -> None:
     """When a run has ended its engines and ranks are gone from every host; the cluster itself goes on."""
     left = [
         p.info["cmdline"]
@@ -172,27 +165,32 @@ def test_hosts_have_files_of_their_own(network: Network) -> None:
         assert not Path(where, "only-a").exists()
 
 
-def test_training_goes_on_when_a_host_is_cut_off(cluster: RayCluster, network: Network, config: str) -> None:
+def test_another_host_with_nothing_but_the_url_goes_on_while_one_is_cut_off(
+    cluster: RayCluster, network: Network, config: str, begun: list[dict[str, Any]]
+) -> None:
     """Last in this file: the host that was cut off does not come back as a node."""
-    first, run = network.hosts[0], UPath(f"s3://{BUCKET}/runs/cut")
     host_of = {n["node_id"]: n["node_ip"] for n in json.loads(cluster.ray("list", "nodes", "--format", "json"))}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        training = pool.submit(train, cluster, first, config, "--run-dir", str(run), "trainer.num_steps=10")
-        wait_until(
-            lambda: training.done() or (run / "checkpoints/step-000002/state.json").exists(), 300, "a first checkpoint"
-        )
+        arguments = ("--run-dir", RUN, f"trainer.num_steps={STEPS}")
+        training = pool.submit(train, cluster, network.hosts[-1], config, *arguments)
+        next_one = UPath(RUN) / f"checkpoints/step-{BEGUN + 2:06d}/state.json"
+        wait_until(lambda: training.done() or next_one.exists(), 300, "the next checkpoint")
         assert not training.done(), training.result().stderr[-3000:]
         homes = {host_of[i] for i in cluster.homes("Rank")["Rank"]}
-        victim = next(h for h in network.hosts[1:] if h.address in homes)
+        # Neither the cluster's head nor the one that the job runs on.
+        victim = next(h for h in network.hosts[1:-1] if h.address in homes)
         network.cut(victim)
         try:
             done = training.result(timeout=500)
         finally:
             network.join(victim)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert f"at step {BEGUN}" in done.stdout
     assert "restarting its group" in done.stdout, done.stdout[-3000:]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(11)), "each step once"
-    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows[1:])
-    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in ledger] == list(range(10)), "each step's prompts once"
+    assert [r["step"] for r in rows()] == list(range(STEPS + 1)), "each step once"
+    assert rows()[: BEGUN + 1] == begun
+    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows()[1:])
+    assert [r["step"] for r in rows("ledger.jsonl")] == list(range(STEPS)), "each step's prompts once"
+    summary = json.loads((UPath(RUN) / "summary.json").read_text())
+    assert summary["where"]["policy"] == f"{RUN}/policy"
+    assert {"config.json", "model.safetensors"} <= {f.name for f in (UPath(RUN) / "policy").iterdir()}

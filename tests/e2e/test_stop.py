@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -24,6 +23,7 @@ pytestmark = pytest.mark.e2e
 
 STEPS = 8
 WAIT_S = 400
+OUTLIVED_S = 90.0
 
 
 def start(config: Path, run: Path) -> subprocess.Popen[str]:
@@ -73,29 +73,28 @@ def mismatch(run: Path, name: str) -> list[float]:
     return [row[f"{ENGINE}{name}"] for row in rows(run) if f"{ENGINE}{name}" in row]
 
 
-def test_stopped_twice_and_killed_and_continued_equals_a_run_left_alone(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+def test_stopped_and_killed_and_continued_equals_a_run_left_alone(tmp_path: Path, tiny_model: Path) -> None:
+    config = write_config(tmp_path, tiny_model)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = start(config, whole)
-    assert process.wait(WAIT_S) == 0, (whole / "terminal.txt").read_text()[-3000:]
+    alone = start(config, whole)  # beside the first of the others: there is a core for each
 
-    for step, signum, to_group in ((2, signal.SIGTERM, False), (5, signal.SIGINT, True)):
-        process = start(config, cut)
-        wait_for_step(process, cut, step)
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) > 5, "Ray's, the engine's, the ranks'"
-        # Ctrl-C in a terminal reaches every process of the group: Ray's and vLLM's too.
-        (os.killpg if to_group else os.kill)(process.pid, signum)
-        assert process.wait(60) == 128 + signum, (cut / "terminal.txt").read_text()[-3000:]
-        assert psutil.wait_procs(family, timeout=20)[1] == [], "every process of the run has ended"
-        said = (cut / "terminal.txt").read_text()
-        state = json.loads(sorted(cut.glob("checkpoints/*/state.json"))[-1].read_text())
-        reached = state["state"]["step"]
-        assert step <= reached < STEPS
-        assert f"stopping: checkpoint at step {reached} written; the same command continues" in said
-        assert "Traceback" not in said
-        client = MlflowClient(default_tracking_uri(cut))
-        assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
+    process = start(config, cut)
+    wait_for_step(process, cut, 2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 5, "Ray's, the engine's, the ranks'"
+    # Ctrl-C in a terminal reaches every process of the group: Ray's and vLLM's too. SIGTERM: test_job_submit.
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT, (cut / "terminal.txt").read_text()[-3000:]
+    assert psutil.wait_procs(family, timeout=20)[1] == [], "every process of the run has ended"
+    said = (cut / "terminal.txt").read_text()
+    state = json.loads(next(cut.glob("checkpoints/*/state.json")).read_text())
+    reached = state["state"]["step"]
+    assert 2 <= reached < STEPS
+    assert f"stopping: checkpoint at step {reached} written; the same command continues" in said
+    assert "Traceback" not in said
+    client = MlflowClient(default_tracking_uri(cut))
+    assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
+    assert alone.wait(WAIT_S) == 0, (whole / "terminal.txt").read_text()[-3000:]
 
     # SIGKILL about when the last checkpoint is written: it is torn and the steps are done again, or it is
     # whole and only the export and the summary are left to do.
@@ -103,14 +102,15 @@ def test_stopped_twice_and_killed_and_continued_equals_a_run_left_alone(tmp_path
     wait_for_step(process, cut, STEPS)
     family = psutil.Process(process.pid).children(recursive=True)
     time.sleep(random.Random(7).uniform(0, 0.5))
-    for victim in (psutil.Process(process.pid), *family):  # Ray takes a minute to end by itself: tests/chaos
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+    process.kill()
     process.wait(10)
-    assert psutil.wait_procs(family, timeout=20)[1] == []
+    killed = time.monotonic()
 
     process = start(config, cut)
     assert process.wait(WAIT_S) == 0, (cut / "terminal.txt").read_text()[-3000:]
+    # Two of Ray's agents report to its killed server for a minute.
+    left = psutil.wait_procs(family, timeout=max(0.0, killed + OUTLIVED_S - time.monotonic()))[1]
+    assert left == [], "nothing outlives a killed driver"
     assert [p.name for p in (cut / "checkpoints").iterdir() if p.name.startswith(".")] == [], "nothing torn is left"
     assert json.loads((cut / "summary.json").read_text())["steps"] == STEPS
     assert (cut / "policy" / "export.json").is_file()

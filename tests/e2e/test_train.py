@@ -27,20 +27,21 @@ ROOT = Path(__file__).parents[2]
 STEPS = 16
 
 
-def write_config(folder: Path) -> Path:
-    """A base model made here, two splits, noisy rewards from a user's own function, a reference policy."""
+WARMSTART = {
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "max_positions": 64,
+    "steps": 20,
+    "batch_size": 32,
+    "world_size": 2,
+}
+
+
+def write_config(folder: Path, model: Path | None = None) -> Path:
+    """Two splits, noisy rewards from a user's own function, a reference policy; a base model made there, or given."""
     config = {
-        "model": {
-            "warmstart": {
-                "hidden_size": 64,
-                "num_layers": 2,
-                "num_heads": 2,
-                "max_positions": 64,
-                "steps": 20,
-                "batch_size": 32,
-                "world_size": 2,
-            }
-        },
+        "model": {"path": str(model)} if model else {"warmstart": WARMSTART},
         "data": {
             "train_files": "shipped:demo-train.jsonl",
             "val_files": {"id": "shipped:demo-val.jsonl", "ood": "shipped:demo-ood.jsonl"},

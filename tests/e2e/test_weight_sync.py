@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from actors.rollout import Sampling
 from actors.weight_sync import WeightSync
 from actors.weight_transfer import EngineClient
 from dvpo_service.algo.policy_loss import token_logprobs
+from dvpo_service.config import Config
 from dvpo_service.launch import connected
 from dvpo_service.models.load import load_causal_lm
 from dvpo_service.types import Prompt
@@ -43,19 +45,25 @@ class ScrambledPolicy(PolicyWorker):
                 parameter.add_(torch.randn_like(parameter) * scale)
 
 
+@contextmanager
+def policy_and_engines(config: Config, model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
+    with connected(config):
+        placement = Placement(plan_bundles(config), timeout_s=60)
+        policy = RankPool("policy", config.policy.world_size, placement, timeout_s=300)
+        engines = EnginePool.spawn(config, str(model), "safetensors", placement)
+        engines.supervisor.start()
+        policy.setup(ScrambledPolicy, config, str(model)).result()
+        engines.supervisor.wait_started()
+        yield policy, engines, WeightSync(config, policy, engines, "safetensors")
+        engines.shutdown()
+
+
 @pytest.fixture(scope="module")
 def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
     # torch.compile is on: the compiled graph is what can hold on to old weights.
     config = make_config(tiny_model, policy={"world_size": 2, "mini_batch_size": 8}, rollout={"enforce_eager": False})
-    with connected(config):
-        placement = Placement(plan_bundles(config), timeout_s=60)
-        policy = RankPool("policy", 2, placement, timeout_s=300)
-        engines = EnginePool.spawn(config, str(tiny_model), "safetensors", placement)
-        engines.supervisor.start()
-        policy.setup(ScrambledPolicy, config, str(tiny_model)).result()
-        engines.supervisor.wait_started()
-        yield policy, engines, WeightSync(config, policy, engines, "safetensors")
-        engines.shutdown()
+    with policy_and_engines(config, tiny_model) as system:
+        yield system
 
 
 def engine_logprobs(engines: EnginePool) -> list[Tensor]:
