@@ -24,6 +24,7 @@ def healthy(step: int) -> dict[str, float]:
         "reward/mean": 0.4 + 0.4 * done + rng.gauss(0, 0.03),
         "reward/failed": 0.0,
         "reward/groups_without_spread": 0.3 + 0.2 * done,
+        "reward/between_prompts": 0.3 + rng.gauss(0, 0.05),
         "rollout/truncated": 0.05,
         "rollout/staleness": 0.0,
         "policy/rollout_kl": 1e-5,
@@ -151,6 +152,14 @@ def test_a_critic_may_be_bad_at_first() -> None:
     bad = {"critic/explained_variance": -0.5, "critic/calibration_error": 0.4, "critic/crossing_rate": 0.9}
     assert [advisor.check(step, bad) for step in range(20)] == [[]] * 20
     assert len(advisor.check(20, bad)) == 3
+
+
+def test_a_critic_that_explains_nothing_is_held_against_what_prompts_tell() -> None:
+    bad = {"critic/explained_variance": 0.001}
+    for given, ending in (({}, "would. Let"), ({"reward/between_prompts": 0.314}, "31% of the rewards' variance lies")):
+        advisor = Advisor(patience=1)
+        [line] = [line for step in range(21) for line in advisor.check(step, bad | given)]
+        assert ending in line
 
 
 def test_a_solved_task_is_no_critic_bias() -> None:

@@ -31,6 +31,23 @@ def limit(name: str, sign: Literal["<", ">"], bound: float, *, smooth: bool = Fa
     return Condition(f"{'running mean of ' if smooth else ''}`{name}` {sign} {bound:g}", find)
 
 
+def critic_explains_nothing(bound: float) -> Condition:
+    """The running mean of the explained variance is below ``bound``; ``at_best`` says what prompts alone could tell."""
+    name, share = "critic/explained_variance", "reward/between_prompts"
+
+    def find(h: History) -> Found | None:
+        value = h.past(name).mean
+        if value >= bound:
+            return None
+        try:
+            at_best = f" {max(0.0, h.past(share).mean):.0%} of the rewards' variance lies between prompts."
+        except Missing:  # one response a prompt tells nothing of it
+            at_best = ""
+        return {"value": value, "at_best": at_best}
+
+    return Condition(f"running mean of `{name}` < {bound:g}", find)
+
+
 def critic_mean_off(sds: float) -> Condition:
     """The critic's mean is more than ``sds`` standard deviations of the returns from their mean."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dvpo_service.advice.conditions import (
     Condition,
+    critic_explains_nothing,
     critic_mean_off,
     entropy_collapsed,
     fresh_engine_differs,
@@ -40,8 +41,8 @@ class Rule:
 CRITIC = (
     Rule(
         "critic_not_learning",
-        limit("critic/explained_variance", "<", 0.02, smooth=True),
-        "The critic explains {value:.3f} of the returns' variance, no more than a constant would.",
+        critic_explains_nothing(0.02),
+        "The critic explains {value:.3f} of the returns' variance, no more than a constant would.{at_best}",
         "Let it learn more before and beside the policy: raise trainer.critic_warmup or critic.epochs, try another "
         "critic.optim.lr.",
         after=CRITIC_STEPS,

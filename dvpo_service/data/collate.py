@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,11 +52,27 @@ def rollout_metrics(rollouts: Rollouts, group_size: int, version: int) -> Metric
         "reward/clean_mean": float(rollouts.clean_scores.nanmean()),
         "reward/failed": float(rollouts.scores.isnan().sum()),
         "reward/groups_without_spread": float((groups == groups[:, :1]).all(1).float().mean()),
+        "reward/between_prompts": between_groups(groups),
         "rollout/response_length": float(rollouts.response_lens.float().mean()),
         "rollout/truncated": float((~rollouts.finished).float().mean()),
         "rollout/staleness": float((version - rollouts.weight_version).max()),
         "rollout/tokens": float(rollouts.response_lens.sum()),
     }
+
+
+def between_groups(scores: Tensor) -> float:
+    """The share of the scores' variance that lies between groups, of ``scores`` [groups, samples].
+
+    The one-way intraclass correlation, ICC(1) of Shrout and Fleiss (1979), of the groups without a failed (NaN) score:
+    what a critic that reads no more than the prompt can explain at best. Unbiased in numerator and denominator, so an
+    estimate below 0 means about 0. NaN for fewer than two groups or samples, and where all scores are equal.
+    """
+    whole = scores[~scores.isnan().any(1)].double()
+    count, size = whole.shape
+    if min(count, size) < 2:
+        return math.nan
+    between, within = size * whole.mean(1).var(), whole.var(1).mean()
+    return float((between - within) / (between + (size - 1) * within))
 
 
 def readable_rows(
