@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from dvpo_service.errors import TrackingError
 from dvpo_service.masking import MASK, mask_message, mask_uri
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _DB_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _CONNECT_S = 5.0
+_TABLES_S = 120.0  # until those before have made them
 # MLflow prints progress bars and links into the live table, and reports usage to its makers.
 _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -73,11 +76,24 @@ def open_store(uri: str) -> MlflowClient:
 
     for noisy in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with reaching(uri), _impatient():
+    with reaching(uri), _impatient(), _one_at_a_time(uri):
         _probe(uri)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     return client
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """MLflow makes a new SQLite file's tables without a lock: of two runs that start together in a new folder, one
+    would fail half way. Raises filelock.Timeout, an OSError."""
+    db = sqlite_path(uri)
+    if db is None:
+        yield
+        return
+    db.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(db.with_name(f".{db.name}.lock"), timeout=_TABLES_S):
+        yield
 
 
 @contextmanager
@@ -110,7 +126,6 @@ def _probe(uri: str) -> None:
     """Fail in seconds where MLflow would try a database again and again for two minutes."""
     db = sqlite_path(uri)
     if db is not None:
-        db.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(db, timeout=_CONNECT_S)) as connection:
             connection.execute("BEGIN IMMEDIATE")  # takes the write lock: the file is writable
             connection.rollback()

@@ -147,7 +147,8 @@ class RayCluster:
 
     def homes(self, *classes: str) -> dict[str, set[str]]:
         """By class of actor, the ids of the nodes where some are alive."""
-        listed = json.loads(self.ray("list", "actors", "--filter", "state=ALIVE", "--format", "json", "--limit", "500"))
+        said = self.ray("list", "actors", "--filter", "state=ALIVE", "--format", "json", "--limit", "500")
+        listed = [] if said.startswith("No resource") else json.loads(said)
         return {c: {a["node_id"] for a in listed if a["class_name"] == c} for c in classes}
 
 
