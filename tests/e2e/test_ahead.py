@@ -89,6 +89,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("ahead")
     tree = chaos_config(tiny_model, folder)
     tree["rollout"]["max_staleness"] = BOUND
+    tree["critic"] = tree["critic"] | {"world_size": 1}  # none of them is lost here
     config, faults = write_config(folder / "chaos.yaml", tree), [k for k in kills() if k.kind in ("engine", "policy")]
     process = start(config, folder / "run", faults)
     family = family_of(process)
