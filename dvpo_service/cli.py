@@ -52,10 +52,12 @@ def train(
 ) -> None:
     """Train a policy. The same command again continues a run that was cut off."""
     from dvpo_service.config import load_config
+
+    resolved = load_config(config, overrides or [])  # what is wrong there is said before the heavy imports
+
     from dvpo_service.launch import train as launch
     from dvpo_service.rundir import resolve_run_dir
 
-    resolved = load_config(config, overrides or [])
     launch(resolved, resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
 
 
@@ -67,11 +69,13 @@ def warmstart(
 ) -> None:
     """Make the base model of a config that asks for one, and print its folder."""
     from dvpo_service.config import load_config
+
+    resolved = load_config(config, overrides or [])
+
     from dvpo_service.data.splits import load_data
     from dvpo_service.launch import base_model, connected
     from dvpo_service.rundir import RunDir, resolve_run_dir
 
-    resolved = load_config(config, overrides or [])
     train_data = load_data(resolved.data).train
     with connected(resolved):
         run = RunDir(resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec, critic_loss
+from dvpo_service.algo.critic_loss import critic_loss
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 from dvpo_service.config.algorithm import FORM_WEIGHTS, FORMS, AlgorithmConfig
 
 M, DRAWS = 50, 400

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +50,15 @@ def test_only_a_few_files_of_the_service_know_ray() -> None:
 def test_only_the_command_line_knows_the_sweeps() -> None:
     assert not offenders("dvpo_service", "tune_sweeps", allowed=frozenset({"cli.py"}))
     assert not offenders("actors", "tune_sweeps")
+
+
+def test_a_config_is_read_without_the_heavy_imports() -> None:
+    """What is wrong in it is said at once."""
+    code = (
+        "import sys, dvpo_service.cli, dvpo_service.config; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_no_file_is_long() -> None:

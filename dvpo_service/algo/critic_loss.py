@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dvpo_service.algo import critic_terms as terms
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 from dvpo_service.algo.masks import float32_or_better, masked_mean, masked_sum, zero_masked
 from dvpo_service.algo.quantile_huber import quantile_huber
 from dvpo_service.algo.quantiles import quantile_levels
-
-TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")
-
-
-@dataclass(frozen=True)
-class CriticLossSpec:
-    """What the loss is made of; LOSSES section 1 has the two presets of it.
-
-    Raises ValueError for a tail outside (0, 1], or weights that are not one finite number >= 0 for each of
-    ``TERMS`` (a forgotten weight must not ablate a term).
-    """
-
-    alpha: float  # lower tail
-    beta: float  # upper tail
-    risk_eta: float
-    quantile_levels: Literal["endpoint", "midpoint"]
-    huber_unit: bool
-    sort_atoms: bool
-    qr_over: Literal["ensemble", "heads"]
-    tail_target: Literal["tail_mean", "pseudo_outcome"]
-    shift_over: Literal["token", "batch"]
-    curvature: Literal["pointwise", "block"]
-    weights: Mapping[str, float]  # per term; 0 = ablated
-
-    def __post_init__(self) -> None:
-        for name, fraction in (("alpha", self.alpha), ("beta", self.beta)):
-            if not 0.0 < fraction <= 1.0:
-                raise ValueError(f"{name} is a fraction in (0, 1], got {fraction}")
-        if set(self.weights) != set(TERMS):
-            raise ValueError(f"weights must name exactly {TERMS}, got {tuple(self.weights)}")
-        for name, weight in self.weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"the weight of {name} must be finite and >= 0, got {weight}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 from dvpo_service.config.base import (
     Fraction,
     NonNegativeFloat,

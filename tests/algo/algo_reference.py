@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 
 
 def paper_spec(**changes: Any) -> CriticLossSpec:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dvpo_service.algo.advantages import distributional_gae, mixture_targets, scalar_gae
-from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec, critic_loss
+from dvpo_service.algo.critic_loss import critic_loss
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 
 M, DRAWS, DELTA = 40, 400, 0.05
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec, critic_loss, shift_sum
+from dvpo_service.algo.critic_loss import critic_loss, shift_sum
 from dvpo_service.algo.critic_terms import head_consistency, risk_weights, tail_curvature
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 
 FORMS = (paper_spec, calibrated_spec)
 

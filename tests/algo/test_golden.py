@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dvpo_service.algo.advantages import distributional_gae, scalar_gae
-from dvpo_service.algo.critic_loss import TERMS, CriticLossSpec, critic_loss
+from dvpo_service.algo.critic_loss import critic_loss
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 from dvpo_service.algo.quantiles import lower_tail_variance
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_losses.json").read_text())

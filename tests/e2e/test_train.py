@@ -16,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from dvpo_service.algo.critic_loss import TERMS
+from dvpo_service.algo.loss_spec import TERMS
 from dvpo_service.export import export, open_export
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.load import load_causal_lm, load_tokenizer

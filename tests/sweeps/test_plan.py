@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dvpo_service.algo.critic_loss import TERMS
+from dvpo_service.algo.loss_spec import TERMS
 from dvpo_service.config import load_config
 from dvpo_service.errors import ConfigError
 from tune_sweeps.grid import ABLATED, GRIDS, Arm, Grid

@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -112,21 +110,6 @@ def test_a_whole_run(tmp_path, make_config):
     assert any("mlartifacts" in p.parts for p in everything)
     assert not [p for p in everything if b"hunter2" in p.read_bytes()]
     assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]
-
-
-def test_runs_that_start_together_in_a_new_folder_share_its_store(tmp_path):
-    code = (
-        "import sys; from dvpo_service.tracking.mlflow_sink import experiment_id, open_store;"
-        "print(experiment_id(open_store(sys.argv[1]), 'exp', sys.argv[1]))"
-    )
-    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    said = [process.communicate(timeout=100) for process in started]
-    assert [process.returncode for process in started] == [0] * 3, said
-    assert len({out for out, _ in said}) == 1, "one experiment"
 
 
 def test_the_description_says_what_to_look_at(tmp_path, make_config):
