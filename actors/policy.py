@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +51,8 @@ class PolicyWorker:
         self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
         self.transfer: Any = None
         self.membership: Any = None  # the engines that the transfer reaches
-        importlib.import_module("actors.cpu_weight_transfer")  # vLLM's: seconds, while the engines start anyway
+        # Takes seconds, for vLLM's transfer: now, while the engines start, and not at the first push.
+        from actors import cpu_weight_transfer  # noqa: F401
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, step: int) -> RankLogprobs:
