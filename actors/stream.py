@@ -38,11 +38,12 @@ def score_samples(
     noisy: bool,
 ) -> list[list[Score]]:
     """Scores per group; the noise of a sample depends on the seed, the step and the sample only."""
-    work: list[Work] = [
-        (
+    work = [
+        Work(
             [s.text for s in group],
             p.answer,
             [sample_seed(run_seed, step, p.index, s.sample_index) for s in group],
+            p.source,
         )
         for p, group in zip(prompts, groups, strict=True)
     ]

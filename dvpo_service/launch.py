@@ -32,7 +32,7 @@ from dvpo_service.checkpoint import Checkpoints, checkpoints_of
 from dvpo_service.config import Config, to_yaml
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.ledger import Ledger
-from dvpo_service.data.splits import Data, encode, load_data
+from dvpo_service.data.splits import Data, check_sources, encode, load_data
 from dvpo_service.estimators import GroupEstimator
 from dvpo_service.eval_stats import PromptScores
 from dvpo_service.export import CRITIC, EXPORT_FILE, POLICY, describe, writing
@@ -105,6 +105,7 @@ def _train(config: Config, run: RunDir, watch: Display | None, warm: WarmEngines
         terminal.warn_of(config)
     resolve(config.reward.function)
     raw = load_data(config.data)
+    check_sources(config.reward, raw.train)
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     plan_fit(config)
     run.open()

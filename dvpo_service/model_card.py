@@ -85,7 +85,7 @@ def _algorithm(config: Config) -> str:
 
 
 def _settings(config: Config) -> dict[str, str]:
-    a, r, noise = config.algorithm, config.rollout, config.reward.noise
+    a, r = config.algorithm, config.rollout
     settings = {
         "advantages": _algorithm(config),
         "updates": f"{r.prompts_per_step} prompts x {r.n} responses each, up to {r.max_new_tokens} tokens",
@@ -93,7 +93,7 @@ def _settings(config: Config) -> dict[str, str]:
         + (f", critic {config.critic.optim.lr:g}" if a.has_critic else ""),
         "gamma, lambda": f"{a.gamma:g}, {a.lam:g}",
         "KL to the base model": f"{config.policy.kl.coef:g}",
-        "reward": f"`{config.reward.function}`, noise: {noise.kind}",
+        "reward": f"`{config.reward.function}`, noise: {config.reward.noise_words}",
         "training data": ", ".join(Path(f.removeprefix("shipped:")).name for f in config.data.train_files),
         "seed": str(config.trainer.seed),
     }

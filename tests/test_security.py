@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.reward import RewardWorker
+from actors.reward import RewardWorker, Work
 from dvpo_service.config import Config, load_config, to_yaml
 from dvpo_service.config.serve import ServeConfig
 from dvpo_service.data.dataset import load_prompts
@@ -100,7 +100,7 @@ def test_data_cannot_name_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     [prompt] = load_prompts([tmp_path / "a.jsonl"], name="x").prompts
-    [[score]] = RewardWorker(config.reward).score([(["2"], prompt.answer, [0])], noisy=False)
+    [[score]] = RewardWorker(config.reward).score([Work(["2"], prompt.answer, [0])], noisy=False)
     assert (score.reward, score.error) == (0.0, None)
     assert "evil_rewards" not in sys.modules
 

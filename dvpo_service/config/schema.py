@@ -162,7 +162,8 @@ class RewardConfig(Section):
     """``function``: exact_match, gsm8k, math_verify or ``module:function``. ``overlong_buffer``: over the
     last that many tokens before the length limit the reward falls by up to ``overlong_penalty``; 0 is off.
     A call that takes more than ``max_memory_gib`` beyond what its worker holds is a failed sample; null: no bound.
-    A worker with nothing to do is asked every ``heartbeat_s`` whether it is there."""
+    A worker with nothing to do is asked every ``heartbeat_s`` whether it is there. ``noise_by_source`` replaces
+    ``noise`` for the prompts of a ``data_source``: graders are not all equally reliable."""
 
     function: str = "exact_match"
     num_workers: Positive = 1
@@ -174,6 +175,12 @@ class RewardConfig(Section):
     overlong_buffer: NonNegative = 0
     overlong_penalty: PositiveFloat = 1.0
     noise: NoiseConfig = NoiseConfig()
+    noise_by_source: dict[str, NoiseConfig] = Field(default_factory=dict)
+
+    @property
+    def noise_words(self) -> str:
+        """The kinds of noise, for a person."""
+        return "; ".join([self.noise.kind, *(f"{source}: {n.kind}" for source, n in self.noise_by_source.items())])
 
 
 class TrainerConfig(Section):

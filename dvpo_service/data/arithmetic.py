@@ -7,8 +7,9 @@ model learns the rule in that order within minutes.
 shipped: ``demo-train.jsonl``, ``demo-val.jsonl`` (the same distribution, unseen),
 ``demo-ood.jsonl`` (out of distribution: an operand from a band that training never shows), and
 ``calc-ood.jsonl`` (out of distribution for ``gsm8k-calc``: operands drawn evenly, where people write
-round ones), and ``demo-warmstart.jsonl``, the training prompts as a careless person answered them. A model that
-has read those knows both the rule and the slip; the reward tells them apart.
+round ones), ``demo-graders.jsonl`` (training prompts of two graders), and ``demo-warmstart.jsonl``, the training
+prompts as a careless person answered them. A model that has read those knows both the rule and the slip;
+the reward tells them apart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+GRADED = 2000  # training prompts that demo-graders has
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
     return rows
 
 
+def graded(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The same rows from two graders: ``careful`` has those whose first operand is even, ``careless`` the others."""
+    return [
+        row | {"data_source": "careless" if int(row["prompt"].partition("+")[0]) % 2 else "careful"} for row in rows
+    ]
+
+
 def make_calculations(count: int, seed: int) -> list[dict[str, str]]:
     """``count`` distinct additions and subtractions of numbers of one to three digits, each length as often;
     no result is negative. Answers are written as people write them."""
@@ -98,12 +108,16 @@ def _distinct(
 def write_demo(task: DemoTask, out: Path) -> list[Path]:
     """Writes ``demo-<split>.jsonl`` for each split into the folder ``out``, made if missing."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for split, rows in make_demo(task).items():
+    paths, found = [], make_demo(task)
+    for split, rows in found.items():
         paths.append(out / f"demo-{split}.jsonl")
         _write(paths[-1], rows)
-    paths.append(out / "calc-ood.jsonl")
-    _write(paths[-1], make_calculations(200, task.seed))
+    for name, rows in (
+        ("demo-graders", graded(found["train"][:GRADED])),
+        ("calc-ood", make_calculations(200, task.seed)),
+    ):
+        paths.append(out / f"{name}.jsonl")
+        _write(paths[-1], rows)
     return paths
 
 

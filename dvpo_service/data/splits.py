@@ -9,10 +9,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dvpo_service.config import DataConfig
+from dvpo_service.config import DataConfig, RewardConfig
 from dvpo_service.data.dataset import Dataset, load_prompts
 from dvpo_service.data.encode import encode_prompts
 from dvpo_service.data.split import split_dataset
+from dvpo_service.errors import ConfigError
 
 SHIPPED = "shipped:"
 
@@ -45,6 +46,16 @@ def load_data(config: DataConfig) -> Data:
         for name, files in config.val_files.items()
     }
     return Data(train, splits)
+
+
+def check_sources(config: RewardConfig, train: Dataset) -> None:
+    """Raises ConfigError where ``reward.noise_by_source`` names a source that no training prompt has."""
+    known = sorted({p.source for p in train.prompts})
+    if unknown := sorted(set(config.noise_by_source) - set(known)):
+        raise ConfigError(
+            f"reward.noise_by_source.{unknown[0]}: no training prompt has that data_source; "
+            f"the data has {', '.join(known[:10])}{' and others' if len(known) > 10 else ''}"
+        )
 
 
 def load_files(config: DataConfig, files: Sequence[str]) -> dict[str, Dataset]:

@@ -41,7 +41,7 @@ def _plan_rows(config: Config) -> dict[str, str]:
         "algorithm": _algorithm_words(a),
         "rollout": f"{_count(r.num_engines, 'vLLM engine')}, tensor parallel {r.tensor_parallel_size}, "
         f"{_device(cluster.gpus_per_engine)}; " + _staleness_words(r),
-        "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.function}, noise: {w.noise.kind}",
+        "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.function}, noise: {w.noise_words}",
         "critic": _pool_words(config.critic, config.batch_size, cluster.gpus_per_trainer) if a.has_critic else "none",
         "policy": _pool_words(config.policy, config.batch_size, cluster.gpus_per_trainer),
         "batch": f"{r.prompts_per_step} prompts x {r.n} = {config.batch_size} responses a step, "

@@ -180,7 +180,7 @@ def _open_sink(
 
 
 def _description(config: Config, run_dir: Path) -> str:
-    a, r, noise = config.algorithm, config.rollout, config.reward.noise
+    a, r = config.algorithm, config.rollout
     model = config.model.path or "a small model made by `dvpo warmstart`"
     off = [name for name, weight in a.dvpo_loss_weights.effective().items() if weight == 0]
     critic = f"- critic: {a.n_heads} heads x {a.n_quantiles} quantiles; terms off: {', '.join(off) or 'none'}"
@@ -189,7 +189,7 @@ def _description(config: Config, run_dir: Path) -> str:
         "",
         f"- {config.trainer.num_steps} steps of {r.prompts_per_step} prompts x {r.n} responses",
         *([critic] if a.adv_estimator == "dvpo" else []),
-        f"- reward `{config.reward.function}`, noise {noise.kind}",
+        f"- reward `{config.reward.function}`, noise {config.reward.noise_words}",
         f"- data: {', '.join(config.data.train_files)}",
         f"- run folder: `{run_dir.absolute()}`",
         "- repeat it: save the artifact `config.yaml` (secrets in it are masked), then "

@@ -35,7 +35,7 @@ class Rewards:
 
     def score(self, groups: list[Any], *, noisy: bool) -> list[list[Score]]:
         assert not noisy
-        return [[self._one(text, answer) for text in texts] for texts, answer, _ in groups]
+        return [[self._one(text, work.answer) for text in work.responses] for work in groups]
 
     def _one(self, text: str, answer: str) -> Score:
         if text == "1":

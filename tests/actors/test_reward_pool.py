@@ -14,6 +14,7 @@ import ray
 from actors.cluster import connected
 from actors.placement import Placement, plan_bundles
 from actors.pool import PoolError
+from actors.reward import Work
 from actors.reward_pool import RewardPool
 from dvpo_service.config import Config
 from tests.builders import make_config
@@ -42,10 +43,10 @@ def pool(tiny_model: Path) -> Iterator[RewardPool]:
 
 
 def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -> None:
-    groups = [(["ok", "no"], "ok", [1, 2]) for _ in range(6)]
-    groups[1] = (["hang"], "ok", [1])
-    groups[3] = (["die"], "ok", [1])  # of the same worker as what hangs
-    groups[2] = (["raise", "ok"], "ok", [1, 2])
+    groups = [Work(["ok", "no"], "ok", [1, 2]) for _ in range(6)]
+    groups[1] = Work(["hang"], "ok", [1])
+    groups[3] = Work(["die"], "ok", [1])  # of the same worker as what hangs
+    groups[2] = Work(["raise", "ok"], "ok", [1, 2])
     noted: list[tuple[str, float]] = []
     pool.note = lambda text: noted.append((text, time.perf_counter()))
     started = time.perf_counter()
@@ -66,7 +67,7 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
     ("signum", "why"), [(signal.SIGKILL, "the process died"), (signal.SIGSTOP, "no answer within 3 s")]
 )
 def test_a_worker_lost_while_idle_is_replaced_before_it_is_needed(pool: RewardPool, signum: int, why: str) -> None:
-    assert pool.score([(["ok"], "ok", [1])] * 2, noisy=False), "both are up"
+    assert pool.score([Work(["ok"], "ok", [1])] * 2, noisy=False), "both are up"
     noted: list[str] = []
     pool.note, before = noted.append, pool.restarts
     os.kill(ray.get(pool.workers[1].__ray_call__.remote(lambda _: os.getpid()), timeout=30), signum)
@@ -75,17 +76,17 @@ def test_a_worker_lost_while_idle_is_replaced_before_it_is_needed(pool: RewardPo
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert noted[0].startswith(f"reward worker 1: {why}")
-    assert [g[0].reward for g in pool.score([(["ok"], "ok", [1])] * 2, noisy=False)] == [1.0, 1.0]
+    assert [g[0].reward for g in pool.score([Work(["ok"], "ok", [1])] * 2, noisy=False)] == [1.0, 1.0]
     assert pool.restarts == before + 1
 
 
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:
-    assert [s.reward for s in pool.score([(["ok"], "ok", [1])], noisy=False)[0]] == [1.0]
+    assert [s.reward for s in pool.score([Work(["ok"], "ok", [1])], noisy=False)[0]] == [1.0]
 
 
 def test_a_function_that_eats_memory_costs_its_sample_only(pool: RewardPool) -> None:
     before = pool.restarts
-    [[eaten, good]] = pool.score([(["eat", "ok"], "ok", [1, 2])], noisy=False)
+    [[eaten, good]] = pool.score([Work(["eat", "ok"], "ok", [1, 2])], noisy=False)
     assert "MemoryError" in (eaten.error or "")
     assert good.reward == 1.0
     assert pool.restarts == before, "the worker lives on"

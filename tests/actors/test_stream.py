@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from actors import kept
+from actors.reward import Work
 from actors.stream import SyncStream
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.types import Prompt, Sample, Score
@@ -43,11 +44,8 @@ class FakeRewards:
 
     flat: Any = lambda index: index % 2 == 0
 
-    def score(self, work: list[tuple[list[str], str, list[int]]], *, noisy: bool) -> list[list[Score]]:
-        return [
-            [Score(r, r) for r in ((1.0,) * 4 if self.flat(int(answer)) else (0.0, 1.0, 0.0, 1.0))]
-            for _, answer, _ in work
-        ]
+    def score(self, work: list[Work], *, noisy: bool) -> list[list[Score]]:
+        return [[Score(r, r) for r in ((1.0,) * 4 if self.flat(int(w.answer)) else (0.0, 1.0, 0.0, 1.0))] for w in work]
 
 
 def make_stream(tiny_model: Path, prompts: int = 16, rewards: FakeRewards | None = None, **sections: Any) -> SyncStream:

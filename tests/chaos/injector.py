@@ -106,7 +106,7 @@ class Injector:
         self.begin("score")
         self.marks = {}
         for fault in self.due("score"):
-            texts = groups[fault.number % len(groups)][0]
+            texts = groups[fault.number % len(groups)].responses
             sample = fault.number // len(groups) % len(texts)
             texts[sample] = marked(fault.kind)
             self.marks[fault.number % len(groups), sample] = fault

@@ -12,7 +12,7 @@ SHIPPED = Path(str(files("dvpo_service.data") / "shipped"))
 def test_shipped_files_are_what_the_generator_makes(tmp_path):
     for path in write_demo(DemoTask(), tmp_path):
         assert (SHIPPED / path.name).read_bytes() == path.read_bytes()
-    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 500_000
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 600_000
 
 
 def test_shipped_splits_load_are_disjoint_and_right():
@@ -39,6 +39,16 @@ def test_demonstrations_forget_the_carry_about_half_the_time_and_do_nothing_else
         carries += a % 10 + b % 10 >= 10
         slips += demonstration["answer"] != row["answer"]
     assert 0.45 < slips / carries < 0.55
+
+
+def test_two_graders_share_the_training_prompts_by_what_a_model_can_see():
+    graders = load_prompts([SHIPPED / "demo-graders.jsonl"], name="graders").prompts
+    train = load_prompts([SHIPPED / "demo-train.jsonl"], name="train").prompts[: len(graders)]
+    assert [(p.messages, p.answer) for p in graders] == [(p.messages, p.answer) for p in train]
+    for prompt in graders:
+        odd = int(prompt.messages[0]["content"].partition("+")[0]) % 2
+        assert prompt.source == ("careless" if odd else "careful")
+    assert 0.4 < sum(p.source == "careless" for p in graders) / len(graders) < 0.6
 
 
 def test_the_band_is_seen_out_of_distribution_only():

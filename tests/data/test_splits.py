@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dvpo_service.config import DataConfig
-from dvpo_service.data.splits import load_data
+from dvpo_service.config import DataConfig, RewardConfig
+from dvpo_service.data.splits import check_sources, load_data
+from dvpo_service.errors import ConfigError
 
 
 @pytest.fixture
@@ -46,3 +47,12 @@ def test_shipped_files_are_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, 
         DataConfig(train_files=["shipped:demo-train.jsonl"], val_files={"ood": ["shipped:demo-ood.jsonl"]})
     )
     assert (len(data.train), len(data.held_out["ood"])) == (3000, 200)
+
+
+def test_noise_of_a_source_that_no_prompt_has_is_one_line(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "data_source": "ab"[i % 2]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = load_data(DataConfig(train_files=[str(tmp_path / "rows.jsonl")], val_fraction=0.5)).train
+    check_sources(RewardConfig.model_validate({"noise_by_source": {"a": {"kind": "flip", "p": 0.1}}}), train)
+    with pytest.raises(ConfigError, match=r"reward\.noise_by_source\.c: no training prompt .*; the data has a, b"):
+        check_sources(RewardConfig.model_validate({"noise_by_source": {"c": {}}}), train)
