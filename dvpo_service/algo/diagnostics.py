@@ -2,6 +2,7 @@
 
 ``*_sums`` returns float64 scalars; add them key by key (or all-reduce them), then ``*_metrics`` turns the
 totals into named numbers. So a metric cannot depend on how a batch was split.
+``between_groups`` takes a whole batch, before it is split.
 """
 
 from __future__ import annotations
@@ -200,3 +201,18 @@ def _quantile(q: Tensor, levels: Tensor, level: float) -> Tensor:
         return q[..., min(right, grid.numel() - 1)]
     share = float((level - grid[right - 1]) / (grid[right] - grid[right - 1]))
     return torch.lerp(q[..., right - 1], q[..., right], share)
+
+
+def between_groups(scores: Tensor) -> float:
+    """The share of the scores' variance that lies between groups, of ``scores`` [groups, samples].
+
+    The one-way intraclass correlation, ICC(1) of Shrout and Fleiss (1979), of the groups without a failed (NaN) score:
+    what a critic that reads no more than the prompt can explain at best. Unbiased in numerator and denominator, so an
+    estimate below 0 means about 0. NaN for fewer than two groups or samples, and where all scores are equal.
+    """
+    whole = scores[~scores.isnan().any(1)].double()
+    count, size = whole.shape
+    if min(count, size) < 2:
+        return math.nan
+    between, within = size * whole.mean(1).var(), whole.var(1).mean()
+    return float((between - within) / (between + (size - 1) * within))

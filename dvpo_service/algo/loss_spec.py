@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+LevelKind = Literal["endpoint", "midpoint"]
+QrOver = Literal["ensemble", "heads"]
+TailTarget = Literal["tail_mean", "pseudo_outcome"]
+ShiftOver = Literal["token", "batch"]
+Curvature = Literal["pointwise", "block"]
+
 TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")
 
 
@@ -21,13 +27,13 @@ class CriticLossSpec:
     alpha: float  # lower tail
     beta: float  # upper tail
     risk_eta: float
-    quantile_levels: Literal["endpoint", "midpoint"]
+    quantile_levels: LevelKind
     huber_unit: bool
     sort_atoms: bool
-    qr_over: Literal["ensemble", "heads"]
-    tail_target: Literal["tail_mean", "pseudo_outcome"]
-    shift_over: Literal["token", "batch"]
-    curvature: Literal["pointwise", "block"]
+    qr_over: QrOver
+    tail_target: TailTarget
+    shift_over: ShiftOver
+    curvature: Curvature
     weights: Mapping[str, float]  # per term; 0 = ablated
 
     def __post_init__(self) -> None:

@@ -7,14 +7,12 @@ continuous in its fraction.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dvpo_service.algo.loss_spec import LevelKind
 from dvpo_service.algo.masks import masked_sum, zero_masked
-
-LevelKind = Literal["endpoint", "midpoint"]
 
 
 def quantile_levels(

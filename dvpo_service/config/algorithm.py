@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
+from dvpo_service.algo.loss_spec import (
+    TERMS,
+    CriticLossSpec,
+    Curvature,
+    LevelKind,
+    QrOver,
+    ShiftOver,
+    TailTarget,
+)
 from dvpo_service.config.base import (
     Fraction,
     NonNegativeFloat,
@@ -120,15 +128,15 @@ class AlgorithmConfig(Section):
     risk_eta: NonNegativeFloat = 1.0
     dvpo_loss_weights: LossWeights
 
-    quantile_levels: Literal["endpoint", "midpoint"]
+    quantile_levels: LevelKind
     huber_delta: PositiveFloat
     huber_scale: Literal["absolute", "return_sd"]
     huber_unit: bool
     sort_atoms: bool
-    qr_over: Literal["ensemble", "heads"]
-    tail_target: Literal["tail_mean", "pseudo_outcome"]
-    shift_over: Literal["token", "batch"]
-    curvature: Literal["pointwise", "block"]
+    qr_over: QrOver
+    tail_target: TailTarget
+    shift_over: ShiftOver
+    curvature: Curvature
     critic_target: Literal["gae", "mixture"]
 
     @model_validator(mode="before")

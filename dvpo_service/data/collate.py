@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dvpo_service.algo.diagnostics import between_groups
 from dvpo_service.types import Metrics, Prompt, Rollouts, Sample, Score
 
 
@@ -58,21 +58,6 @@ def rollout_metrics(rollouts: Rollouts, group_size: int, version: int) -> Metric
         "rollout/staleness": float((version - rollouts.weight_version).max()),
         "rollout/tokens": float(rollouts.response_lens.sum()),
     }
-
-
-def between_groups(scores: Tensor) -> float:
-    """The share of the scores' variance that lies between groups, of ``scores`` [groups, samples].
-
-    The one-way intraclass correlation, ICC(1) of Shrout and Fleiss (1979), of the groups without a failed (NaN) score:
-    what a critic that reads no more than the prompt can explain at best. Unbiased in numerator and denominator, so an
-    estimate below 0 means about 0. NaN for fewer than two groups or samples, and where all scores are equal.
-    """
-    whole = scores[~scores.isnan().any(1)].double()
-    count, size = whole.shape
-    if min(count, size) < 2:
-        return math.nan
-    between, within = size * whole.mean(1).var(), whole.var(1).mean()
-    return float((between - within) / (between + (size - 1) * within))
 
 
 def readable_rows(

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dvpo_service.algo.quantiles import LevelKind
+from dvpo_service.algo.loss_spec import LevelKind
 from dvpo_service.errors import CheckpointError
 from dvpo_service.models.critic_folder import CriticSpec, read_critic, write_critic
 from dvpo_service.models.packing import pack

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from dvpo_service.algo.quantiles import LevelKind, quantile_levels
+from dvpo_service.algo.loss_spec import LevelKind
+from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.errors import CheckpointError
 from dvpo_service.models.base import build_empty
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dvpo_service.algo.diagnostics import (
+    between_groups,
     critic_metrics,
     critic_sums,
     policy_metrics,
@@ -161,3 +162,23 @@ def test_no_valid_token_is_nan_not_an_error() -> None:
     zeros = torch.zeros(1, 2)
     assert all(math.isnan(x) for x in policy_metrics(policy_sums(zeros, zeros, none, none)).values())
     assert all(math.isnan(x) for x in rollout_kl_metrics(rollout_kl_sums(zeros, zeros, none)).values())
+
+
+def test_the_share_between_prompts_by_the_table_of_shrout_and_fleiss() -> None:
+    """Six targets, four judges: ICC(1) is .17 in their paper."""
+    table = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
+    assert between_groups(torch.tensor(table, dtype=torch.float32)) == pytest.approx(0.1657, abs=1e-4)
+
+
+def test_the_share_between_prompts_is_that_of_the_law_the_scores_are_drawn_from() -> None:
+    torch.manual_seed(0)
+    chance = torch.tensor([0.1, 0.9]).repeat(4000)  # variance between: 0.16, of all: 0.25
+    assert between_groups(torch.bernoulli(chance[:, None].expand(-1, 8))) == pytest.approx(0.64, abs=0.02)
+    assert between_groups(torch.bernoulli(torch.full((8000, 8), 0.3))) == pytest.approx(0.0, abs=0.01)
+
+
+def test_the_share_between_prompts_leaves_out_groups_with_a_failure_and_is_unknown_without_spread() -> None:
+    scores = torch.tensor([[1.0, 1.0], [0.0, 0.0], [math.nan, 0.0]])
+    assert between_groups(scores) == 1.0
+    for known in (scores[1:], scores[:1], torch.ones(4, 3), torch.rand(5, 1)):
+        assert math.isnan(between_groups(known))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
-from dvpo_service.data.collate import between_groups, collate, readable_rows, rollout_metrics
+from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.types import Prompt, Sample, Score
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": f"{i}?"},), "1", "t", (5,) * (i + 2)) for i in range(2)]
@@ -56,23 +55,3 @@ def test_rows_for_a_person() -> None:
     assert rows[0]["prompt"] == "0?"
     assert (rows[0]["reward"], rows[0]["clean_reward"]) == (1.0, 0.0)
     assert rows[2]["error"] == "boom"
-
-
-def test_the_share_between_prompts_by_the_table_of_shrout_and_fleiss() -> None:
-    """Six targets, four judges: ICC(1) is .17 in their paper."""
-    table = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
-    assert between_groups(torch.tensor(table, dtype=torch.float32)) == pytest.approx(0.1657, abs=1e-4)
-
-
-def test_the_share_between_prompts_is_that_of_the_law_the_scores_are_drawn_from() -> None:
-    torch.manual_seed(0)
-    chance = torch.tensor([0.1, 0.9]).repeat(4000)  # variance between: 0.16, of all: 0.25
-    assert between_groups(torch.bernoulli(chance[:, None].expand(-1, 8))) == pytest.approx(0.64, abs=0.02)
-    assert between_groups(torch.bernoulli(torch.full((8000, 8), 0.3))) == pytest.approx(0.0, abs=0.01)
-
-
-def test_the_share_between_prompts_leaves_out_groups_with_a_failure_and_is_unknown_without_spread() -> None:
-    scores = torch.tensor([[1.0, 1.0], [0.0, 0.0], [math.nan, 0.0]])
-    assert between_groups(scores) == 1.0
-    for known in (scores[1:], scores[:1], torch.ones(4, 3), torch.rand(5, 1)):
-        assert math.isnan(between_groups(known))
