@@ -13,7 +13,7 @@ import typer
 
 from dvpo_service import __version__
 from dvpo_service.errors import UserError
-from dvpo_service.stopping import SIGNALS, Stopped, raise_stopped
+from dvpo_service.host.stopping import SIGNALS, Stopped, raise_stopped
 
 # Heavy imports (torch, ray, transformers) stand in the commands, so that --help is quick.
 
@@ -55,10 +55,10 @@ def train(
 
     resolved = load_config(config, overrides or [])  # what is wrong there is said before the heavy imports
 
-    from dvpo_service.launch import train as launch
-    from dvpo_service.rundir import resolve_run_dir
+    from dvpo_service.commands import train as command
+    from dvpo_service.runs.directory import resolve_run_dir
 
-    launch(resolved, resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
+    command.train(resolved, resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
 
 
 @app.command()
@@ -72,9 +72,10 @@ def warmstart(
 
     resolved = load_config(config, overrides or [])
 
+    from actors.cluster.connect import connected
+    from dvpo_service.commands.warmstart import base_model
     from dvpo_service.data.splits import load_data
-    from dvpo_service.launch import base_model, connected
-    from dvpo_service.rundir import RunDir, resolve_run_dir
+    from dvpo_service.runs.directory import RunDir, resolve_run_dir
 
     train_data = load_data(resolved.data).train
     with connected(resolved):
@@ -95,11 +96,11 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
 ) -> None:
     """Accuracy, pass@k and greedy accuracy of a run (--run), or of any model on a config's splits."""
+    from dvpo_service.commands.evaluate import Subject, from_run
+    from dvpo_service.commands.evaluate import evaluate as measure
     from dvpo_service.config import load_config
     from dvpo_service.errors import ConfigError
-    from dvpo_service.evaluate import Subject, from_run
-    from dvpo_service.evaluate import evaluate as measure
-    from dvpo_service.fetch import local_copy
+    from dvpo_service.export.download import local_copy
 
     if run and not (config or model):
         with local_copy(run) as found, from_run(found, run, overrides or []) as subject:
@@ -117,8 +118,8 @@ def export(
     register: Annotated[str | None, typer.Option(help="Also a version of this model in the run's MLflow.")] = None,
 ) -> None:
     """The newest policy and critic of a run as a Hugging Face folder with a model card."""
-    from dvpo_service.export import export_and_register
-    from dvpo_service.fetch import local_copy
+    from dvpo_service.export.download import local_copy
+    from dvpo_service.export.export import export_and_register
 
     with local_copy(run) as found:
         done, version = export_and_register(found, output, register)
@@ -137,8 +138,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a policy with its value distributions: OpenAI's API, /v1/values, and a page to look at."""
-    from dvpo_service.serve import run as serve_run
-    from dvpo_service.storage import is_url
+    from dvpo_service.commands.serve import run as serve_run
+    from dvpo_service.runs.storage import is_url
 
     if is_url(run):
         raise UserError(f"{run}: every replica reads the weights from a path; `dvpo export --run {run} -o DIR` first")
@@ -151,8 +152,8 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Check the machine, and with --config that the run would fit."""
+    from dvpo_service.commands.doctor import examine
     from dvpo_service.config import load_config
-    from dvpo_service.doctor import examine
 
     if not examine(load_config(config, overrides or []) if config else None):
         raise typer.Exit(1)
@@ -169,7 +170,7 @@ def sweep(
     run_dir: Annotated[Path | None, typer.Option(help="Its folder; runs/GRID-CONFIG by default.")] = None,
 ) -> None:
     """Compare settings with paired seeds: each arm of a grid is a run; ends with the report."""
-    from dvpo_service.rundir import resolve_run_dir
+    from dvpo_service.runs.directory import resolve_run_dir
     from tune_sweeps.run import run_sweep
 
     folder = resolve_run_dir(str(run_dir) if run_dir else None, None, f"{Path(grid).stem}-{Path(config).stem}")
@@ -231,8 +232,8 @@ def configs() -> None:
 
 def main() -> None:
     """Entry point: an error a person can mend is one line and exit code 2, never a stack trace."""
-    from dvpo_service.failure import describe
-    from dvpo_service.masking import MaskingFormatter
+    from dvpo_service.host.failure import describe
+    from dvpo_service.host.secrets import MaskingFormatter
 
     handler = logging.StreamHandler()
     handler.setFormatter(MaskingFormatter("%(levelname)s %(name)s: %(message)s"))

@@ -27,3 +27,14 @@ class ClusterError(UserError):
 
 class TrackingError(UserError):
     """The tracking store cannot be reached when the run starts."""
+
+
+def one_line(text: object, limit: int | None = 300) -> str:
+    """Return ``str(text)`` with every run of white space as one space, cut to ``limit`` characters (None: not cut)."""
+    return " ".join(str(text).split())[:limit]
+
+
+def describe_error(error: BaseException, limit: int | None = 300) -> str:
+    """Return an exception's type and message on one line, the message cut to ``limit`` characters."""
+    message = one_line(error, limit)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

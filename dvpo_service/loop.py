@@ -1,5 +1,8 @@
 """The algorithm, read top to bottom. Everything heavy is behind the roles in roles.py.
 
+A step: sample and score responses, compute log-probs, put the KL penalty into the rewards, estimate advantages, whiten
+them, update critic and policy side by side, give the new weights to the engines.
+
 Step numbers: ``step`` is the number of updates done. Row 0 of the metrics is the evaluation
 before training; row k holds update k and, when it is due, the evaluation after it.
 """
@@ -14,11 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dvpo_service.checkpoint import Checkpoints
-from dvpo_service.config import TrainerConfig
+from torch import Tensor
+
+from dvpo_service.config import Config
+from dvpo_service.host.stopping import Stopping
+from dvpo_service.objectives.preparation import prepare_rewards, whiten
 from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
-from dvpo_service.stopping import Stopping
-from dvpo_service.types import Advantages, Metrics, Rollouts
+from dvpo_service.runs.checkpoint import Checkpoints
+from dvpo_service.types import Metrics, Rollouts
 
 
 @dataclass
@@ -53,17 +59,23 @@ class TrainingStopped(RuntimeError):
 
 
 def train(
-    config: TrainerConfig, roles: Roles, checkpoints: Checkpoints, state: TrainState, stopping: Stopping | None = None
+    config: Config, roles: Roles, checkpoints: Checkpoints, state: TrainState, stopping: Stopping | None = None
 ) -> TrainState:
-    """Run to ``config.num_steps``, from ``state``. Raises Stopped, with a checkpoint written, on a request to stop."""
-    r, clock, stopping = roles, Clock(), stopping or Stopping()
+    """Train from ``state`` to ``trainer.num_steps`` updates, and return the state at the end.
+
+    Raises:
+      Stopped: on a request to stop, with a checkpoint written.
+      TrainingStopped: too many steps in a row were skipped.
+      PoolError: a pool lost an actor that it cannot replace by itself.
+    """
+    r, trainer, clock, stopping = roles, config.trainer, Clock(), stopping or Stopping()
     r.weights.push(version=state.step)
     if not state.before:
         with clock("eval"):
             state.before = state.after = r.evaluator.run(0)
             r.observer.observe(0)
-        r.tracker.log(0, state.before | clock.lap())
-    for step in stopping.steps(range(state.step, config.num_steps)):
+        r.tracker.log(0, state.before | clock.pop_metrics())
+    for step in stopping.steps(range(state.step, trainer.num_steps)):
         started, boundary = time.perf_counter(), record(state, roles)
         # Until the critic sees the batch the trainers are as the last step left them.
         with stopping.at_boundary(step, partial(save, checkpoints, roles, boundary, wait=True)):
@@ -71,11 +83,13 @@ def train(
             checkpoints.advance()
             with clock("logprobs"):
                 rollouts = r.policy.logprobs(batch.rollouts, step)
+                rollouts = prepare_rewards(rollouts, config.policy.kl)
         with clock("advantages"):
-            advantages, value_metrics = r.estimator.advantages(rollouts, step)
+            estimate, value_metrics = r.estimator.advantages(rollouts, step)
+            advantages = whiten(estimate.advantages, rollouts.response_mask, config.algorithm)
         with clock("update"):
             jobs = [r.estimator.update_async(rollouts, step)]
-            if step >= config.critic_warmup:
+            if step >= trainer.critic_warmup:
                 jobs.append(r.policy.update_async(rollouts, advantages, step))
             updates = [job.result() for job in jobs]
         with clock("sync"):
@@ -86,25 +100,25 @@ def train(
         for update in updates:
             metrics |= update
         checkpoints.advance()
-        stop_if_diverging(metrics, state, config, rollouts, advantages, checkpoints.run_dir)
-        metrics |= clock.lap() | checkpoints.lap() | {"time/step": time.perf_counter() - started}
-        if due(config.eval_every, state.step, config.num_steps):
+        stop_if_diverging(metrics, state, trainer.max_bad_steps, rollouts, estimate.advantages, checkpoints.run_dir)
+        metrics |= clock.pop_metrics() | checkpoints.pop_metrics() | {"time/step": time.perf_counter() - started}
+        if due(trainer.eval_every, state.step, trainer.num_steps):
             with clock("eval"):
                 state.after = r.evaluator.run(state.step)
                 r.observer.observe(state.step)
             r.tracker.log_samples(state.step, batch.rows)
-            metrics |= state.after | clock.lap()
+            metrics |= state.after | clock.pop_metrics()
         state.seconds += time.perf_counter() - started
         r.tracker.log(state.step, metrics)
         # Last: a step that a checkpoint holds has been logged, so a run that resumes misses none.
-        if due(config.save_every, state.step, config.num_steps):
+        if due(trainer.save_every, state.step, trainer.num_steps):
             with clock("checkpoint"):
-                save(checkpoints, roles, record(state, roles), wait=state.step == config.num_steps)
+                save(checkpoints, roles, record(state, roles), wait=state.step == trainer.num_steps)
     return state
 
 
 def due(every: int, step: int, last: int) -> bool:
-    """Every ``every`` steps and at the end; 0 means at the end only."""
+    """Return whether something is due: every ``every`` steps and at the end; 0 means at the end only."""
     return step == last or bool(every and step % every == 0)
 
 
@@ -118,7 +132,7 @@ def save(checkpoints: Checkpoints, roles: Roles, record: dict[str, Any], *, wait
 
 
 def record(state: TrainState, roles: Roles) -> dict[str, Any]:
-    """The small part of a checkpoint, as JSON."""
+    """Return the small part of a checkpoint, as JSON."""
     return {
         "state": dict(state.__dict__),
         "stream": roles.stream.state_dict(),
@@ -129,18 +143,21 @@ def record(state: TrainState, roles: Roles) -> dict[str, Any]:
 def stop_if_diverging(
     metrics: Metrics,
     state: TrainState,
-    config: TrainerConfig,
+    max_bad_steps: int,
     rollouts: Rollouts,
-    advantages: Advantages,
+    advantages: Tensor,
     run_dir: Path,
 ) -> None:
-    """Count steps that a trainer skipped; after ``max_bad_steps`` in a row keep the batch and stop."""
+    """Count steps that a trainer skipped; after ``max_bad_steps`` in a row keep the batch and stop.
+
+    Raises TrainingStopped.
+    """
     skipped = metrics.get("policy/skipped_steps", 0) + metrics.get("critic/skipped_steps", 0)
     state.bad_steps = state.bad_steps + 1 if skipped else 0
-    if state.bad_steps < config.max_bad_steps:
+    if state.bad_steps < max_bad_steps:
         return
     path = run_dir / f"bad-batch-{state.step:06d}.safetensors"
-    rollouts.save(path, advantages=advantages.advantages)
+    rollouts.save(path, advantages=advantages)
     raise TrainingStopped(
         f"{state.bad_steps} steps in a row had a non-finite loss or gradient; stopped at step {state.step}. "
         f"The last batch is in {path}. Usual causes: learning rate too high, rewards of a huge scale. "
@@ -160,7 +177,7 @@ class Clock:
         yield
         self.seconds[f"time/{stage}"] = time.perf_counter() - start
 
-    def lap(self) -> Metrics:
-        """What was measured since the last lap."""
+    def pop_metrics(self) -> Metrics:
+        """Return what was measured since the last call."""
         seconds, self.seconds = self.seconds, {}
         return seconds

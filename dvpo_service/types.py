@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +31,17 @@ class Prompt:
     answer: str
     source: str
     token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an engine samples ``n`` responses a prompt; ``temperature`` 0 is greedy, ``top_k`` -1 is off."""
+
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,13 @@ class Rollouts:
         return type(self)(**picked)
 
     def with_(self, **changes: Tensor) -> Self:
+        """Return the same with some fields replaced."""
         return replace(self, **changes)
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same on ``device``."""
+        moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return replace(self, **moved)
 
     def save(self, path: Path, **more: Tensor) -> None:
         """Write every tensor to a safetensors file, for a look at a batch that went wrong."""

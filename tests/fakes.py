@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvpo_service.integrity import Written, sums_of
+from torch import Tensor
+
+from dvpo_service.runs.integrity import Written, sums_of
 from dvpo_service.types import Advantages, Generated, Metrics, Rollouts
 from tests.builders import make_rollouts
 
@@ -64,7 +66,7 @@ class FakePolicy:
         self.log("logprobs", step)
         return rollouts.with_(logprobs=rollouts.rollout_logprobs)
 
-    def update_async(self, rollouts: Rollouts, advantages: Advantages, step: int) -> DoneJob:
+    def update_async(self, rollouts: Rollouts, advantages: Tensor, step: int) -> DoneJob:
         self.log("policy update", step)
         return DoneJob(self.log, "policy", {"policy/loss": 0.1, "policy/skipped_steps": self.skipped})
 

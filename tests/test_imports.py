@@ -1,4 +1,5 @@
-"""Imports point one way: dvpo_service/algo <- dvpo_service <- actors <- tune_sweeps."""
+"""Imports point one way: algo <- dvpo_service <- actors (cluster <- rollouts <- weights <- training) <- commands,
+tune_sweeps."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-RAY_ALLOWED = {"launch.py", "serve.py", "warmstart.py", "replicas.py", "value_server.py"}
+RAY_ALLOWED = frozenset({"deploy.py", "replicas.py", "value_server.py"})
+ROOMS = ("cluster", "rollouts", "weights", "training")  # of the actors, from below
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -19,13 +23,15 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def offenders(folder: str, *forbidden: str, allowed: frozenset[str] = frozenset()) -> list[str]:
+def offenders(folder: str, *forbidden: str, allowed: frozenset[str] = frozenset(), but: str | None = None) -> list[str]:
+    """Files below ``folder``, other than those named ``allowed`` or below ``but``, that import what is forbidden."""
     return [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if path.name not in allowed
+        if path.name not in allowed and not (but and path.is_relative_to(ROOT / but))
         for module in imports(path)
         if any(module == name or module.startswith(name + ".") for name in forbidden)
     ]
@@ -33,23 +39,72 @@ def offenders(folder: str, *forbidden: str, allowed: frozenset[str] = frozenset(
 
 def test_the_maths_knows_nothing_of_the_rest() -> None:
     assert not offenders("dvpo_service/algo", "ray", "pydantic", "transformers", "torch.distributed", "actors")
-    assert not offenders(
-        "dvpo_service/algo",
-        *(f"dvpo_service.{m}" for m in ("config", "data", "models", "rewards", "tracking", "types")),
-    )
+    known = {"dvpo_service.algo"}
+    strangers = [
+        f"{path.name} imports {module}"
+        for path in (ROOT / "dvpo_service/algo").rglob("*.py")
+        for module in imports(path)
+        if module.startswith("dvpo_service") and not any(module.startswith(k) for k in known)
+    ]
+    assert not strangers
 
 
-def test_the_service_does_not_know_its_actors() -> None:
-    assert not offenders("dvpo_service", "actors", allowed=frozenset({"launch.py"}))
+def test_objectives_and_estimators_know_no_ray() -> None:
+    for room in ("objectives", "estimators", "registry"):
+        assert not offenders(f"dvpo_service/{room}", "ray", "torch.distributed", "actors")
+
+
+def test_what_a_config_can_name_stands_below_the_config() -> None:
+    rooms = ("config", "data", "models", "rewards", "tracking", "types", "estimators", "objectives")
+    assert not offenders("dvpo_service/registry", "torch", *(f"dvpo_service.{room}" for room in rooms))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_rooms_of_the_actors_import_downwards(room: str) -> None:
+    above = ROOMS[ROOMS.index(room) + 1 :]
+    assert not offenders(f"actors/{room}", *(f"actors.{other}" for other in above), "dvpo_service.commands")
+
+
+def test_only_the_commands_know_the_actors() -> None:
+    assert not offenders("dvpo_service", "actors", allowed=frozenset({"cli.py"}), but="dvpo_service/commands")
 
 
 def test_only_a_few_files_of_the_service_know_ray() -> None:
-    assert not offenders("dvpo_service", "ray", allowed=frozenset(RAY_ALLOWED))
+    assert not offenders("dvpo_service", "ray", allowed=RAY_ALLOWED, but="dvpo_service/commands")
+
+
+def test_the_service_does_not_know_its_commands() -> None:
+    assert not offenders(
+        "dvpo_service", "dvpo_service.commands", allowed=frozenset({"cli.py"}), but="dvpo_service/commands"
+    )
 
 
 def test_only_the_command_line_knows_the_sweeps() -> None:
     assert not offenders("dvpo_service", "tune_sweeps", allowed=frozenset({"cli.py"}))
     assert not offenders("actors", "tune_sweeps")
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    """Between modules, counting imports inside functions as well as those for types."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in ("dvpo_service", "actors", "tune_sweeps")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    graph = {name: {m for m in imports(path) if m in modules and m != name} for name, path in modules.items()}
+    state: dict[str, str] = {}
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert state.get(name) != "open", " -> ".join((*way[way.index(name) :], name))
+        if name in state:
+            return
+        state[name] = "open"
+        for other in sorted(graph[name]):
+            visit(other, (*way, name))
+        state[name] = "done"
+
+    for name in sorted(graph):
+        visit(name, ())
 
 
 def test_a_config_is_read_without_the_heavy_imports() -> None:

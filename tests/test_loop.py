@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dvpo_service.checkpoint import Checkpoints
 from dvpo_service.config import TrainerConfig
-from dvpo_service.integrity import Written
 from dvpo_service.loop import Roles, TrainingStopped, TrainState, train
+from dvpo_service.runs.checkpoint import Checkpoints
+from dvpo_service.runs.integrity import Written
+from tests.builders import make_config
 from tests.fakes import FakeEstimator, FakeEvaluator, FakePolicy, FakeStream, FakeTracker, FakeWeights, Log
 
 
@@ -29,7 +30,8 @@ def make_roles(log: Log, *, skipped: float = 0.0) -> Roles:
     )
 
 
-def run(tmp_path: Path, config: TrainerConfig, roles: Roles, state: TrainState | None = None) -> TrainState:
+def run(tmp_path: Path, trainer: TrainerConfig, roles: Roles, state: TrainState | None = None) -> TrainState:
+    config = make_config("model", trainer=trainer.model_dump())
     return train(config, roles, Checkpoints(tmp_path, keep=2), state or TrainState())
 
 

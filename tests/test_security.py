@@ -15,14 +15,14 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.reward import RewardWorker, Work
+from actors.rollouts.reward import RewardWorker, Work
 from dvpo_service.config import Config, load_config, to_yaml
+from dvpo_service.config.exposure import dashboard_warning, serving_warning, warnings_of
 from dvpo_service.config.serve import ServeConfig
 from dvpo_service.data.dataset import load_prompts
 from dvpo_service.errors import ConfigError, TrackingError
-from dvpo_service.exposure import dashboard_warning, serving_warning, warnings_of
-from dvpo_service.failure import describe
-from dvpo_service.masking import MaskingFormatter, mask_override
+from dvpo_service.host.failure import describe
+from dvpo_service.host.secrets import MaskingFormatter, mask_override
 from dvpo_service.tracking.store import tracking_uri
 from tests.builders import make_config
 from tests.ports import listening
@@ -114,7 +114,7 @@ def test_everything_is_on_loopback_by_default() -> None:
 def test_a_cluster_started_here_listens_on_loopback_only() -> None:
     import ray
 
-    from actors.cluster import connected
+    from actors.cluster.connect import connected
 
     with connected(make_config("unused")):
         ray.get(ray.remote(lambda: None).remote(), timeout=60)

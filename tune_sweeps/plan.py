@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dvpo_service.config import Config, load_config
-from dvpo_service.errors import ConfigError
+from dvpo_service.errors import ConfigError, one_line
 from tune_sweeps.grid import GRIDS, Arm, Grid
 from tune_sweeps.records import Sweep, trial_name
 
@@ -44,7 +44,7 @@ def find_grid(name_or_path: str) -> Grid:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"grid {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"grid {path}: not valid YAML: {one_line(error, None)}") from error
     if not isinstance(tree, dict) or bool(tree.get("arms")) == bool(tree.get("space")):
         raise ConfigError(f"grid {path}: give either arms (name: overrides) or space (key: sampler), and not empty")
     return _user_grid(path, tree)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from dvpo_service.errors import DataError
-from dvpo_service.masking import mask_override, mask_uri
-from dvpo_service.tracking.jsonl import read_metrics
+from dvpo_service.host.secrets import mask_override, mask_uri
+from dvpo_service.runs.step_file import read_metrics
 from tune_sweeps.grid import Arm, Grid
 
 Status = Literal["waiting", "running", "done", "failed"]

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dvpo_service.errors import DataError
-from dvpo_service.masking import MASK, mask_message
+from dvpo_service.host.secrets import MASK, mask_message
 from dvpo_service.tracking.store import open_store, reaching, sqlite_path
 from tune_sweeps.analysis import LEVEL, MIN_PAIRS, UNSURE, Analysis, Comparison, analyse, by_chance
 from tune_sweeps.guide import GuideRow, OwnLoss, guide_rows, own_losses

@@ -10,14 +10,14 @@ from pathlib import Path
 from ray import tune
 from ray.tune import FailureConfig, ResultGrid, RunConfig, Tuner
 
-from actors.cluster import connected
-from actors.placement import Bundle, alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
+from actors.cluster.connect import connected
+from actors.cluster.placement import Bundle, alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
+from dvpo_service.commands.warmstart import base_model
 from dvpo_service.config import Config
 from dvpo_service.data.splits import load_data
 from dvpo_service.errors import ConfigError, UserError
 from dvpo_service.terminal import make_console, warn_of
 from dvpo_service.tracking.store import tracking_uri
-from dvpo_service.warmstart import base_model
 from tune_sweeps.grid import Grid
 from tune_sweeps.plan import Job, find_grid, plan_trials, resolve
 from tune_sweeps.records import Sweep, read_sweep, save_sweep

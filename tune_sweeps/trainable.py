@@ -11,13 +11,13 @@ from typing import Any
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
-from actors.engines import WarmEngines
-from actors.placement import plan_bundles
-from dvpo_service import launch
+from actors.cluster.placement import plan_bundles
+from actors.rollouts.engines import WarmEngines
+from dvpo_service.commands.train import train
 from dvpo_service.config import Config
 from dvpo_service.errors import UserError
-from dvpo_service.failure import describe
-from dvpo_service.tracking.jsonl import read_metrics
+from dvpo_service.host.failure import describe
+from dvpo_service.runs.step_file import read_metrics
 from tune_sweeps.plan import Job
 from tune_sweeps.records import TrialState
 
@@ -52,7 +52,7 @@ def run_trial(params: Mapping[str, Any], job: Job) -> None:
     state.save(folder)
     started, before = time.time(), state.seconds
     try:
-        launch.train(plan.config, folder, watch=watch, warm=_WARM)
+        train(plan.config, folder, watch=watch, warm=_WARM)
         state.status = "done"
     except Exception as error:
         state.status, state.error = "failed", describe(error)[0]

@@ -6,14 +6,11 @@ ranks). Then ``weighted_sum`` over any cut into parts, added up, is the batch's 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from dvpo_service.algo.choices import Aggregation
 from dvpo_service.algo.masks import zero_masked
-
-Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dvpo_service.algo import critic_terms as terms
-from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
+from dvpo_service.algo.loss_spec import CriticLossSpec
 from dvpo_service.algo.masks import float32_or_better, masked_mean, masked_sum, zero_masked
 from dvpo_service.algo.quantile_huber import quantile_huber
 from dvpo_service.algo.quantiles import quantile_levels
@@ -24,6 +25,19 @@ class CriticLoss:
     weighted: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class OwnTerm:
+    """A term beside the built-in ones.
+
+    Attributes:
+      function: takes the sorted heads [B, T, H, M], the sorted targets [B, T, K] and the levels [M]; returns [B, T].
+      weight: 0 measures the term without training on it.
+    """
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weight: float
+
+
 def critic_loss(
     z: Tensor,
     y: Tensor,
@@ -33,6 +47,7 @@ def critic_loss(
     delta: float,
     denominator: float | Tensor,
     mean_shift: float | None = None,
+    own_terms: Mapping[str, OwnTerm] | None = None,
 ) -> CriticLoss:
     """Eq. 11: ``sum_x weight_x * (sum over valid tokens of term_x) / denominator``.
 
@@ -45,6 +60,7 @@ def critic_loss(
         gradients of the parts then add up to those of the whole.
       mean_shift: only for ``shift_over="batch"``, whose relu is around the *global* token mean: that mean
         (sum of ``shift_sum`` over the parts / denominator). None takes it from this batch alone.
+      own_terms: further terms by name, added like the built-in ones.
 
     Returns:
       Every term is measured, also with weight 0; such a term runs without autograd, so that it cannot
@@ -54,14 +70,16 @@ def critic_loss(
       ValueError: on shapes that do not fit, or a denominator or delta that is not positive.
     """
     z, y, mask = _check_and_clean(z, y, mask)
+    own = own_terms or {}
+    weights = {**spec.weights, **{name: term.weight for name, term in own.items()}}
     with torch.autocast(z.device.type, enabled=False):
         raw: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         total = z.flatten()[:0].sum()  # 0 that backward() accepts, whatever z holds
-        for name, value in _reduced_terms(z, y, mask, spec, delta, denominator, mean_shift).items():
+        for name, value in _reduced_terms(z, y, mask, spec, delta, denominator, mean_shift, own).items():
             raw[name] = value.detach()
-            if spec.weights[name] > 0:
-                contribution = spec.weights[name] * value
+            if weights[name] > 0:
+                contribution = weights[name] * value
                 total = total + contribution
                 weighted[name] = contribution.detach()
             else:
@@ -70,11 +88,11 @@ def critic_loss(
 
 
 @torch.no_grad()
-def shift_sum(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec) -> Tensor:
-    """Sum over valid tokens of ``mean_j y - mean_j q`` (Eq. 7 before its relu), float64 scalar.
+def shift_sum(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over valid tokens of ``mean_j y - mean_j q`` (Eq. 7 before its relu), a float64 scalar.
 
     Add it up over micro-batches and ranks, divide by the global token count, and pass the result as
-    ``mean_shift``. Sorting cannot change a mean, so nothing in ``spec`` but its type matters here.
+    ``mean_shift``. Atoms need no sorting: it cannot change a mean.
     """
     z, y, mask = _check_and_clean(z, y, mask)
     return masked_sum(terms.mean_shift(z.mean(-2), y, "batch").double(), mask)
@@ -98,43 +116,41 @@ def _reduced_terms(
     delta: float,
     denominator: float | Tensor,
     mean_shift: float | None,
+    own_terms: Mapping[str, OwnTerm],
 ) -> dict[str, Tensor]:
-    """Scalar per term, in the order of TERMS; autograd only through those with a weight."""
+    """Return a scalar per term, the built-in ones in the order of TERMS; autograd only through those with a weight."""
+    inputs = _inputs(z, y, spec, delta)
+    reduced = {}
+    for name, term in terms.PER_TOKEN.items():
+        with _grad_if(spec.weights[name] > 0):
+            reduced[name] = masked_mean(term(inputs), mask, denominator)
+            if name == "shift" and spec.shift_over == "batch":
+                reduced[name] = _batch_relu(reduced[name], mean_shift)
+    for name, own in own_terms.items():
+        with _grad_if(own.weight > 0):
+            reduced[name] = masked_mean(own.function(inputs.heads, inputs.targets, inputs.levels), mask, denominator)
+    return reduced
 
-    def grad_for(*names: str) -> torch.no_grad | nullcontext[None]:
-        return nullcontext() if any(spec.weights[name] > 0 for name in names) else torch.no_grad()
 
+def _inputs(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> terms.TermInputs:
     # Stable: among tied atoms the order, and with it the subgradient, is the same on every machine.
     heads = z.sort(dim=-1, stable=True).values if spec.sort_atoms else z
     q = heads.mean(-2)
     tails = q if spec.sort_atoms else q.sort(dim=-1, stable=True).values
     targets = y.sort(-1).values
     levels = quantile_levels(z.shape[-1], spec.quantile_levels, device=z.device, dtype=z.dtype)
-    with grad_for("qr", "risk"):  # one pass serves both
+    with _grad_if(spec.weights["qr"] > 0 or spec.weights["risk"] > 0):  # one pass serves both
         fitted = heads if spec.qr_over == "heads" else q.unsqueeze(-2)
         losses = quantile_huber(fitted, targets, levels, delta, spec.huber_unit)
+    return terms.TermInputs(heads, q, tails, targets, levels, losses, spec)
 
-    per_token = {
-        "qr": lambda: terms.quantile_regression(losses),
-        "risk": lambda: terms.risk_weighted(losses, levels, spec.risk_eta),
-        "cvar": lambda: terms.cvar(tails, targets, spec.alpha, spec.tail_target),
-        "gain": lambda: terms.upper_gain(tails, targets, spec.beta, spec.tail_target),
-        "shift": lambda: terms.mean_shift(q, targets, spec.shift_over),
-        "shape": lambda: terms.tail_shape(tails, targets, spec.alpha, spec.beta),
-        "curv": lambda: terms.tail_curvature(tails, spec.alpha, spec.beta, spec.curvature),
-        "consist": lambda: terms.head_consistency(heads),
-    }
-    reduced = {}
-    for name in TERMS:
-        with grad_for(name):
-            reduced[name] = masked_mean(per_token[name](), mask, denominator)
-            if name == "shift" and spec.shift_over == "batch":
-                reduced[name] = _batch_relu(reduced[name], mean_shift)
-    return reduced
+
+def _grad_if(wanted: bool) -> torch.no_grad | nullcontext[None]:
+    return nullcontext() if wanted else torch.no_grad()
 
 
 def _batch_relu(part: Tensor, mean_shift: float | None) -> Tensor:
-    """Relu of the global mean, of which ``part`` is this batch's share: the global sign opens the gate."""
+    """Relu of the global mean, of which ``part`` is this batch's share: the sign of the global mean decides."""
     if mean_shift is None:
         return part.relu()
-    return torch.zeros_like(part) if mean_shift <= 0 else part  # a NaN mean must not close it unseen
+    return torch.zeros_like(part) if mean_shift <= 0 else part  # a NaN mean must not hide the term

@@ -1,4 +1,4 @@
-"""The critic's loss terms, one pure function per equation of arXiv 2512.03847 (LOSSES section 2).
+"""The critic's loss terms, one pure function per equation of arXiv 2512.03847 (docs/algorithm.md has the equations).
 
 ``heads [..., H, M]`` are the predicted atoms, ``q [..., M]`` their mean over heads, ``y [..., K]`` the
 target atoms; the tail functions want ``q`` and ``y`` sorted ascending along the last axis. Every function
@@ -8,11 +8,14 @@ flows to the prediction; the caller detaches ``y``.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dvpo_service.algo.choices import Curvature, ShiftOver, TailTarget
+from dvpo_service.algo.loss_spec import CriticLossSpec
 from dvpo_service.algo.quantiles import (
     lower_tail_mean,
     lower_tail_variance,
@@ -20,10 +23,6 @@ from dvpo_service.algo.quantiles import (
     tail_weights,
     upper_tail_variance,
 )
-
-TailTarget = Literal["tail_mean", "pseudo_outcome"]
-ShiftOver = Literal["token", "batch"]
-Curvature = Literal["pointwise", "block"]
 
 
 def quantile_regression(losses: Tensor) -> Tensor:
@@ -140,3 +139,38 @@ def _block_difference(q: Tensor, fraction: float) -> Tensor:
         return torch.zeros_like(q[..., 0])
     b1, b2, b3 = (block.mean(-1) for block in q[..., : 3 * size].split(size, dim=-1))
     return b3 - 2 * b2 + b1
+
+
+@dataclass(frozen=True)
+class TermInputs:
+    """What a term may look at; padding is 0.
+
+    Attributes:
+      heads: predicted atoms [B, T, H, M], sorted along M if the spec says so.
+      q: their mean over heads [B, T, M].
+      tails: ``q`` sorted along M.
+      targets: target atoms [B, T, K], sorted along K, detached.
+      levels: quantile levels of the atoms [M].
+      losses: quantile Huber losses [B, T, H or 1, M] of Eq. 3.
+    """
+
+    heads: Tensor
+    q: Tensor
+    tails: Tensor
+    targets: Tensor
+    levels: Tensor
+    losses: Tensor
+    spec: CriticLossSpec
+
+
+# A built-in term is its function above, its row here and one in ``loss_spec.TERMS``. Each returns [B, T].
+PER_TOKEN: Mapping[str, Callable[[TermInputs], Tensor]] = {
+    "qr": lambda x: quantile_regression(x.losses),
+    "risk": lambda x: risk_weighted(x.losses, x.levels, x.spec.risk_eta),
+    "cvar": lambda x: cvar(x.tails, x.targets, x.spec.alpha, x.spec.tail_target),
+    "gain": lambda x: upper_gain(x.tails, x.targets, x.spec.beta, x.spec.tail_target),
+    "shift": lambda x: mean_shift(x.q, x.targets, x.spec.shift_over),
+    "shape": lambda x: tail_shape(x.tails, x.targets, x.spec.alpha, x.spec.beta),
+    "curv": lambda x: tail_curvature(x.tails, x.spec.alpha, x.spec.beta, x.spec.curvature),
+    "consist": lambda x: head_consistency(x.heads),
+}

@@ -5,26 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-LevelKind = Literal["endpoint", "midpoint"]
-QrOver = Literal["ensemble", "heads"]
-TailTarget = Literal["tail_mean", "pseudo_outcome"]
-ShiftOver = Literal["token", "batch"]
-Curvature = Literal["pointwise", "block"]
+from dvpo_service.algo.choices import Curvature, LevelKind, QrOver, ShiftOver, TailTarget
 
-TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")
+
+@dataclass(frozen=True)
+class TermInfo:
+    """A loss term's default weight in each form, and whether an ``ablate_*`` switch can remove it."""
+
+    paper: float
+    calibrated: float
+    has_switch: bool = True
+
+
+# Every built-in term; ``critic_terms.PER_TOKEN`` has its function. Quantile regression (qr) is what the others shape,
+# so it has no switch.
+TERMS: Mapping[str, TermInfo] = {
+    "qr": TermInfo(1.0, 1.0, has_switch=False),
+    "risk": TermInfo(1.0, 1.0),
+    "cvar": TermInfo(1.0, 0.1),
+    "gain": TermInfo(1.0, 0.1),
+    "shift": TermInfo(1.0, 0.1),
+    "shape": TermInfo(1.0, 0.1),
+    "curv": TermInfo(1.0, 0.1),
+    "consist": TermInfo(1.0, 0.01),
+}
 
 
 @dataclass(frozen=True)
 class CriticLossSpec:
-    """What the loss is made of; LOSSES section 1 has the two presets of it.
+    """Everything that defines the critic's loss but the Huber threshold; docs/algorithm.md has its two presets.
 
-    Raises ValueError for a tail outside (0, 1], or weights that are not one finite number >= 0 for each of
-    ``TERMS`` (a forgotten weight must not ablate a term).
+    Raises:
+      ValueError: a tail outside (0, 1], or weights that are not one finite number >= 0 for each of ``TERMS``
+        (a forgotten weight must not ablate a term).
     """
 
-    alpha: float  # lower tail
+    alpha: float  # lower tail, a fraction of the atoms
     beta: float  # upper tail
     risk_eta: float
     quantile_levels: LevelKind
@@ -34,14 +51,14 @@ class CriticLossSpec:
     tail_target: TailTarget
     shift_over: ShiftOver
     curvature: Curvature
-    weights: Mapping[str, float]  # per term; 0 = ablated
+    weights: Mapping[str, float]  # per term; 0 removes it
 
     def __post_init__(self) -> None:
         for name, fraction in (("alpha", self.alpha), ("beta", self.beta)):
             if not 0.0 < fraction <= 1.0:
                 raise ValueError(f"{name} is a fraction in (0, 1], got {fraction}")
         if set(self.weights) != set(TERMS):
-            raise ValueError(f"weights must name exactly {TERMS}, got {tuple(self.weights)}")
+            raise ValueError(f"weights must name exactly {tuple(TERMS)}, got {tuple(self.weights)}")
         for name, weight in self.weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"the weight of {name} must be finite and >= 0, got {weight}")

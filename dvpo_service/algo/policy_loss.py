@@ -6,12 +6,11 @@ token count). Log-probs on padding must be finite (``Rollouts`` keeps them 0; ``
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dvpo_service.algo.masks import float32_or_better
+from dvpo_service.algo.choices import BeyondCap, KlKind
+from dvpo_service.algo.masks import float32_or_better, zero_masked
 
 # exp(20) = 4.9e8: far beyond any ratio that means something, far below float32's overflow at 88.
 MAX_LOG_RATIO = 20.0
@@ -33,7 +32,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
     """Per-token estimate of KL(policy || reference) from tokens the policy sampled, [B, T].
 
     With ``d = log ref - log p`` (Schulman, "Approximating KL divergence", 2020):
@@ -58,14 +57,12 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-    is_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's ``-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``, r = p / p_old (arXiv 1707.06347).
+    """PPO's ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``, r = p / p_old (arXiv 1707.06347).
 
     Separate ranges as in DAPO (arXiv 2503.14476). ``dual_clip`` c bounds the loss of a token with A < 0 by
     ``-c A`` (Ye et al. 2020, arXiv 1912.09729): PPO's own clip has no bound where r grows and A < 0.
-    ``is_weights`` w corrects for a rollout engine that is not p_old (decoupled PPO). The log-ratio is clamped
-    to +-20 so that nothing overflows. All arguments [B, T].
+    The log-ratio is clamped to +-20 so that nothing overflows. All arguments [B, T].
 
     Returns:
       (loss [B, T], clipped [B, T] bool: where either clip holds, so that the gradient is 0).
@@ -73,24 +70,91 @@ def clipped_surrogate(
     Raises:
       ValueError: unless 0 <= clip_low <= 1, clip_high >= 0 and dual_clip > 1.
     """
-    if not (0.0 <= clip_low <= 1.0 and clip_high >= 0.0):
-        raise ValueError(f"clip range must have 0 <= low <= 1 and high >= 0, got {clip_low}, {clip_high}")
+    _check_clip_range(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"the dual clip bounds the ratio from above and must be > 1, got {dual_clip}")
-    log_ratio = logprobs - old_logprobs.detach()
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     advantages = advantages.detach()
-    free = ratio * advantages
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    objective, clipped = torch.minimum(free, bounded), bounded < free
+    objective, clipped = _clipped(_ratio(logprobs - old_logprobs.detach()), advantages, clip_low, clip_high)
     if dual_clip is not None:
         floor = dual_clip * advantages
         below = (advantages < 0) & (objective < floor)
         objective, clipped = torch.where(below, floor, objective), clipped | below
-    loss = -objective
-    if is_weights is not None:
-        loss = loss * is_weights.detach()
-    return loss, clipped.detach()
+    return -objective, clipped.detach()
+
+
+def sequence_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """GSPO's ``-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)`` with one ratio a response (arXiv 2507.18071).
+
+    ``s = exp(mean over the response's valid tokens of log p - log p_old)``, so the whole response is kept or clipped,
+    and one token's ratio cannot run away. Aggregate with "seq_mean_token_mean": the mean of the tokens' losses is then
+    the response's, as in the paper's Eq. 5; advantages may still differ from token to token. The usual clip ranges are
+    of the order of 3e-4.
+
+    Args:
+      logprobs, old_logprobs, advantages: [B, T].
+      mask: [B, T] bool, whole responses.
+
+    Returns:
+      (loss [B, T], clipped [B, T] bool: where the clip holds, so that the gradient is 0).
+
+    Raises:
+      ValueError: unless 0 <= clip_low <= 1 and clip_high >= 0.
+    """
+    _check_clip_range(clip_low, clip_high)
+    log_ratio = zero_masked(logprobs - old_logprobs.detach(), mask)
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    ratio = _ratio(log_ratio.sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
+    objective, clipped = _clipped(ratio, advantages.detach(), clip_low, clip_high)
+    return -objective, clipped.detach()
+
+
+def clipped_weight_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """CISPO's ``-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p``, r = p / p_old (arXiv 2506.13585, Eq. 4).
+
+    The clip is on the weight alone, so every token keeps a gradient, the rare ones that PPO's clip would silence too.
+    All arguments [B, T].
+
+    Returns:
+      (loss [B, T], clipped [B, T] bool: where the weight is clipped; the gradient there is bounded, not 0).
+
+    Raises:
+      ValueError: unless 0 <= clip_low <= 1 and clip_high >= 0.
+    """
+    _check_clip_range(clip_low, clip_high)
+    ratio = _ratio(logprobs.detach() - old_logprobs.detach())
+    weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -weight * advantages.detach() * logprobs, weight != ratio
+
+
+def _check_clip_range(clip_low: float, clip_high: float) -> None:
+    if not (0.0 <= clip_low <= 1.0 and clip_high >= 0.0):
+        raise ValueError(f"clip range must have 0 <= low <= 1 and high >= 0, got {clip_low}, {clip_high}")
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """Return ``min(r A, clip(r) A)`` and where the clip decides."""
+    free = ratio * advantages
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    return torch.minimum(free, bounded), bounded < free
 
 
 @torch.no_grad()
@@ -99,7 +163,7 @@ def importance_weights(
     rollout_logprobs: Tensor,
     cap: float,
     *,
-    beyond: Literal["truncate", "mask"] = "truncate",
+    beyond: BeyondCap = "truncate",
     floor: float = 0.0,
 ) -> Tensor:
     """Weights from ``r = p_proximal / p_rollout`` for tokens that the rollout engine sampled, [B, T], detached.
@@ -116,7 +180,7 @@ def importance_weights(
         raise ValueError(f"the importance cap must be positive, got {cap}")
     if not 0.0 <= floor <= cap:
         raise ValueError(f"the importance floor must be from 0 to the cap {cap}, got {floor}")
-    ratio = (proximal_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = _ratio(proximal_logprobs - rollout_logprobs)
     if beyond == "truncate":
         return ratio.clamp(max=cap)
     if beyond == "mask":

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from dvpo_service.algo.loss_spec import LevelKind
+from dvpo_service.algo.choices import LevelKind
 from dvpo_service.algo.masks import masked_sum, zero_masked
 
 

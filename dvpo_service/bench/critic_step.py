@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, Qwen2Config
 
-from dvpo_service.config import AlgorithmConfig
+from dvpo_service.config import AlgorithmConfig, CriticConfig
 from dvpo_service.data.collate import collate
-from dvpo_service.estimators import CriticObjective, Estimate, critic_objective
-from dvpo_service.estimators.objective import Carried
+from dvpo_service.estimators.base import CriticObjective, Estimate, RunningStats, critic_objective
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 
-CARRIED = Carried(return_sd=0.5, worst_value=0.0)
+STATS = RunningStats(return_sd=0.5, worst_value=0.0)
 VOCABULARY = 8192
 
 
@@ -63,7 +62,7 @@ class _Step:
 
     def __init__(self, algorithm: AlgorithmConfig, part: Rollouts):
         self.part = part
-        self.objective: CriticObjective = critic_objective(algorithm, None)
+        self.objective: CriticObjective = critic_objective(algorithm, CriticConfig())
         self.critic = DistributionalCritic(
             _backbone(),
             width=algorithm.critic_hidden_dim,
@@ -78,14 +77,16 @@ class _Step:
         with torch.no_grad():
             z, z_end = self._atoms()
             clock("evaluate: forward")
-            kept: Estimate = self.objective.estimate(
-                z, z_end, self.part, seeds=torch.arange(len(self.part)), pretraining=False, carried=CARRIED
+            estimate: Estimate = self.objective.estimate(
+                z, z_end, self.part, seeds=torch.arange(len(self.part)), pretraining=False, stats=STATS
             )
-            gate = float(self.objective.gate(z, kept.targets, mask)) / self.part.num_tokens
+            shift = float(self.objective.shift_sum(z, estimate.targets, mask)) / self.part.num_tokens
             clock("targets")
         z, _ = self._atoms()
         clock("update: forward")
-        loss, _ = self.objective.loss(z, kept, mask, denominator=self.part.num_tokens, carried=CARRIED, gate=gate)
+        loss, _ = self.objective.loss(
+            z, estimate, mask, denominator=self.part.num_tokens, stats=STATS, batch_mean_shift=shift
+        )
         (slope,) = torch.autograd.grad(loss, z, retain_graph=True)
         clock("loss")
         z.backward(slope)

@@ -2,14 +2,13 @@
 
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.load import load_config, shipped_configs, to_yaml
-from dvpo_service.config.pools import CriticConfig, OptimConfig, PolicyConfig
+from dvpo_service.config.pools import CriticConfig, KLConfig, OptimConfig, PolicyConfig
+from dvpo_service.config.rollouts import Backend, RewardConfig, RolloutConfig
 from dvpo_service.config.schema import (
     ClusterConfig,
     Config,
     DataConfig,
     ModelConfig,
-    RewardConfig,
-    RolloutConfig,
     TrackingConfig,
     TrainerConfig,
     WarmstartConfig,
@@ -18,10 +17,12 @@ from dvpo_service.config.serve import ServeConfig
 
 __all__ = [
     "AlgorithmConfig",
+    "Backend",
     "ClusterConfig",
     "Config",
     "CriticConfig",
     "DataConfig",
+    "KLConfig",
     "ModelConfig",
     "OptimConfig",
     "PolicyConfig",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
-from dvpo_service.algo.loss_spec import (
-    TERMS,
-    CriticLossSpec,
+from dvpo_service.algo.choices import (
+    AdvantageKind,
+    CriticTarget,
     Curvature,
+    HuberScale,
     LevelKind,
     QrOver,
     ShiftOver,
     TailTarget,
 )
+from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 from dvpo_service.config.base import (
     Fraction,
     NonNegativeFloat,
@@ -23,11 +25,9 @@ from dvpo_service.config.base import (
     Probability,
     Section,
 )
-
-Estimator = Literal["dvpo", "gae", "robust_gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
-WITH_CRITIC = frozenset({"dvpo", "gae", "robust_gae"})
-# A group's outcomes are centred already; the others' advantages share a scale over the batch.
-WHITENED = WITH_CRITIC | {"reinforce_plus_plus"}
+from dvpo_service.registry import estimators
+from dvpo_service.registry.estimators import EstimatorTraits
+from dvpo_service.registry.plugins import is_reference
 
 
 def _tail(fraction: float) -> float:
@@ -41,7 +41,7 @@ def _tail(fraction: float) -> float:
 
 Tail = Annotated[float, AfterValidator(_tail)]
 
-# ``form`` is a preset over these keys; a key that is given wins (LOSSES: two forms, one switch).
+# ``form`` is a preset over these keys; a key that is given wins.
 FORMS: dict[str, dict[str, Any]] = {
     "paper": dict(
         quantile_levels="endpoint",
@@ -69,43 +69,58 @@ FORMS: dict[str, dict[str, Any]] = {
     ),
 }
 FORM_WEIGHTS: dict[str, dict[str, float]] = {
-    "paper": dict.fromkeys(TERMS, 1.0),
-    "calibrated": dict(qr=1.0, risk=1.0, cvar=0.1, gain=0.1, shift=0.1, shape=0.1, curv=0.1, consist=0.01),
+    "paper": {name: term.paper for name, term in TERMS.items()},
+    "calibrated": {name: term.calibrated for name, term in TERMS.items()},
 }
 
 
-class LossWeights(Section):
-    """Weight of each critic loss term (Eq. 11) and the switches that remove one exactly."""
+class _LossWeights(Section):
+    """Weight of each critic loss term (Eq. 11), and the ``ablate_*`` switches that remove one exactly.
 
-    qr: NonNegativeFloat
-    risk: NonNegativeFloat
-    cvar: NonNegativeFloat
-    gain: NonNegativeFloat
-    shift: NonNegativeFloat
-    shape: NonNegativeFloat
-    curv: NonNegativeFloat
-    consist: NonNegativeFloat
-    ablate_risk: bool = False
-    ablate_cvar: bool = False
-    ablate_gain: bool = False
-    ablate_shift: bool = False
-    ablate_shape: bool = False
-    ablate_curv: bool = False
-    ablate_consist: bool = False
+    The fields are made from ``loss_spec.TERMS``.
+    """
 
     def effective(self) -> dict[str, float]:
-        """Weight per term with the ablated ones at 0."""
+        """Return the weight of every term, with the ablated ones at 0."""
         return {t: 0.0 if getattr(self, f"ablate_{t}", False) else getattr(self, t) for t in TERMS}
 
 
+if TYPE_CHECKING:
+    LossWeights = _LossWeights
+else:
+    _fields = {name: (NonNegativeFloat, ...) for name in TERMS}
+    _fields |= {f"ablate_{name}": (bool, False) for name, term in TERMS.items() if term.has_switch}
+    LossWeights = create_model("LossWeights", __base__=_LossWeights, __module__=__name__, **_fields)
+
+
+def _is_estimator(name: str) -> str:
+    return estimators.check_name(name)
+
+
+def _are_references(terms: dict[str, float]) -> dict[str, float]:
+    for reference in terms:
+        if not is_reference(reference):
+            raise ValueError(f"{reference!r}: write each term as module:name, with its weight")
+    return terms
+
+
+def _whitening(estimator: object) -> dict[str, bool]:
+    """Return the default of ``whiten_advantages``; for a name that is none, any: the name is the error to report."""
+    try:
+        return {"whiten_advantages": estimators.traits_of(estimators.check_name(str(estimator))).whitens}
+    except ValueError:
+        return {"whiten_advantages": False}
+
+
 class AlgorithmConfig(Section):
-    """``adv_estimator`` chooses where advantages come from; docs/algorithm.md has each of them.
+    """``adv_estimator`` chooses where advantages come from; docs/algorithm.md has each of them. It is a built-in's name
+    or ``module:name`` of your own (docs/extending.md), as are the keys of ``critic_terms``, whose values are weights.
 
     ``lam`` is GAE's trace for the policy, ``critic_lam`` that of the critic's targets (the same when
     absent); ``length_adaptive_alpha`` replaces ``lam`` by 1 - 1/(alpha x length). ``advantage`` puts risk
     into DVPO's advantage. ``robust_rho`` is robust_gae's contamination per token."""
 
-    adv_estimator: Estimator = "dvpo"
+    adv_estimator: Annotated[str, AfterValidator(_is_estimator)] = "dvpo"
     gamma: Probability = 1.0
     lam: Probability = 0.95
     critic_lam: Probability | None = None
@@ -114,7 +129,7 @@ class AlgorithmConfig(Section):
     bootstrap_truncated: bool = True
     robust_rho: Probability = 0.01
 
-    advantage: Literal["mean", "cvar", "entropic"] = "mean"
+    advantage: AdvantageKind = "mean"
     advantage_alpha: Fraction = 1.0
     advantage_beta: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     head_trust: NonNegativeFloat = 0.0
@@ -127,17 +142,18 @@ class AlgorithmConfig(Section):
     dvpo_beta: Tail = 0.1
     risk_eta: NonNegativeFloat = 1.0
     dvpo_loss_weights: LossWeights
+    critic_terms: Annotated[dict[str, NonNegativeFloat], AfterValidator(_are_references)] = Field(default_factory=dict)
 
     quantile_levels: LevelKind
     huber_delta: PositiveFloat
-    huber_scale: Literal["absolute", "return_sd"]
+    huber_scale: HuberScale
     huber_unit: bool
     sort_atoms: bool
     qr_over: QrOver
     tail_target: TailTarget
     shift_over: ShiftOver
     curvature: Curvature
-    critic_target: Literal["gae", "mixture"]
+    critic_target: CriticTarget
 
     @model_validator(mode="before")
     @classmethod
@@ -150,8 +166,7 @@ class AlgorithmConfig(Section):
         weights = given.get("dvpo_loss_weights", {})
         if isinstance(weights, dict):
             weights = FORM_WEIGHTS[form] | weights
-        whiten = {"whiten_advantages": str(given.get("adv_estimator", "dvpo")) in WHITENED}
-        return FORMS[form] | whiten | given | {"dvpo_loss_weights": weights}
+        return FORMS[form] | _whitening(given.get("adv_estimator", "dvpo")) | given | {"dvpo_loss_weights": weights}
 
     @model_validator(mode="after")
     def _a_distribution(self) -> Self:
@@ -167,10 +182,21 @@ class AlgorithmConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _terms_have_a_distribution(self) -> Self:
+        if self.critic_terms and not self.traits.distributional:
+            raise ValueError(f"critic_terms: adv_estimator={self.adv_estimator} has no distributional critic")
+        return self
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        """The properties of the estimator."""
+        return estimators.traits_of(self.adv_estimator)
+
     @property
     def has_critic(self) -> bool:
         """Whether the estimator learns values; the others need no critic pool."""
-        return self.adv_estimator in WITH_CRITIC
+        return self.traits.needs_critic
 
     def critic_loss_spec(self) -> CriticLossSpec:
         return CriticLossSpec(

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dvpo_service.config.schema import Config
-from dvpo_service.errors import ConfigError
-from dvpo_service.masking import mask, mask_override, names_secret
+from dvpo_service.errors import ConfigError, one_line
+from dvpo_service.host.secrets import mask, mask_override, names_secret
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -53,7 +53,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error, None)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
     parent = tree.pop("extends", None)

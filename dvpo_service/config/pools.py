@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from dvpo_service.algo.choices import Aggregation, KlKind, KlPlace
 from dvpo_service.config.base import (
     Fraction,
     NonNegative,
@@ -15,6 +16,7 @@ from dvpo_service.config.base import (
     Probability,
     Section,
 )
+from dvpo_service.registry import policy_losses
 
 
 class OptimConfig(Section):
@@ -53,20 +55,20 @@ class KLConfig(Section):
     """KL to the frozen reference policy; ``coef`` 0 turns it off and loads no reference."""
 
     coef: NonNegativeFloat = 0.0
-    kind: Literal["k1", "k2", "k3"] = "k3"
-    where: Literal["reward", "loss"] = "loss"
+    kind: KlKind = "k3"
+    where: KlPlace = "loss"
 
 
 class PolicyConfig(TrainerPool):
-    """``dual_clip`` bounds the loss of a bad token whose ratio ran away (> 1, or null for off);
-    ``loss_agg`` is how tokens and sequences share the loss (docs/algorithm.md)."""
+    """``loss``: ppo, gspo, cispo or ``module:name`` of your own (docs/extending.md). ``dual_clip`` bounds PPO's loss of
+    a bad token whose ratio ran away (> 1, or null for off); ``loss_agg`` is how tokens and sequences share the loss
+    (docs/algorithm.md)."""
 
     optim: OptimConfig = OptimConfig(lr=1e-4)
+    loss: Annotated[str, AfterValidator(policy_losses.check_name)] = "ppo"
     clip_low: Fraction = 0.2
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
-        "token_mean"
-    )
+    loss_agg: Aggregation = "token_mean"
     entropy_coef: float = 0.0
     kl: KLConfig = KLConfig()

@@ -1,11 +1,11 @@
-"""The whole configuration tree. Every key stands here, in algorithm.py or in pools.py."""
+"""The whole configuration tree; algorithm.py, rollouts.py, pools.py and serve.py have its larger sections."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.base import (
@@ -18,7 +18,15 @@ from dvpo_service.config.base import (
     Section,
 )
 from dvpo_service.config.pools import CriticConfig, PolicyConfig
+from dvpo_service.config.rollouts import RewardConfig, RolloutConfig
 from dvpo_service.config.serve import ServeConfig
+from dvpo_service.registry.plugins import is_reference
+
+
+def _is_row_format(name: str) -> str:
+    if name != "auto" and not is_reference(name):
+        raise ValueError("use auto, or module:name (data.row_format)")
+    return name
 
 
 class WarmstartConfig(Section):
@@ -68,12 +76,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Files are JSONL or Parquet. ``val_files``: split name to files; a bare path names its own split.
-    ``val_fraction`` instead holds that share of the training rows out, as the split ``held_out``."""
+    """Files are JSONL or Parquet. ``row_format``: auto, or a function of your own, ``module:name``, that turns a row
+    into rows in a known format (docs/extending.md). ``val_files``: split name to files; a bare path names its own
+    split. ``val_fraction`` instead holds that share of the training rows out, as the split ``held_out``."""
 
     train_files: list[str] = Field(min_length=1)
     val_files: dict[str, list[str]] = Field(default_factory=dict)
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    row_format: Annotated[str, AfterValidator(_is_row_format)] = "auto"
     gsm8k_mode: Literal["question", "calculation"] = "question"
     operators: str = Field("+-", pattern=r"^[-+*/]+$")
     max_operands: Annotated[int, Field(ge=2)] = 2
@@ -103,84 +113,6 @@ class DataConfig(Section):
         if bool(self.val_files) == (self.val_fraction is not None):
             raise ValueError("give exactly one of val_files (files to evaluate on) and val_fraction (of train_files)")
         return self
-
-
-class RolloutConfig(Section):
-    """``heartbeat_s``: how often an engine is asked; one silent for ``heartbeat_timeout_s`` is replaced.
-    ``reuse_gib``: memory for scored rollouts, which steps done again after a fault take from there.
-    ``dynamic_sampling``: groups whose rewards are all equal teach nothing; draw more prompts in their
-    place, up to ``max_draws`` batches. ``max_staleness``: a batch is generated while up to that many
-    updates before its own are made, and no token of it is from older weights; 0 is on-policy, the stages one
-    after the other. ``importance_correction`` weighs tokens by trainer / engine
-    probability: ``truncated`` at ``importance_cap``, or ``masked`` (0) above it and below
-    ``importance_floor``; ``auto`` is ``truncated`` where ``max_staleness`` is above 0."""
-
-    num_engines: Positive = 1
-    tensor_parallel_size: Positive = 1
-    prompts_per_step: Positive = 32
-    n: Positive = 8
-    temperature: PositiveFloat = 1.0
-    top_p: Fraction = 1.0
-    top_k: int = -1
-    max_new_tokens: Positive = 16
-    max_staleness: NonNegative = 0
-    max_num_seqs: Positive = 256
-    enforce_eager: bool = False
-    kv_cache_gib: PositiveFloat = 1.0
-    gpu_memory_utilization: Fraction = 0.5
-    weight_transfer: Literal["auto", "safetensors", "nccl", "ipc"] = "auto"
-    importance_correction: Literal["auto", "none", "truncated", "masked"] = "auto"
-    importance_cap: PositiveFloat = 2.0
-    importance_floor: NonNegativeFloat = 0.0
-    dynamic_sampling: bool = False
-    max_draws: Annotated[int, Field(ge=2)] = 4
-    start_timeout_s: PositiveFloat = 600.0
-    generate_timeout_s: PositiveFloat = 600.0
-    sync_timeout_s: PositiveFloat = 300.0
-    heartbeat_s: PositiveFloat = 1.0
-    heartbeat_timeout_s: PositiveFloat = 60.0
-    reuse_gib: NonNegativeFloat = 0.5
-
-    @property
-    def correction(self) -> Literal["none", "truncated", "masked"]:
-        """``auto``: stale tokens are weighed, fresh ones are taken as they are."""
-        if self.importance_correction != "auto":
-            return self.importance_correction
-        return "truncated" if self.max_staleness else "none"
-
-
-class NoiseConfig(Section):
-    """``flip`` turns an outcome r in [0, 1] into 1 - r with probability ``p``; ``gaussian`` adds
-    N(0, ``sd``); ``majority_vote`` scores against the group's most frequent answer."""
-
-    kind: Literal["none", "flip", "gaussian", "majority_vote"] = "none"
-    p: Probability = 0.0
-    sd: NonNegativeFloat = 0.0
-
-
-class RewardConfig(Section):
-    """``function``: exact_match, gsm8k, math_verify or ``module:function``. ``overlong_buffer``: over the
-    last that many tokens before the length limit the reward falls by up to ``overlong_penalty``; 0 is off.
-    A call that takes more than ``max_memory_gib`` beyond what its worker holds is a failed sample; null: no bound.
-    A worker with nothing to do is asked every ``heartbeat_s`` whether it is there. ``noise_by_source`` replaces
-    ``noise`` for the prompts of a ``data_source``: graders are not all equally reliable."""
-
-    function: str = "exact_match"
-    num_workers: Positive = 1
-    timeout_s: PositiveFloat = 30.0
-    start_timeout_s: PositiveFloat = 120.0
-    heartbeat_s: PositiveFloat = 5.0
-    heartbeat_timeout_s: PositiveFloat = 10.0
-    max_memory_gib: PositiveFloat | None = 4.0
-    overlong_buffer: NonNegative = 0
-    overlong_penalty: PositiveFloat = 1.0
-    noise: NoiseConfig = NoiseConfig()
-    noise_by_source: dict[str, NoiseConfig] = Field(default_factory=dict)
-
-    @property
-    def noise_words(self) -> str:
-        """The kinds of noise, for a person."""
-        return "; ".join([self.noise.kind, *(f"{source}: {n.kind}" for source, n in self.noise_by_source.items())])
 
 
 class TrainerConfig(Section):
@@ -264,7 +196,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _estimators_have_what_they_need(self) -> Self:
         name, n = self.algorithm.adv_estimator, self.rollout.n
-        if n == 1 and name in ("grpo", "dr_grpo", "rloo"):
+        if n == 1 and self.algorithm.traits.needs_groups:
             raise ValueError(f"algorithm.adv_estimator={name} compares a prompt's samples: rollout.n must be 2 or more")
         if n == 1 and self.rollout.dynamic_sampling:
             raise ValueError("rollout.dynamic_sampling drops groups without spread: rollout.n must be 2 or more")

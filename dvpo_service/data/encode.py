@@ -9,7 +9,7 @@ import jinja2
 
 from dvpo_service.data.badrow import BadRow
 from dvpo_service.data.dataset import BadRows, Dataset, OnBadRow
-from dvpo_service.errors import ConfigError, DataError
+from dvpo_service.errors import ConfigError, DataError, one_line
 from dvpo_service.types import Prompt
 
 if TYPE_CHECKING:  # slow to import, and only named here
@@ -78,4 +78,4 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200) or type(error).__name__

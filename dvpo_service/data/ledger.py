@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from dvpo_service.tracking.jsonl import StepFile, read_metrics
+from dvpo_service.runs.step_file import StepFile, read_metrics
 
 
 class Ledger(StepFile):

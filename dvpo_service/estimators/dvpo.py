@@ -8,23 +8,35 @@ from torch import Tensor
 from dvpo_service.algo.advantages import distributional_gae, mixture_targets, scalar_gae
 from dvpo_service.algo.critic_loss import critic_loss, shift_sum
 from dvpo_service.algo.risk_advantage import cvar_advantages, entropic_advantages, head_trust
-from dvpo_service.config import AlgorithmConfig
-from dvpo_service.estimators.objective import Carried, Estimate, bootstrap, critic_lambda, policy_lambda
+from dvpo_service.config import AlgorithmConfig, CriticConfig
+from dvpo_service.estimators.base import (
+    CriticObjective,
+    Estimate,
+    RunningStats,
+    bootstrap,
+    critic_lambda,
+    policy_lambda,
+)
+from dvpo_service.estimators.critic_terms import load_terms
+from dvpo_service.registry.estimators import ESTIMATORS
 from dvpo_service.types import Rollouts
 
 
-class DvpoObjective:
-    """Targets of M atoms, the eight loss terms, and an advantage that may carry risk."""
+class DvpoObjective(CriticObjective):
+    """Targets of M atoms, the eight loss terms and the user's own, and an advantage that may carry risk."""
 
+    traits = ESTIMATORS["dvpo"].traits
     loss_name = "dvpo_loss"
 
-    def __init__(self, algorithm: AlgorithmConfig):
+    def __init__(self, algorithm: AlgorithmConfig, critic: CriticConfig):
         self.algorithm = algorithm
         self.spec = algorithm.critic_loss_spec()
-        self.heads, self.quantiles = algorithm.n_heads, algorithm.n_quantiles
+        self.own_terms = load_terms(algorithm.critic_terms)
+        self.heads = algorithm.n_heads
+        self.quantiles = algorithm.n_quantiles
 
     def estimate(
-        self, z: Tensor, z_end: Tensor, part: Rollouts, *, seeds: Tensor, pretraining: bool, carried: Carried
+        self, z: Tensor, z_end: Tensor, part: Rollouts, *, seeds: Tensor, pretraining: bool, stats: RunningStats
     ) -> Estimate:
         rewards, mask = part.rewards.to(z.device), part.response_mask.to(z.device)
         heads = z.sort(dim=-1).values
@@ -38,20 +50,36 @@ class DvpoObjective:
         return Estimate(targets, advantages, torch.where(mask, value, 0.0))
 
     def loss(
-        self, z: Tensor, kept: Estimate, mask: Tensor, *, denominator: float, carried: Carried, gate: float
+        self,
+        z: Tensor,
+        critic_targets: Estimate,
+        mask: Tensor,
+        *,
+        denominator: float,
+        stats: RunningStats,
+        batch_mean_shift: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        delta = self._delta(carried)
-        loss = critic_loss(z, kept.targets, mask, self.spec, delta=delta, denominator=denominator, mean_shift=gate)
+        delta = self._delta(stats)
+        loss = critic_loss(
+            z,
+            critic_targets.targets,
+            mask,
+            self.spec,
+            delta=delta,
+            denominator=denominator,
+            mean_shift=batch_mean_shift,
+            own_terms=self.own_terms,
+        )
         parts = {f"loss/{t}": v for t, v in loss.raw.items()} | {f"weighted/{t}": v for t, v in loss.weighted.items()}
         # A share each, so that the parts of the batch add up to delta itself.
         parts["huber_delta"] = delta * mask.sum() / denominator
         return loss.total, parts
 
-    def gate(self, z: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    def shift_sum(self, z: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """Eq. 7 over a batch has its relu around the mean over all tokens of all ranks."""
         if self.spec.shift_over == "token":
-            return torch.zeros((), dtype=torch.float64, device=z.device)
-        return shift_sum(z, targets, mask, self.spec)
+            return super().shift_sum(z, targets, mask)
+        return shift_sum(z, targets, mask)
 
     def _targets(
         self, rewards: Tensor, atoms: Tensor, mask: Tensor, end: Tensor, lam: float | Tensor, seeds: Tensor
@@ -74,6 +102,6 @@ class DvpoObjective:
             return cvar_advantages(atoms, targets, mask, a.advantage_alpha)
         return entropic_advantages(atoms, targets, mask, a.advantage_beta)
 
-    def _delta(self, carried: Carried) -> float:
+    def _delta(self, stats: RunningStats) -> float:
         absolute = self.algorithm.huber_scale == "absolute"
-        return self.algorithm.huber_delta * (1.0 if absolute else carried.return_sd or 1.0)
+        return self.algorithm.huber_delta * (1.0 if absolute else stats.return_sd or 1.0)

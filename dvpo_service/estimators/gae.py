@@ -8,48 +8,80 @@ from torch import Tensor
 from dvpo_service.algo.advantages import scalar_gae
 from dvpo_service.algo.baselines.gae import value_loss
 from dvpo_service.algo.baselines.robust_gae import robust_gae
-from dvpo_service.config import AlgorithmConfig
-from dvpo_service.estimators.objective import Carried, Estimate, bootstrap, critic_lambda, policy_lambda
+from dvpo_service.config import AlgorithmConfig, CriticConfig
+from dvpo_service.estimators.base import (
+    CriticObjective,
+    Estimate,
+    RunningStats,
+    bootstrap,
+    critic_lambda,
+    policy_lambda,
+)
+from dvpo_service.registry.estimators import ESTIMATORS
 from dvpo_service.types import Rollouts
 
 
-class GaeObjective:
-    """One head of one atom: the value. ``rho`` > 0 contaminates every backup with the worst value."""
+class GaeObjective(CriticObjective):
+    """One head of one atom: the value (GAE, arXiv 1506.02438)."""
 
+    traits = ESTIMATORS["gae"].traits
     heads = quantiles = 1
     loss_name = "value_loss"
 
-    def __init__(self, algorithm: AlgorithmConfig, value_clip: float | None):
-        self.algorithm, self.value_clip = algorithm, value_clip
-        self.rho = algorithm.robust_rho if algorithm.adv_estimator == "robust_gae" else 0.0
+    def __init__(self, algorithm: AlgorithmConfig, critic: CriticConfig):
+        self.algorithm = algorithm
+        self.value_clip = critic.value_clip
 
     def estimate(
-        self, z: Tensor, z_end: Tensor, part: Rollouts, *, seeds: Tensor, pretraining: bool, carried: Carried
+        self, z: Tensor, z_end: Tensor, part: Rollouts, *, seeds: Tensor, pretraining: bool, stats: RunningStats
     ) -> Estimate:
-        rewards, mask = part.rewards.to(z.device), part.response_mask.to(z.device)
+        mask = part.response_mask.to(z.device)
         value, end = z[..., 0, 0], bootstrap(self.algorithm, part, z_end[..., 0, 0])
-        ended = part.finished.to(z.device) | (not self.algorithm.bootstrap_truncated)
-
-        def backup(lam: float | Tensor) -> tuple[Tensor, Tensor]:
-            gamma = self.algorithm.gamma
-            if self.rho == 0:
-                return scalar_gae(rewards, value, mask, end, gamma, lam)
-            return robust_gae(
-                rewards, value, mask, end, gamma, lam, rho=self.rho, worst=carried.worst_value, ended=ended
-            )
-
-        advantages, _ = backup(policy_lambda(self.algorithm, mask))
-        _, targets = backup(critic_lambda(self.algorithm, pretraining))
+        advantages, _ = self._backup(value, end, part, policy_lambda(self.algorithm, mask), stats)
+        _, targets = self._backup(value, end, part, critic_lambda(self.algorithm, pretraining), stats)
         return Estimate(targets.unsqueeze(-1), advantages, torch.where(mask, value, 0.0))
 
     def loss(
-        self, z: Tensor, kept: Estimate, mask: Tensor, *, denominator: float, carried: Carried, gate: float
+        self,
+        z: Tensor,
+        critic_targets: Estimate,
+        mask: Tensor,
+        *,
+        denominator: float,
+        stats: RunningStats,
+        batch_mean_shift: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        values, returns = z[..., 0, 0], kept.targets[..., 0]
         loss, clipped = value_loss(
-            values, returns, mask, old_values=kept.values, clip=self.value_clip, denominator=denominator
+            z[..., 0, 0],
+            critic_targets.targets[..., 0],
+            mask,
+            old_values=critic_targets.values,
+            clip=self.value_clip,
+            denominator=denominator,
         )
         return loss, {"value_clip_fraction": clipped.sum() / denominator}
 
-    def gate(self, z: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=z.device)
+    def _backup(
+        self, value: Tensor, end: Tensor, part: Rollouts, lam: float | Tensor, stats: RunningStats
+    ) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns, both [b, T]."""
+        rewards, mask = part.rewards.to(value.device), part.response_mask.to(value.device)
+        return scalar_gae(rewards, value, mask, end, self.algorithm.gamma, lam)
+
+
+class RobustGaeObjective(GaeObjective):
+    """GAE whose every backup is contaminated with the worst value, by ``algorithm.robust_rho``."""
+
+    traits = ESTIMATORS["robust_gae"].traits
+
+    def _backup(
+        self, value: Tensor, end: Tensor, part: Rollouts, lam: float | Tensor, stats: RunningStats
+    ) -> tuple[Tensor, Tensor]:
+        rho = self.algorithm.robust_rho
+        if rho == 0:
+            return super()._backup(value, end, part, lam, stats)
+        rewards, mask = part.rewards.to(value.device), part.response_mask.to(value.device)
+        ended = part.finished.to(value.device) | (not self.algorithm.bootstrap_truncated)
+        return robust_gae(
+            rewards, value, mask, end, self.algorithm.gamma, lam, rho=rho, worst=stats.worst_value, ended=ended
+        )

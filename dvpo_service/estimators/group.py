@@ -1,8 +1,6 @@
-"""``adv_estimator: grpo, dr_grpo, rloo, reinforce_plus_plus``: advantages without a critic."""
+"""Advantages without a critic: ``adv_estimator: grpo, dr_grpo, rloo, reinforce_plus_plus``, or the user's own."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -11,39 +9,56 @@ from dvpo_service.algo.baselines.grpo import grpo
 from dvpo_service.algo.baselines.reinforce_plus_plus import reinforce_plus_plus
 from dvpo_service.algo.baselines.rloo import rloo
 from dvpo_service.config import AlgorithmConfig
-from dvpo_service.integrity import Written
-from dvpo_service.storage import Place
+from dvpo_service.registry import estimators
+from dvpo_service.runs.integrity import Written
+from dvpo_service.runs.storage import StoragePath
 from dvpo_service.types import Advantages, Metrics, Rollouts, advantage_metrics
 
-COMPARE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+
+def grpo_advantages(rollouts: Rollouts, algorithm: AlgorithmConfig) -> Tensor:
+    """Return GRPO's advantages [B, T] (arXiv 2402.03300)."""
+    return grpo(rollouts.rewards, rollouts.response_mask, rollouts.prompt_index)
 
 
-class Done:
-    """The update of an estimator that has nothing to learn."""
+def dr_grpo_advantages(rollouts: Rollouts, algorithm: AlgorithmConfig) -> Tensor:
+    """Return Dr. GRPO's advantages [B, T] (arXiv 2503.20783)."""
+    return dr_grpo(rollouts.rewards, rollouts.response_mask, rollouts.prompt_index)
+
+
+def rloo_advantages(rollouts: Rollouts, algorithm: AlgorithmConfig) -> Tensor:
+    """Return RLOO's leave-one-out advantages [B, T] (arXiv 2402.14740)."""
+    return rloo(rollouts.rewards, rollouts.response_mask, rollouts.prompt_index)
+
+
+def reinforce_plus_plus_advantages(rollouts: Rollouts, algorithm: AlgorithmConfig) -> Tensor:
+    """Return REINFORCE++'s advantages [B, T]: discounted returns (arXiv 2501.03262)."""
+    return reinforce_plus_plus(rollouts.rewards, rollouts.response_mask, algorithm.gamma)
+
+
+class NothingToUpdate:
+    """The update of an estimator that learns nothing: a ``roles.Job`` that has ended."""
 
     def result(self) -> Metrics:
         return {}
 
 
 class GroupEstimator:
-    """The loop's ``Estimator``, in the driver: nothing to train, nothing to save."""
+    """The loop's ``Estimator`` for a function of the rollouts. It runs in the driver, and has nothing to save."""
 
     def __init__(self, algorithm: AlgorithmConfig):
         self.algorithm = algorithm
+        self.function = estimators.load(algorithm.adv_estimator)
 
     def advantages(self, rollouts: Rollouts, step: int) -> tuple[Advantages, Metrics]:
-        rewards, mask = rollouts.rewards, rollouts.response_mask
-        if self.algorithm.adv_estimator == "reinforce_plus_plus":
-            found = reinforce_plus_plus(rewards, mask, self.algorithm.gamma)
-        else:
-            found = COMPARE[self.algorithm.adv_estimator](rewards, mask, rollouts.prompt_index)
-        return Advantages(found), advantage_metrics(found, mask)
+        """Return the advantages [B, T] and their mean and standard deviation."""
+        advantages = self.function(rollouts, self.algorithm)
+        return Advantages(advantages), advantage_metrics(advantages, rollouts.response_mask)
 
-    def update_async(self, rollouts: Rollouts, step: int) -> Done:
-        return Done()
+    def update_async(self, rollouts: Rollouts, step: int) -> NothingToUpdate:
+        return NothingToUpdate()
 
-    def save(self, folder: Place) -> Written:
+    def save(self, folder: StoragePath) -> Written:
         return Written({})
 
-    def load(self, folder: Place) -> None: ...
-    def export(self, folder: Place) -> None: ...
+    def load(self, folder: StoragePath) -> None: ...
+    def export(self, folder: StoragePath) -> None: ...

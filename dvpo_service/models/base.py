@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from dvpo_service.errors import CheckpointError
+from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.load import load_model_config, load_tokenizer, quiet
 
 FOLDER = "base"
@@ -69,5 +69,5 @@ def _empty(auto: Any, base: Path, trust_remote_code: bool) -> nn.Module:
     try:
         return build_empty(auto, base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(f"no model can be built from {base}: {reason}") from error

@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dvpo_service.algo.loss_spec import LevelKind
-from dvpo_service.errors import CheckpointError
+from dvpo_service.algo.choices import LevelKind
+from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.critic_folder import CriticSpec, read_critic, write_critic
 from dvpo_service.models.packing import pack
 
@@ -88,7 +88,7 @@ class DistributionalCritic(nn.Module):
         try:
             critic.load_state_dict(state)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"critic {folder}: the weights are not those of its config: {reason}") from error
         return critic.eval()
 

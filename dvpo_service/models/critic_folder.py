@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from dvpo_service.algo.loss_spec import LevelKind
+from dvpo_service.algo.choices import LevelKind
 from dvpo_service.algo.quantiles import quantile_levels
-from dvpo_service.errors import CheckpointError
+from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.base import build_empty
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -74,7 +74,7 @@ def read_critic(folder: Path, *, trust_remote_code: bool = False) -> tuple[Criti
         spec = CriticSpec(**{f.name: tree[f.name] for f in dataclasses.fields(CriticSpec)})
         backbone = _build(tree["backbone"], trust_remote_code)
     except (KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(
             f"critic {folder}: {CONFIG_FILE} describes no critic that can be built: {reason}"
         ) from error

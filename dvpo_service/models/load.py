@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dvpo_service.errors import CheckpointError
+from dvpo_service.errors import CheckpointError, one_line
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -78,7 +78,7 @@ def _load(auto: Any, path: str, **kwargs: Any) -> Any:
     try:
         return auto.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(f"cannot load a model from {path}: {reason}") from error
 
 

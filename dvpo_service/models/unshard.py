@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dvpo_service.errors import CheckpointError
+from dvpo_service.errors import CheckpointError, one_line
 
 MODEL = "model."  # what the trainer puts before the names of parameters
 
@@ -60,4 +60,4 @@ def _reason(error: BaseException) -> str:
     """What went wrong on the one rank there is, without the library's stack traces."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300]
+    return one_line(error)

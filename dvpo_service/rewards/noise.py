@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import get_args
 
+from dvpo_service.algo.choices import NoiseKind
 from dvpo_service.errors import ConfigError
 from dvpo_service.rewards import exact_match
 from dvpo_service.rewards.scoring import ScoreFn
 from dvpo_service.types import Score
-
-NoiseKind = Literal["none", "flip", "gaussian", "majority_vote"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,6 @@ class NoiseSpec:
             raise ConfigError(f"noise p={self.p}: a probability is from 0 to 1")
         if not 0 <= self.sd < math.inf:
             raise ConfigError(f"noise sd={self.sd}: a standard deviation is finite and not negative")
-
-
-def sample_seed(run_seed: int, epoch_or_step: int, prompt_index: int, sample_index: int) -> int:
-    """A seed in 0..2**63-1, the same on every machine and in every process."""
-    text = f"{run_seed}:{epoch_or_step}:{prompt_index}:{sample_index}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def score_group(

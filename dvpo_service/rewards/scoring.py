@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from dvpo_service.errors import ConfigError
+from dvpo_service.errors import ConfigError, describe_error
 from dvpo_service.rewards import exact_match
 
 BUILT_IN = ("exact_match", "gsm8k", "math_verify")
@@ -54,7 +54,7 @@ def _load(name: str, module_name: str, function_name: str) -> Callable[[str, str
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a person's module may raise anything; it is told, not hidden
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        what = describe_error(error, None)
         raise ConfigError(
             f"reward {name!r}: module {module_name!r} cannot be imported ({what}); is it on PYTHONPATH?"
         ) from error

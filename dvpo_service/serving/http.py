@@ -14,11 +14,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from dvpo_service.interfaces import listen
+from dvpo_service.host.network import listen
 
 
 @dataclass(frozen=True)
-class Place:
+class ListenAddress:
     """Where HTTP is answered: an address to listen on, and the Ray node, by its IP address, to do so.
 
     ``key_digest`` is the SHA-256 of the API key that is asked for there, None for none.
@@ -31,14 +31,14 @@ class Place:
 
 
 class HttpServer:
-    """Serves what ``build()`` makes, at ``place``, until the replica ends. ``parts`` are the deployments behind it."""
+    """Serves what ``build()`` makes, at ``address``, until the replica ends. ``parts`` are those behind."""
 
-    def __init__(self, build: Callable[[], FastAPI], place: Place, drain_timeout_s: float, *parts: Any):
+    def __init__(self, build: Callable[[], FastAPI], address: ListenAddress, drain_timeout_s: float, *parts: Any):
         settings = uvicorn.Config(
             build(), log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(drain_timeout_s))
         )
         self.server = uvicorn.Server(settings)
-        self.place, self._socket = place, listen(place.host, place.port, shared=True)
+        self.address, self._socket = address, listen(address.host, address.port, shared=True)
         self._serving: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _: object) -> None:
@@ -49,8 +49,8 @@ class HttpServer:
             await self.check_health()
             await asyncio.sleep(0.01)
 
-    async def ready(self) -> Place:
-        return self.place
+    async def ready(self) -> ListenAddress:
+        return self.address
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dvpo_service.config import Config
+from dvpo_service.errors import one_line
 from dvpo_service.models.engine import engine_settings, prepare_environment
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class PolicyServer:
         try:
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(options))
         except (ValueError, RuntimeError) as error:  # vLLM's own errors cannot be sent between processes
-            raise RuntimeError(f"vLLM did not start: {' '.join(str(error).split())[:500]}") from None
+            raise RuntimeError(f"vLLM did not start: {one_line(error, 500)}") from None
         state = State()
         await init_app_state(self.engine, state, options, await self.engine.get_supported_tasks())
         self.handlers = {"chat": state.openai_serving_chat, "completion": state.openai_serving_completion}

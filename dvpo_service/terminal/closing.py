@@ -11,14 +11,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dvpo_service.masking import mask_uri
-from dvpo_service.storage import Place
+from dvpo_service.host.secrets import mask_uri
+from dvpo_service.runs.storage import StoragePath
 from dvpo_service.terminal.console import hours, make_console
 from dvpo_service.tracking.store import sqlite_path
 
 
 def closing(
-    summary: Mapping[str, Any], run_dir: Place, tracking_uri: str | None, console: Console | None = None
+    summary: Mapping[str, Any], run_dir: StoragePath, tracking_uri: str | None, console: Console | None = None
 ) -> None:
     """Accuracy before -> after by split, time, and places.
 
@@ -57,7 +57,7 @@ def _change(before: float | None, after: float | None) -> Text:
     return Text(f"{points:+.1f} points", style=style)
 
 
-def _places(summary: Mapping[str, Any], run_dir: Place, tracking_uri: str | None) -> dict[str, str]:
+def _places(summary: Mapping[str, Any], run_dir: StoragePath, tracking_uri: str | None) -> dict[str, str]:
     rows = {"summary": str(run_dir / "summary.json"), "metrics": str(run_dir / "metrics.jsonl")}
     where = dict(summary.get("where", {}))
     rows |= {name: str(where[name]) for name in ("policy", "checkpoints") if name in where}

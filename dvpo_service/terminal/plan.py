@@ -13,7 +13,7 @@ from rich.text import Text
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.pools import TrainerPool
 from dvpo_service.config.schema import Config, RolloutConfig
-from dvpo_service.masking import mask_uri
+from dvpo_service.host.secrets import mask_uri
 from dvpo_service.terminal.console import make_console
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dvpo_service.config import Config
-from dvpo_service.exposure import LOOPBACK, serving_warning, warnings_of
+from dvpo_service.config.exposure import LOOPBACK, serving_warning, warnings_of
 from dvpo_service.terminal.console import make_console, plain
 
 

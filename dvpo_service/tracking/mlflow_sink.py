@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dvpo_service.errors import TrackingError
-from dvpo_service.masking import flatten, mask, mask_message
+from dvpo_service.host.secrets import flatten, mask, mask_message
 from dvpo_service.tracking.outbox import Outbox
 from dvpo_service.tracking.samples import SamplesFile
 from dvpo_service.tracking.spool import Spool

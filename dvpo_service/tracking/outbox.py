@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dvpo_service.errors import one_line
+
 
 @dataclass(frozen=True, eq=False)
 class _Job:
@@ -107,5 +109,5 @@ class Outbox:
 
 
 def _line(error: Exception | None) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error, None)
     return text if len(text) < 200 else text[:200] + "..."

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dvpo_service.tracking.jsonl import StepFile, read_metrics
+from dvpo_service.runs.step_file import StepFile, read_metrics
 
 
 class SamplesFile(StepFile):

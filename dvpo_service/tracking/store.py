@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from dvpo_service.errors import TrackingError
-from dvpo_service.masking import MASK, mask_message, mask_uri
+from dvpo_service.errors import TrackingError, one_line
+from dvpo_service.host.secrets import MASK, mask_message, mask_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -106,7 +106,7 @@ def reaching(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ImportError) as failed:
         error = _cause(failed)
-        detail = " ".join(mask_message(str(error), uri).split())
+        detail = one_line(mask_message(str(error), uri), None)
         short = detail if len(detail) < 240 else detail[:240] + "..."
         raise TrackingError(
             f"MLflow store {mask_uri(uri)} cannot be used: {type(error).__name__}: {short}; start it or mend "

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvpo_service.advice import Advisor
+from dvpo_service.alerts import Advisor
 from dvpo_service.config.schema import Config
-from dvpo_service.masking import mask, mask_text
+from dvpo_service.host.secrets import mask, mask_text
+from dvpo_service.runs.step_file import MetricsFile
 from dvpo_service.tracking.critic_figures import fan_over_training, head_disagreement, quantile_heatmap
 from dvpo_service.tracking.figures import FanData, calibration_plot, fan_chart
-from dvpo_service.tracking.jsonl import MetricsFile
 from dvpo_service.tracking.mlflow_sink import MlflowSink, RunStatus
 from dvpo_service.tracking.samples import SamplesFile
 from dvpo_service.tracking.store import tracking_uri

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-ACTORS = ("ray::RolloutEngine", "ray::Rank", "ray::RewardWorker", "VLLM::", "EngineCore")
+ACTORS = ("ray::VllmEngine", "ray::Rank", "ray::RewardWorker", "VLLM::", "EngineCore")
 
 
 class Family:

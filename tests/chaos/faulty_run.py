@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dvpo_service import failure, launch
+from dvpo_service.commands.train import train
 from dvpo_service.config import load_config
-from dvpo_service.stopping import Stopped
+from dvpo_service.host import failure
+from dvpo_service.host.stopping import Stopped
 from tests.chaos.events import Events
 from tests.chaos.faults import read_plan
 from tests.chaos.injector import Injector
@@ -20,7 +21,7 @@ def main(config: str, run_dir: str, plan: str) -> None:
     resolved, file = load_config(config), Path(plan)
     Injector(read_plan(file), Events(file.with_name("events.jsonl")), resolved.trainer.num_steps).install()
     try:
-        launch.train(resolved, Path(run_dir))
+        train(resolved, Path(run_dir))
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except Exception as error:  # noqa: BLE001 - told as the command line tells it

@@ -267,4 +267,4 @@ def survivors(left: Callable[[], list[str]]) -> list[str]:
 def has_actors(pid: int) -> bool:
     """Whether a node, by the pid of its `ray start`, runs engines or ranks."""
     titles = [title(p) for p in psutil.Process(pid).children(recursive=True)]
-    return any("ray::RolloutEngine" in t or "ray::Rank" in t for t in titles)
+    return any("ray::VllmEngine" in t or "ray::Rank" in t for t in titles)

@@ -15,16 +15,17 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
-from actors.ahead import AheadStream
-from actors.health import Fleet
-from actors.recovery import Recovery
-from actors.reward import Work
-from actors.reward_pool import RewardPool
-from actors.stream import SyncStream
-from actors.supervisor import Supervisor
-from actors.trainers import CriticEstimator, PolicyPool
-from actors.weight_sync import WeightSync
-from dvpo_service import launch, terminal
+from actors.cluster.health import Fleet
+from actors.cluster.supervisor import Supervisor
+from actors.rollouts.ahead import AheadStream
+from actors.rollouts.reward import Work
+from actors.rollouts.reward_pool import RewardPool
+from actors.rollouts.stream import SyncStream
+from actors.training.recovery import Recovery
+from actors.training.roles import CriticEstimator, PolicyRanks
+from actors.weights.sync import SyncedEngines
+from dvpo_service import terminal
+from dvpo_service.commands import train
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.types import Score
 from tests.chaos.events import Events
@@ -57,21 +58,21 @@ class Injector:
 
     def install(self) -> None:
         """Around the methods in which a step's stages begin, and those in which the service notices and recovers."""
-        around(launch, "start_pools", self.started)
+        around(train, "start_pools", self.started)
         for stream in (SyncStream, AheadStream):
             around(stream, "next", self.next_step)
         around(SyncStream, "_generate", self.stage("generate"))
         around(RewardPool, "score", self.scoring)
-        around(PolicyPool, "logprobs", self.stage("logprobs"))
+        around(PolicyRanks, "logprobs", self.stage("logprobs"))
         around(CriticEstimator, "advantages", self.stage("advantages"))
         around(CriticEstimator, "update_async", self.stage("update"))
-        around(WeightSync, "push", self.stage("push"))
+        around(SyncedEngines, "push", self.stage("push"))
         around(Tracker, "log", self.logged)
         around(terminal.TrainingDisplay, "note", self.noted)
         around(Supervisor, "lost", self.lost)
         around(Recovery, "_grant", self.granting)
         around(RewardPool, "_replace", self.replacing)
-        around(Recovery, "_recover", self.recovered)
+        around(Recovery, "recover", self.recovered)
         around(Supervisor, "acknowledged", self.acknowledged)
         around(Fleet, "restarted", self.of_engines("starting"))
         around(Fleet, "started", self.of_engines("started"))
@@ -146,8 +147,8 @@ class Injector:
         if fault.kind in ("engine", "engine-idle", "core", "hang"):
             numbers, actors = engines.fleet.which("serving"), engines.actors
         else:
-            actors = {"policy": self.pools.policy, "critic": self.pools.critic}.get(fault.kind)
-            actors = actors.actors if actors else self.pools.rewards.workers
+            group = self.pools.trainers.get(fault.kind)
+            actors = group.actors if group else self.pools.rewards.workers
             numbers = list(range(len(actors)))
         if not numbers:
             return None

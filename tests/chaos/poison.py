@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def poison(rank: Any) -> None:
-    """The next optimizer step of the rank (``actors.pool.Rank``) has a loss that is NaN, as from a bad batch."""
-    trainer = rank.worker.trainer
+    """The next optimizer step of the rank (a worker) has a loss that is NaN, as from a bad batch."""
+    trainer = rank.trainer
     step = trainer.step
 
     def once(losses: Iterable[Callable[[], Tensor]]) -> Any:

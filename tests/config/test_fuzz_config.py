@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.placement import plan_bundles
+from actors.cluster.placement import plan_bundles
 from dvpo_service.config import Config, load_config, shipped_configs, to_yaml
 from dvpo_service.config.load import known_keys
 from dvpo_service.errors import ConfigError

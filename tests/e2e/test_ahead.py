@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.engines import EnginePool
-from actors.pool import RankPool
-from actors.rollout import Sampling
-from actors.weight_sync import WeightSync
+from actors.rollouts.engines import EnginePool
+from actors.training.policy import PolicyWorker
+from actors.training.rank_pool import RankPool
+from actors.weights.sync import SyncedEngines
 from dvpo_service.algo.policy_loss import token_logprobs
 from dvpo_service.data.ledger import check_ledger
 from dvpo_service.models.load import load_causal_lm
-from dvpo_service.types import Prompt, Sample
+from dvpo_service.types import Prompt, Sample, Sampling
 from tests.builders import make_config
 from tests.chaos.family import gone
 from tests.chaos.settings import write_config
 from tests.chaos.test_recovery import PROMPTS, STEPS, chaos_config, family_of, finish, kills, rows, start
 from tests.e2e.test_stop import wait_for_step
-from tests.e2e.test_weight_sync import policy_and_engines
+from tests.e2e.test_weight_sync import ScrambledPolicy, policy_and_engines
 
 pytestmark = pytest.mark.e2e
 
@@ -34,7 +34,7 @@ EXACT = 1e-4
 
 
 @pytest.fixture(scope="module")
-def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
+def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, SyncedEngines]]:
     rollout = {"max_staleness": 1, "max_new_tokens": 96, "max_num_seqs": 64}
     config = make_config(tiny_model, rollout=rollout, data={"max_prompt_tokens": 16})
     with policy_and_engines(config, tiny_model) as system:
@@ -50,20 +50,20 @@ def logprobs(folder: Path, prompt: Prompt, sample: Sample) -> Tensor:
 
 
 def test_a_response_goes_on_with_the_new_weights_and_each_token_has_the_log_prob_of_its_own(
-    system: tuple[RankPool, EnginePool, WeightSync], tmp_path: Path
+    system: tuple[RankPool, EnginePool, SyncedEngines], tmp_path: Path
 ) -> None:
-    policy, engines, weights = system
+    policy, _, weights = system
     prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (2, 20 + i % 9, 3)) for i in range(64)]
     sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=96)
     weights.push(0)
-    engines.generate(prompts[:4], sampling, run_seed=0, step=0)  # what the first generation compiles
-    policy.call("export", str(tmp_path / "old"))
-    policy.call("scramble", 0.05)
-    policy.call("export", str(tmp_path / "new"))
+    weights.generate(prompts[:4], sampling, run_seed=0, step=0)  # what the first generation compiles
+    policy.call(PolicyWorker.export, str(tmp_path / "old"))
+    policy.call(ScrambledPolicy.scramble, 0.05)
+    policy.call(PolicyWorker.export, str(tmp_path / "new"))
 
     groups: list[list[Sample]] = []
     thread = threading.Thread(
-        target=lambda: groups.extend(engines.generate(prompts, sampling, run_seed=0, step=1, check=lambda: None))
+        target=lambda: groups.extend(weights.generate(prompts, sampling, run_seed=0, step=1, check=lambda: None))
     )
     thread.start()
     time.sleep(0.3)

@@ -70,7 +70,7 @@ def test_stop_checkpoints_and_resubmit_continues(cluster: RayCluster, project: P
         return any(row["step"] >= 2 for row in rows(run))
 
     wait_until(started, JOB_S, "step 2 of the first job")
-    homes = cluster.homes("Rank", "RolloutEngine", "RewardWorker")
+    homes = cluster.homes("Rank", "VllmEngine", "RewardWorker")
     assert all(homes.values()), homes
     assert len(set().union(*homes.values())) == 3, f"pools on every node: {homes}"
     cluster.ray("job", "stop", "first")
@@ -85,7 +85,7 @@ def test_stop_checkpoints_and_resubmit_continues(cluster: RayCluster, project: P
     assert "\x1b[" not in said.split("16 prompts x 8")[1]
     client = MlflowClient(default_tracking_uri(run))
     assert client.get_run(record["mlflow_run_id"]).info.status == "KILLED"
-    wait_until(lambda: not any(cluster.homes("Rank", "RolloutEngine").values()), 60, "the first job's actors end")
+    wait_until(lambda: not any(cluster.homes("Rank", "VllmEngine").values()), 60, "the first job's actors end")
 
     submit(cluster, project, "second", tmp_path)
     wait_until(lambda: cluster.status("second") not in ("PENDING", "RUNNING"), JOB_S, "the second job's end")

@@ -154,7 +154,7 @@ def test_nothing_is_left_on_the_hosts(cluster: RayCluster, begun: list[dict[str,
         if any("/tmp/mine" in part for part in p.info["cmdline"] or [])
     ]
     assert left == []
-    assert not any(cluster.homes("Rank", "RolloutEngine", "RewardWorker").values())
+    assert not any(cluster.homes("Rank", "VllmEngine", "RewardWorker").values())
 
 
 def test_hosts_have_files_of_their_own(network: Network) -> None:

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from dvpo_service.algo.loss_spec import TERMS
-from dvpo_service.export import export, open_export
+from dvpo_service.export.export import export, open_export
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 

@@ -12,18 +12,18 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.engines import EnginePool
-from actors.placement import Placement, plan_bundles
-from actors.policy import PolicyWorker
-from actors.pool import PoolError, RankPool
-from actors.rollout import Sampling
-from actors.weight_sync import WeightSync
-from actors.weight_transfer import EngineClient
+from actors.cluster.connect import connected
+from actors.cluster.placement import Placement, plan_bundles
+from actors.cluster.pool import PoolError
+from actors.rollouts.engines import EnginePool
+from actors.training.policy import PolicyWorker
+from actors.training.rank_pool import RankPool
+from actors.weights.sync import SendWeights, SyncedEngines
+from actors.weights.transfer import EngineClient
 from dvpo_service.algo.policy_loss import token_logprobs
 from dvpo_service.config import Config
-from dvpo_service.launch import connected
 from dvpo_service.models.load import load_causal_lm
-from dvpo_service.types import Prompt
+from dvpo_service.types import Prompt, Sampling
 from tests.builders import make_config
 
 pytestmark = pytest.mark.e2e
@@ -45,21 +45,32 @@ class ScrambledPolicy(PolicyWorker):
                 parameter.add_(torch.randn_like(parameter) * scale)
 
 
+def scrambled_policy(config: Config, model: Path, placement: Placement) -> RankPool:
+    arguments = (config, str(model))
+    return RankPool("policy", ScrambledPolicy, arguments, config.policy.world_size, placement, timeout_s=300)
+
+
+def sender(policy: RankPool) -> SendWeights:
+    return lambda client, backend, timeout_s: policy.call(
+        PolicyWorker.send_weights, client, backend, timeout_s=timeout_s
+    )[0]
+
+
 @contextmanager
-def policy_and_engines(config: Config, model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
+def policy_and_engines(config: Config, model: Path) -> Iterator[tuple[RankPool, EnginePool, SyncedEngines]]:
     with connected(config):
         placement = Placement(plan_bundles(config), timeout_s=60)
-        policy = RankPool("policy", config.policy.world_size, placement, timeout_s=300)
+        policy = scrambled_policy(config, model, placement)
         engines = EnginePool.spawn(config, str(model), "safetensors", placement)
         engines.supervisor.start()
-        policy.setup(ScrambledPolicy, config, str(model)).result()
+        policy.setup().result()
         engines.supervisor.wait_started()
-        yield policy, engines, WeightSync(config, policy, engines, "safetensors")
+        yield policy, engines, SyncedEngines(config, engines, "safetensors", sender(policy))
         engines.shutdown()
 
 
 @pytest.fixture(scope="module")
-def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]]:
+def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, SyncedEngines]]:
     # torch.compile is on: the compiled graph is what can hold on to old weights.
     config = make_config(tiny_model, policy={"world_size": 2, "mini_batch_size": 8}, rollout={"enforce_eager": False})
     with policy_and_engines(config, tiny_model) as system:
@@ -68,7 +79,7 @@ def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, WeightSync]
 
 def engine_logprobs(engines: EnginePool) -> list[Tensor]:
     """One sequence at a time: what is batched beside it, which depends on arrival, would move the last digits."""
-    return [torch.tensor(engines.call("score", [s])[0][0]) for s in SEQUENCES]
+    return [torch.tensor(ray.get(engines.actors[0].score.remote([s]), timeout=60)[0]) for s in SEQUENCES]
 
 
 def model_logprobs(folder: Path | str) -> list[Tensor]:
@@ -85,15 +96,15 @@ def furthest(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def test_engine_equals_trainer_after_a_large_change(
-    system: tuple[RankPool, EnginePool, WeightSync], tiny_model: Path, tmp_path: Path
+    system: tuple[RankPool, EnginePool, SyncedEngines], tiny_model: Path, tmp_path: Path
 ) -> None:
     policy, engines, weights = system
     weights.push(0)
     before = engine_logprobs(engines)
     assert furthest(before, model_logprobs(tiny_model)) < 1e-4
 
-    policy.call("scramble", 0.3)
-    policy.call("export", str(tmp_path / "changed"))
+    policy.call(ScrambledPolicy.scramble, 0.3)
+    policy.call(PolicyWorker.export, str(tmp_path / "changed"))
     wanted = model_logprobs(tmp_path / "changed")
     assert furthest(before, wanted) > 1.0, "the change must be large, or stale weights would pass"
     assert furthest(engine_logprobs(engines), before) < 1e-6, "no weights move before a push"
@@ -103,16 +114,16 @@ def test_engine_equals_trainer_after_a_large_change(
 
 
 def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
-    system: tuple[RankPool, EnginePool, WeightSync], tmp_path: Path
+    system: tuple[RankPool, EnginePool, SyncedEngines], tmp_path: Path
 ) -> None:
-    policy, engines, weights = system
+    policy, _, weights = system
     # More prompt tokens at once than the engine takes in one batch.
     ask = ({"role": "user", "content": "?"},)
     prompts = [Prompt(i, ask, "1", "t", (2, *([20 + i % 9] * 40), 3)) for i in range(150)]
     weights.push(7)
-    policy.call("export", str(tmp_path / "now"))
+    policy.call(PolicyWorker.export, str(tmp_path / "now"))
     sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=6)
-    groups = engines.generate(prompts, sampling, run_seed=0, step=3)
+    groups = weights.generate(prompts, sampling, run_seed=0, step=3)
     assert [g[0].prompt_index for g in groups] == list(range(150))
     assert {s.weight_version for g in groups for s in g} == {7}
     assert [len(g) for g in groups] == [2] * 150
@@ -126,7 +137,7 @@ def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
             assert torch.allclose(logprobs[len(prompt.token_ids) - 1 :], torch.tensor(sample.logprobs), atol=1e-4)
 
     def tokens(step: int) -> list[tuple[int, ...]]:
-        return [s.token_ids for g in engines.generate(prompts, sampling, run_seed=0, step=step) for s in g]
+        return [s.token_ids for g in weights.generate(prompts, sampling, run_seed=0, step=step) for s in g]
 
     first = [s.token_ids for g in groups for s in g]
     assert tokens(3) == first, "the same seed and step sample the same tokens"
@@ -141,16 +152,18 @@ class FarClient(EngineClient):
 
 
 def test_an_engine_on_another_host_gets_the_same_weights_to_the_bit(
-    system: tuple[RankPool, EnginePool, WeightSync], tmp_path: Path
+    system: tuple[RankPool, EnginePool, SyncedEngines], tmp_path: Path
 ) -> None:
     policy, engines, weights = system
-    policy.call("scramble", 0.3)
+    policy.call(ScrambledPolicy.scramble, 0.3)
     weights.push(20)
     near = engine_logprobs(engines)
-    policy.call("scramble", -0.3)  # the same noise taken away again: log-probs stay of a size that floats resolve
-    policy.call("export", str(tmp_path / "scrambled"))
-    policy.call("send_weights", FarClient(engines.supervisor.alive(), 1, 300), "safetensors")
-    engines.call("set_version", 21)
+    policy.call(
+        ScrambledPolicy.scramble, -0.3
+    )
+    policy.call(PolicyWorker.export, str(tmp_path / "scrambled"))
+    policy.call(PolicyWorker.send_weights, FarClient(engines.supervisor.alive(), 1, 300), "safetensors")
+    ray.get(engines.actors[0].set_version.remote(21), timeout=60)
     far = engine_logprobs(engines)
     assert furthest(far, near) > 1.0, "new weights"
     assert furthest(far, model_logprobs(tmp_path / "scrambled")) < 1e-4
@@ -159,19 +172,19 @@ def test_an_engine_on_another_host_gets_the_same_weights_to_the_bit(
 
 
 def test_stale_weights_are_seen(
-    system: tuple[RankPool, EnginePool, WeightSync], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    system: tuple[RankPool, EnginePool, SyncedEngines], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The comparison above fails when the engine does not take the weights: it is no formality."""
     policy, engines, weights = system
     weights.push(8)
-    policy.call("scramble", 0.3)
-    policy.call("export", str(tmp_path / "unsent"))
-    engines.call("set_version", 9)  # acknowledged, but nothing was sent
+    policy.call(ScrambledPolicy.scramble, 0.3)
+    policy.call(PolicyWorker.export, str(tmp_path / "unsent"))
+    ray.get(engines.actors[0].set_version.remote(9), timeout=60)  # acknowledged, but nothing was sent
     assert furthest(engine_logprobs(engines), model_logprobs(tmp_path / "unsent")) > 1.0
 
 
 def test_a_dead_engine_is_replaced_and_gets_the_weights_before_it_serves(
-    system: tuple[RankPool, EnginePool, WeightSync],
+    system: tuple[RankPool, EnginePool, SyncedEngines],
 ) -> None:
     _, engines, weights = system
     weights.push(10)
@@ -179,7 +192,7 @@ def test_a_dead_engine_is_replaced_and_gets_the_weights_before_it_serves(
     prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (2, 20 + i, 3)) for i in range(9)]
 
     def tokens() -> list[tuple[int, ...]]:
-        groups = engines.generate(prompts, sampling, run_seed=0, step=3)
+        groups = weights.generate(prompts, sampling, run_seed=0, step=3)
         assert {s.weight_version for g in groups for s in g} == {10}
         return [s.token_ids for g in groups for s in g]
 
@@ -192,7 +205,7 @@ def test_a_dead_engine_is_replaced_and_gets_the_weights_before_it_serves(
 
 
 def test_prompts_at_the_limit_are_sampled_and_one_beyond_is_one_line(
-    system: tuple[RankPool, EnginePool, WeightSync],
+    system: tuple[RankPool, EnginePool, SyncedEngines],
 ) -> None:
     _, engines, sync = system
     sync.push(version=3)
@@ -201,7 +214,7 @@ def test_prompts_at_the_limit_are_sampled_and_one_beyond_is_one_line(
 
     def sample(tokens: int) -> list[Any]:
         prompt = Prompt(0, ({"role": "user", "content": "x"},), "1", "t", (20,) * tokens)
-        return engines.generate([prompt], sampling, run_seed=0, step=3)[0]
+        return sync.generate([prompt], sampling, run_seed=0, step=3)[0]
 
     for length in (1, limit):
         for s in sample(length):

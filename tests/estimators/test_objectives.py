@@ -10,24 +10,24 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dvpo_service.algo.advantages import scalar_gae
-from dvpo_service.config import AlgorithmConfig
-from dvpo_service.estimators import GroupEstimator, critic_objective
-from dvpo_service.estimators.objective import Carried, Estimate
+from dvpo_service.config import AlgorithmConfig, CriticConfig
+from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective
+from dvpo_service.estimators.group import GroupEstimator
 from dvpo_service.types import Rollouts
 from tests.builders import make_rollouts
 
-CARRIED = Carried(return_sd=0.5, worst_value=-1.0)
+STATS = RunningStats(return_sd=0.5, worst_value=-1.0)
 
 
 def estimate(*, pretraining: bool = False, seed: int = 0, **algorithm: Any) -> tuple[Estimate, Tensor, Rollouts]:
     config = AlgorithmConfig.model_validate({"n_quantiles": 12, "n_heads": 3} | algorithm)
-    objective, part = critic_objective(config, None), make_rollouts(seed=seed)
+    objective, part = critic_objective(config, CriticConfig()), make_rollouts(seed=seed)
     b, t = part.rewards.shape
     rng = torch.Generator().manual_seed(seed)
     z = torch.randn(b, t, objective.heads, objective.quantiles, generator=rng)
     z_end = torch.randn(b, objective.heads, objective.quantiles, generator=rng)
     seeds = torch.arange(b)
-    found = objective.estimate(z, z_end, part, seeds=seeds, pretraining=pretraining, carried=CARRIED)
+    found = objective.estimate(z, z_end, part, seeds=seeds, pretraining=pretraining, stats=STATS)
     return found, z, part
 
 

@@ -15,13 +15,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
-from actors.critic import CriticWorker
-from actors.fsdp import Rendezvous, full_state
-from actors.policy import PolicyWorker
+from actors.cluster.pool import Rendezvous
+from actors.training.critic import CriticWorker
+from actors.training.policy import PolicyWorker
+from actors.training.trainer import full_state
 from dvpo_service.config import Config, to_yaml
-from dvpo_service.integrity import sums_of, write_record
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.runs.integrity import sums_of, write_record
 from tests.builders import make_config, make_rollouts
 
 STEP = 3
@@ -33,7 +34,7 @@ def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, r
     torch.set_num_threads(1)
     rollouts = make_rollouts()
     policy = PolicyWorker(config, model, Rendezvous(rank, world, "127.0.0.1", ports[0], 120))
-    policy.update(rollouts.with_(logprobs=rollouts.rollout_logprobs), torch.ones(rollouts.rewards.shape), 0)
+    policy.update(rollouts, {"logprobs": rollouts.rollout_logprobs}, torch.ones(rollouts.rewards.shape), 0)
     policy.save(f"{checkpoint}/policy")
     policy.saved(True)
     dist.barrier()
@@ -42,7 +43,7 @@ def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, r
     state = full_state(policy.trainer.module.backbone)
     dist.destroy_process_group()
     critic = CriticWorker(config, model, Rendezvous(rank, world, "127.0.0.1", ports[1], 120))
-    critic.evaluate(rollouts, 0)
+    critic.evaluate(rollouts, {}, 0)
     critic.update()
     critic.save(f"{checkpoint}/estimator")
     critic.saved(True)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from dvpo_service.config import Config
-from dvpo_service.export import export
-from dvpo_service.model_card import model_card
+from dvpo_service.export.export import export
+from dvpo_service.export.model_card import model_card
 from tests.builders import make_config
 
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)

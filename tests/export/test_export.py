@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dvpo_service.config import to_yaml
 from dvpo_service.errors import CheckpointError
-from dvpo_service.export import describe, export, newest, open_export, run_config, writing
-from dvpo_service.integrity import read_record, write_record
+from dvpo_service.export.export import describe, export, newest, open_export, run_config, writing
 from dvpo_service.models.base import save_base
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.runs.integrity import read_record, write_record
 from tests.builders import make_config
 from tests.export.conftest import STEP
 

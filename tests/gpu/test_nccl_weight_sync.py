@@ -7,14 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from actors.cluster import connected
-from actors.engines import EnginePool
-from actors.placement import Placement, plan_bundles
-from actors.pool import RankPool
-from actors.weight_sync import WeightSync
-from actors.weight_transfer import weight_backend
+from actors.cluster.connect import connected
+from actors.cluster.placement import Placement, plan_bundles
+from actors.rollouts.engines import EnginePool
+from actors.training.policy import PolicyWorker
+from actors.weights.sync import SyncedEngines
+from actors.weights.transfer import weight_backend
 from tests.builders import make_config
-from tests.e2e.test_weight_sync import ScrambledPolicy, engine_logprobs, furthest, model_logprobs
+from tests.e2e.test_weight_sync import (
+    ScrambledPolicy,
+    engine_logprobs,
+    furthest,
+    model_logprobs,
+    scrambled_policy,
+    sender,
+)
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.e2e]
 
@@ -25,14 +32,14 @@ def test_engine_equals_trainer_over_nccl(tiny_model: Path, tmp_path: Path) -> No
     with connected(config), ExitStack() as stack:
         bundles = [b for b in plan_bundles(config) if b.pool in ("policy", "rollout")]
         placement = Placement(bundles, timeout_s=60)
-        policy = RankPool("policy", 1, placement, timeout_s=300)
+        policy = scrambled_policy(config, tiny_model, placement)
         engines = EnginePool.spawn(config, str(tiny_model), "nccl", placement)
         stack.callback(engines.shutdown)
         engines.supervisor.start()
-        policy.setup(ScrambledPolicy, config, str(tiny_model)).result()
+        policy.setup().result()
         engines.supervisor.wait_started()
-        weights = WeightSync(config, policy, engines, "nccl")
-        policy.call("scramble", 0.3)
+        weights = SyncedEngines(config, engines, "nccl", sender(policy))
+        policy.call(ScrambledPolicy.scramble, 0.3)
         weights.push(1)
-        policy.call("export", str(tmp_path / "changed"))
+        policy.call(PolicyWorker.export, str(tmp_path / "changed"))
         assert furthest(engine_logprobs(engines), model_logprobs(tmp_path / "changed")) < 2e-3

@@ -4,8 +4,9 @@ import statistics
 import pytest
 
 from dvpo_service.errors import ConfigError
-from dvpo_service.rewards.noise import NoiseSpec, sample_seed, score_group
+from dvpo_service.rewards.noise import NoiseSpec, score_group
 from dvpo_service.rewards.scoring import resolve
+from dvpo_service.rewards.seeds import sample_seed
 
 EXACT = resolve("exact_match")
 SEEDS = [sample_seed(0, 0, 0, i) for i in range(4000)]

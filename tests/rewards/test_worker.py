@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.reward import RewardWorker, Work
+from actors.rollouts.reward import RewardWorker, Work
 from dvpo_service.config import RewardConfig
 
 

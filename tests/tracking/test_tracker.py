@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from dvpo_service.errors import TrackingError
+from dvpo_service.runs.step_file import read_metrics
 from dvpo_service.tracking import store
 from dvpo_service.tracking.figures import FanData
-from dvpo_service.tracking.jsonl import read_metrics
 from dvpo_service.tracking.store import default_tracking_uri
 from dvpo_service.tracking.tracker import Tracker, _description
 

@@ -1,0 +1,164 @@
+"""The rollout stream: cursor -> engines -> rewards -> a scored batch. Synchronous: staleness 0 (see ``ahead.py``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from actors.rollouts.cache import CachedBatch, RolloutCache
+from actors.rollouts.engines import Sampler
+from actors.rollouts.reward import Work
+from actors.rollouts.reward_pool import RewardPool
+from dvpo_service.config import Config
+from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
+from dvpo_service.data.cursor import CursorState, PromptCursor
+from dvpo_service.data.dataset import Dataset
+from dvpo_service.data.ledger import Ledger
+from dvpo_service.rewards.overlong import overlong_penalty
+from dvpo_service.rewards.seeds import sample_seed
+from dvpo_service.types import Generated, Prompt, Rollouts, Sample, Sampling, Score
+
+
+def training_sampling(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.n, rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
+def score_samples(
+    rewards: RewardPool,
+    prompts: list[Prompt],
+    groups: list[list[Sample]],
+    *,
+    run_seed: int,
+    step: int,
+    noisy: bool,
+) -> list[list[Score]]:
+    """Scores per group; the noise of a sample depends on the seed, the step and the sample only."""
+    work = [
+        Work(
+            [s.text for s in group],
+            p.answer,
+            [sample_seed(run_seed, step, p.index, s.sample_index) for s in group],
+            p.source,
+        )
+        for p, group in zip(prompts, groups, strict=True)
+    ]
+    return rewards.score(work, noisy=noisy)
+
+
+def penalised(config: Config, samples: list[Sample], scores: list[Score]) -> list[Score]:
+    """Rewards less what the overlong penalty takes; clean ones stay."""
+    reward = config.reward
+    if not reward.overlong_buffer:
+        return scores
+    penalty = overlong_penalty(
+        torch.tensor([len(s.token_ids) for s in samples]),
+        max_len=config.rollout.max_new_tokens,
+        buffer=reward.overlong_buffer,
+        factor=reward.overlong_penalty,
+    )
+    return [replace(s, reward=s.reward + p) for s, p in zip(scores, penalty.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's samples with their scores."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    scores: list[Score]
+
+    def has_zero_variance(self) -> bool:
+        """No sample is better than another: nothing to learn by comparison."""
+        return len({s.reward for s in self.scores if s.error is None}) < 2
+
+
+def _useful(groups: list[Group]) -> int:
+    return sum(not g.has_zero_variance() for g in groups)
+
+
+def _collate(groups: list[Group]) -> Rollouts:
+    return collate([g.prompt for g in groups], [g.samples for g in groups], [g.scores for g in groups])
+
+
+class SyncStream:
+    """Generates a batch when asked, with the weights of that moment."""
+
+    def __init__(self, config: Config, data: Dataset, engines: Sampler, rewards: RewardPool, ledger: Ledger):
+        self.config, self.data, self.engines, self.rewards, self.ledger = config, data, engines, rewards, ledger
+        self.cursor = PromptCursor(len(data.prompts), config.trainer.seed)
+        self.cache = RolloutCache(config.rollout.reuse_gib)
+        self.check: Callable[[], None] | None = None  # see EnginePool.generate
+
+    def next(self, step: int) -> Generated:
+        """The batch of ``step``: kept from before a fault if it is, or else sampled now."""
+        return self._give(step, *self._make(step))
+
+    def close(self) -> None:
+        """Nothing is under way between two calls of ``next``."""
+
+    def _give(self, step: int, batch: CachedBatch, reused: bool) -> Generated:
+        """The batch, noted in the ledger."""
+        self.ledger.write(step, batch.prompts, batch.failed)
+        generated = batch.generated
+        spent = {name: 0.0 for name in generated.metrics if reused and name.startswith("time/")}
+        count = float(len(generated.rollouts)) if reused else 0.0
+        return replace(generated, metrics=generated.metrics | spent | {"rollout/reused": count})
+
+    def _make(self, step: int) -> tuple[CachedBatch, bool]:
+        """The draw of ``step``, and whether it is one that was kept. The cursor stands behind it then."""
+        before = self.cursor.state_dict()
+        if batch := self.cache.find(step, before):
+            self.cursor.load_state_dict(batch.after)
+            return batch, True
+        groups, generated = self._generate(step)
+        failed = sum(s.error is not None for g in groups for s in g.scores)
+        batch = CachedBatch(generated, [g.prompt.index for g in groups], failed, before, self.cursor.state_dict())
+        self.cache.put(step, batch)
+        return batch, False
+
+    def _generate(self, step: int) -> tuple[list[Group], Generated]:
+        """Everything drawn and the batch: the next ``prompts_per_step`` prompts, sampled ``n`` times and scored.
+
+        With ``dynamic_sampling`` (DAPO, arXiv 2503.14476) groups without spread are left out and as many
+        prompts drawn in their place, ``max_draws`` times in all; what is missing then is filled with
+        groups left out. Rewards are measured over everything drawn.
+        """
+        rollout, size = self.config.rollout, self.config.rollout.prompts_per_step
+        seconds = {"generate": 0.0, "score": 0.0}
+        drawn, draws = self._draw(size, step, seconds), 1
+        while rollout.dynamic_sampling and draws < rollout.max_draws and (missing := size - _useful(drawn)) > 0:
+            drawn += self._draw(missing, step, seconds)
+            draws += 1
+        metrics = rollout_metrics(_collate(drawn), rollout.n, version=step)
+        metrics["rollout/tokens_per_s"] = metrics.pop("rollout/tokens") / seconds["generate"]
+        metrics |= {f"time/{stage}": s for stage, s in seconds.items()}
+        metrics |= {"data/epoch": float(self.cursor.epoch), "rollout/draws": float(draws)}
+        # A stable sort: within useful and useless, in the order drawn.
+        used = sorted(drawn, key=Group.has_zero_variance)[:size] if rollout.dynamic_sampling else drawn
+        rows = readable_rows([g.prompt for g in used], [g.samples for g in used], [g.scores for g in used])
+        return drawn, Generated(_collate(used), rows, metrics)
+
+    def _draw(self, count: int, step: int, seconds: dict[str, float]) -> list[Group]:
+        """Sample and score the next ``count`` prompts; adds to ``seconds``."""
+        config, seed = self.config, self.config.trainer.seed
+        prompts = [self.data.prompts[i] for i in self.cursor.take(count)]
+        start = time.perf_counter()
+        groups = self.engines.generate(prompts, training_sampling(config), run_seed=seed, step=step, check=self.check)
+        generated = time.perf_counter()
+        scores = score_samples(self.rewards, prompts, groups, run_seed=seed, step=step, noisy=True)
+        seconds["generate"] += generated - start
+        seconds["score"] += time.perf_counter() - generated
+        return [
+            Group(p, samples, penalised(config, samples, scored))
+            for p, samples, scored in zip(prompts, groups, scores, strict=True)
+        ]
+
+    def state_dict(self) -> CursorState:
+        return self.cursor.state_dict()
+
+    def load_state_dict(self, state: CursorState) -> None:
+        self.cursor.load_state_dict(state)

@@ -1,0 +1,259 @@
+"""One rank of the critic pool: values and targets stay here, scalar advantages leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from actors.cluster.pool import Rendezvous
+from actors.training.process_group import add_up, all_reduce, all_reduce_min, all_reduce_sums, init_process_group
+from actors.training.trainer import Trainer, UpdateMetrics, full_state
+from dvpo_service.algo.advantages import returns_to_go
+from dvpo_service.algo.batching import rank_micro_batches
+from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
+from dvpo_service.algo.quantiles import quantile_levels
+from dvpo_service.config import Config
+from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
+from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
+from dvpo_service.models.critic_folder import CriticSpec
+from dvpo_service.models.load import load_backbone
+from dvpo_service.models.sharding import shard
+from dvpo_service.runs.integrity import Files
+from dvpo_service.runs.storage import written_locally
+from dvpo_service.types import Metrics, Rollouts
+
+Sums = dict[str, Tensor]
+
+
+@dataclass
+class MicroBatch:
+    """Sequences of this rank that share a forward pass, with what the critic made of them."""
+
+    rollouts: Rollouts
+    estimate: Estimate
+
+
+@dataclass
+class Minibatch:
+    """This rank's part of one optimizer step; ``tokens`` and ``mean_shift`` are over all ranks."""
+
+    parts: list[MicroBatch] = field(default_factory=list)
+    tokens: float = 0.0
+    mean_shift: float = 0.0
+
+
+@dataclass
+class RankValues:
+    """What a rank returns: ``rows`` [b] of the batch, advantages and values [b, T]."""
+
+    rows: Tensor
+    advantages: Tensor
+    values: Tensor
+
+
+class CriticWorker:
+    """Evaluates and trains the critic on this rank's sequences. Every rank calls every method in the same order."""
+
+    def __init__(self, config: Config, model_path: str, meet: Rendezvous):
+        self.config, self.meet = config, meet
+        self.device = init_process_group(meet)
+        torch.manual_seed(config.trainer.seed)
+        self.objective = critic_objective(config.algorithm, config.critic)
+        module = shard(
+            _build(config, model_path, critic_spec(config.algorithm, self.objective)),
+            self.device,
+            bfloat16=config.model.dtype == "bfloat16",
+            checkpointing=config.critic.gradient_checkpointing,
+        )
+        minibatches = config.batch_size // (config.critic.mini_batch_size or config.batch_size)
+        steps = config.trainer.num_steps * config.critic.epochs * minibatches
+        self.trainer = Trainer(module, config.critic.optim, total_steps=steps)
+        # Count, sum and sum of squares of all returns so far, and the least value of the last batch.
+        self.trainer.extra["return_moments"] = torch.zeros(3, dtype=torch.float64)
+        self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
+        self.minibatches: list[Minibatch] = []
+        self.levels = quantile_levels(self.objective.quantiles, config.algorithm.quantile_levels)
+
+    @torch.no_grad()
+    def evaluate(self, rollouts: Rollouts, changes: dict[str, Tensor], step: int) -> tuple[RankValues, Metrics]:
+        """Compute values, targets and advantages of this rank's whole sequences; targets are kept for ``update``.
+
+        Args:
+          rollouts: the step's batch.
+          changes: fields of it that came later, by name.
+
+        Returns:
+          This rank's advantages and values, and metrics over all ranks.
+        """
+        rollouts = rollouts.with_(**changes)
+        stats, split = self._running_stats(), self._split(len(rollouts), step)
+        sums: Sums = {}
+        totals = torch.zeros(len(split), 2, dtype=torch.float64)  # valid tokens, sum of the mean shift
+        rows: list[Tensor] = []
+        self.minibatches = []
+        for number, indices in enumerate(split):
+            minibatch = Minibatch()
+            self.minibatches.append(minibatch)
+            for index in indices:
+                part = rollouts.select(index)
+                z, z_end = self._atoms(part)
+                estimate = self._estimate(z, z_end, part, index, step, stats)
+                minibatch.parts.append(MicroBatch(part, estimate))
+                rows.append(index)
+                add_up(sums, self._measure(z, part, stats))
+                totals[number] += self._totals(z, estimate.targets, part)
+        sums = all_reduce_sums(sums, self.device)
+        totals = all_reduce(totals, self.device)
+        for minibatch, (tokens, shift) in zip(self.minibatches, totals.tolist(), strict=True):
+            minibatch.tokens = max(1.0, tokens)
+            minibatch.mean_shift = shift / minibatch.tokens
+        self._remember(sums)
+        return self._values(rows, rollouts.response_mask.shape[1]), critic_metrics(sums)
+
+    def update(self) -> Metrics:
+        """Take the optimizer steps of ``critic.epochs`` over the batch last evaluated; return their metrics."""
+        metrics = UpdateMetrics("critic", self.objective.loss_name)
+        stats = self._running_stats()
+        for _ in range(self.config.critic.epochs):
+            for minibatch in self.minibatches:
+                sums: Sums = {"shift_sum": torch.zeros((), dtype=torch.float64)}
+                report = self.trainer.step(self._losses(minibatch, stats, sums))
+                measured = all_reduce_sums(sums, self.device)
+                # The next epoch uses this epoch's mean: a forward pass only to know it would cost a third more.
+                minibatch.mean_shift = float(measured.pop("shift_sum")) / minibatch.tokens
+                metrics.add(report, measured)
+        return metrics.result(self.trainer.lr)
+
+    @torch.no_grad()
+    def distributions(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Return levels [M] and every head's sorted atoms [B, T, H, M] of given responses, on the CPU. Collective."""
+        z, _ = self._atoms(rollouts)
+        return self.levels, z.float().sort(dim=-1).values.cpu()
+
+    def export(self, folder: str) -> None:
+        """Write the critic as ``DistributionalCritic.from_pretrained`` loads it. Collective; rank 0 writes."""
+        state = full_state(self.trainer.module)
+        if self.meet.rank == 0:
+            with written_locally(folder) as local:
+                self.trainer.module.save_pretrained(local, state)
+
+    def save(self, folder: str) -> None:
+        """See ``Trainer.save``."""
+        self.trainer.save(folder)
+
+    def saved(self, wait: bool) -> Files | None:
+        """See ``Trainer.saved``."""
+        return self.trainer.saved(wait=wait)
+
+    def load(self, folder: str) -> None:
+        """See ``Trainer.load``."""
+        self.trainer.load(folder)
+
+    def _losses(self, minibatch: Minibatch, stats: RunningStats, sums: Sums) -> list[Callable[[], Tensor]]:
+        """Return a function for each micro-batch that computes its loss, and adds its measurements to ``sums``."""
+
+        def loss(batch: MicroBatch) -> Tensor:
+            z, _ = self._atoms(batch.rollouts)
+            estimate, mask = batch.estimate.to(z.device), batch.rollouts.response_mask.to(z.device)
+            total, parts = self.objective.loss(
+                z,
+                estimate,
+                mask,
+                denominator=minibatch.tokens,
+                stats=stats,
+                batch_mean_shift=minibatch.mean_shift,
+            )
+            add_up(sums, parts | {"shift_sum": self.objective.shift_sum(z.detach(), estimate.targets, mask)})
+            return total
+
+        return [partial(loss, batch) for batch in minibatch.parts]
+
+    def _atoms(self, part: Rollouts) -> tuple[Tensor, Tensor]:
+        """Return the atoms at the response's T positions [b, T, H, M] and after its last token [b, H, M]."""
+        tokens, t = part.tokens.to(self.device), part.response_mask.shape[1]
+        lengths = (part.prompt_lens + part.response_lens).to(self.device)
+        positions = response_positions(part.prompt_lens.to(self.device), t + 1, tokens.shape[1])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
+            z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
+        z_end = z[torch.arange(len(part), device=z.device), part.response_lens.to(z.device)]
+        return z[:, :-1], z_end
+
+    def _estimate(
+        self, z: Tensor, z_end: Tensor, part: Rollouts, rows: Tensor, step: int, stats: RunningStats
+    ) -> Estimate:
+        """Return the objective's estimate, on the CPU: the targets of a whole batch wait there for their update."""
+        trainer = self.config.trainer
+        return self.objective.estimate(
+            z,
+            z_end,
+            part,
+            seeds=(trainer.seed * 1_000_003 + step) * 1_000_003 + rows,
+            pretraining=step < trainer.critic_warmup,
+            stats=stats,
+        ).to(torch.device("cpu"))
+
+    def _measure(self, z: Tensor, part: Rollouts, stats: RunningStats) -> Sums:
+        algorithm = self.config.algorithm
+        mask = part.response_mask.to(z.device)
+        returns = returns_to_go(part.rewards.to(z.device), mask, algorithm.gamma)
+        near = 0.05 * stats.return_sd  # where a predicted quantile and a 0/1 reward are the same
+        return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta, near)
+
+    def _totals(self, z: Tensor, targets: Tensor, part: Rollouts) -> Tensor:
+        mask = part.response_mask.to(z.device)
+        return torch.stack([mask.sum().double(), self.objective.shift_sum(z, targets.to(z.device), mask)]).cpu()
+
+    def _split(self, batch_size: int, step: int) -> list[list[Tensor]]:
+        """Return this rank's rows by minibatch (an optimizer step) and micro-batch (a forward pass)."""
+        critic = self.config.critic
+        return rank_micro_batches(
+            batch_size,
+            mini_size=critic.mini_batch_size or batch_size,
+            micro_size=critic.micro_batch_size,
+            rank=self.meet.rank,
+            world_size=self.meet.world_size,
+            seed=self.config.trainer.seed,
+            step=step,
+        )
+
+    def _values(self, rows: list[Tensor], width: int) -> RankValues:
+        estimates = [part.estimate for minibatch in self.minibatches for part in minibatch.parts]
+        advantages = torch.cat([_widen(e.advantages, width) for e in estimates])
+        values = torch.cat([_widen(e.values, width) for e in estimates])
+        return RankValues(torch.cat(rows), advantages, values)
+
+    def _running_stats(self) -> RunningStats:
+        n, total, squares = self.trainer.extra["return_moments"].tolist()
+        variance = squares / n - (total / n) ** 2 if n else 1.0
+        return RunningStats(max(variance, 0.0) ** 0.5, float(self.trainer.extra["worst_value"]))
+
+    def _remember(self, sums: Sums) -> None:
+        """Add this batch's returns to the running moments, and keep its worst value; ``sums`` are over all ranks."""
+        self.trainer.extra["return_moments"] += torch.stack([sums[k] for k in ("count", "return", "return_sq")])
+        valid = [p.estimate.values[p.rollouts.response_mask] for m in self.minibatches for p in m.parts]
+        low = min((float(v.min()) for v in valid if v.numel()), default=math.inf)
+        worst = all_reduce_min(torch.tensor(low, dtype=torch.float64), self.device)
+        if worst.isfinite():
+            self.trainer.extra["worst_value"] = worst
+
+
+def _build(config: Config, model_path: str, spec: CriticSpec) -> DistributionalCritic:
+    trust = config.model.trust_remote_code
+    if config.critic.init_from_policy:
+        backbone = load_backbone(model_path, trust_remote_code=trust)
+    else:
+        backbone = AutoModel.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=trust)).float()
+    return DistributionalCritic(
+        backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
+    )
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))

@@ -1,0 +1,194 @@
+"""One rank of the policy pool: log-probs, the update, weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from actors.cluster.pool import Rendezvous
+from actors.training.process_group import add_up, all_reduce, all_reduce_sums, init_process_group
+from actors.training.trainer import Trainer, UpdateMetrics, full_state
+from dvpo_service.algo.batching import rank_micro_batches
+from dvpo_service.algo.diagnostics import policy_metrics
+from dvpo_service.config import Backend, Config
+from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.models.policy import PolicyModel
+from dvpo_service.models.sharding import shard
+from dvpo_service.objectives.policy import PolicyObjective
+from dvpo_service.runs.integrity import Files
+from dvpo_service.runs.storage import written_locally
+from dvpo_service.types import Metrics, Rollouts
+
+if TYPE_CHECKING:
+    from actors.weights.transfer import EngineClient
+
+Sums = dict[str, Tensor]
+
+
+@dataclass
+class RankLogprobs:
+    """What a rank computed: ``rows`` [b] of the batch, log-probs [b, T] on the CPU."""
+
+    rows: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor | None
+
+
+class PolicyWorker:
+    """Scores and trains the policy on this rank's sequences. Every rank calls every method in the same order."""
+
+    def __init__(self, config: Config, model_path: str, meet: Rendezvous):
+        self.config, self.meet, self.model_path = config, meet, model_path
+        self.device = init_process_group(meet)
+        torch.manual_seed(config.trainer.seed)
+        module: Any = self._load()
+        minibatches = config.batch_size // (config.policy.mini_batch_size or config.batch_size)
+        steps = config.trainer.num_steps * config.policy.epochs * minibatches
+        self.trainer = Trainer(module, config.policy.optim, total_steps=steps)
+        self.objective = PolicyObjective(config)
+        self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
+        self.transfer: Any = None
+        self.membership: Any = None  # the engines that the transfer reaches
+        # vLLM's transfer takes seconds to import: now, while the engines start, and not at the first push.
+        from actors.weights import cpu_transfer  # noqa: F401
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, step: int) -> RankLogprobs:
+        """Return log-probs of the sampled tokens before the update, and under the reference if there is one."""
+        rows: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        reference: list[Tensor] = []
+        width = rollouts.response_mask.shape[1]
+        for minibatch in self._split(len(rollouts), step):
+            for index in minibatch:
+                part = rollouts.select(index)
+                rows.append(index)
+                logprobs.append(_widen(self._score(self.trainer.module, part)[0], part, width))
+                if self.reference is not None:
+                    reference.append(_widen(self._score(self.reference, part)[0], part, width))
+        return RankLogprobs(torch.cat(rows), torch.cat(logprobs), torch.cat(reference) if reference else None)
+
+    def update(self, rollouts: Rollouts, changes: dict[str, Tensor], advantages: Tensor, step: int) -> Metrics:
+        """Take the optimizer steps of ``policy.epochs`` over the batch, and return metrics over all ranks.
+
+        Args:
+          rollouts: the step's batch.
+          changes: fields of it that came later, by name; ``logprobs`` among them.
+          advantages: [B, T] as the loss takes them.
+        """
+        rollouts = rollouts.with_(**changes)
+        metrics = UpdateMetrics("policy", "loss")
+        sums: Sums = {}
+        for _ in range(self.config.policy.epochs):
+            for minibatch in self._split(len(rollouts), step):
+                shares: Sums = {}
+                report = self.trainer.step(self._losses(rollouts, advantages, minibatch, shares, sums))
+                metrics.add(report, all_reduce_sums(shares, self.device))
+        return metrics.result(self.trainer.lr) | policy_metrics(all_reduce_sums(sums, self.device))
+
+    def send_weights(self, client: EngineClient, backend: Backend) -> dict[int, str]:
+        """Push the current weights to the client's engines, and return when they hold them. Collective.
+
+        Joins vLLM's weight transfer first where the engines are others than at the last push. Rank 0
+        returns the engines lost on the way, by number, with the cause.
+        """
+        from actors.weights.transfer import connect
+
+        if self.membership != client.membership:
+            if self.transfer is not None:
+                self.transfer.shutdown()
+            self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank)
+            self.membership = client.membership
+        self.transfer.client = client
+        self.transfer.send_weights()
+        return client.lost
+
+    def export(self, folder: str) -> None:
+        """Write the policy as a Hugging Face folder. Collective; rank 0 writes."""
+        state = full_state(self.trainer.module.backbone)
+        if self.meet.rank == 0:
+            trust = self.config.model.trust_remote_code
+            lm = load_causal_lm(self.model_path, trust_remote_code=trust)
+            with written_locally(folder) as local:
+                lm.save_pretrained(local, state_dict=state)  # type: ignore[operator]
+                load_tokenizer(self.model_path, trust_remote_code=trust).save_pretrained(local)
+
+    def save(self, folder: str) -> None:
+        """See ``Trainer.save``."""
+        self.trainer.save(folder)
+
+    def saved(self, wait: bool) -> Files | None:
+        """See ``Trainer.saved``."""
+        return self.trainer.saved(wait=wait)
+
+    def load(self, folder: str) -> None:
+        """See ``Trainer.load``."""
+        self.trainer.load(folder)
+
+    def _load(self) -> Any:
+        lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
+        return shard(
+            PolicyModel(lm, temperature=self.config.rollout.temperature, packing=self.config.policy.packing),
+            self.device,
+            bfloat16=self.config.model.dtype == "bfloat16",
+            checkpointing=self.config.policy.gradient_checkpointing,
+        )
+
+    def _split(self, batch_size: int, step: int) -> list[list[Tensor]]:
+        """Return this rank's rows by minibatch (an optimizer step) and micro-batch (a forward pass)."""
+        policy = self.config.policy
+        return rank_micro_batches(
+            batch_size,
+            mini_size=policy.mini_batch_size or batch_size,
+            micro_size=policy.micro_batch_size,
+            rank=self.meet.rank,
+            world_size=self.meet.world_size,
+            seed=self.config.trainer.seed,
+            step=step,
+        )
+
+    def _score(self, module: Any, part: Rollouts) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies [b, T] of the responses in ``part``."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
+            return module(
+                part.tokens.to(self.device),
+                part.prompt_lens.to(self.device),
+                (part.prompt_lens + part.response_lens).to(self.device),
+                part.response_mask.shape[1],
+            )
+
+    def _losses(
+        self, rollouts: Rollouts, advantages: Tensor, minibatch: list[Tensor], shares: Sums, sums: Sums
+    ) -> list[Callable[[], Tensor]]:
+        """Return a function for each micro-batch that computes its loss, and adds its measurements to both sums."""
+        masks = [rollouts.response_mask[rows] for rows in minibatch]
+        counts = torch.tensor([[m.sum(), m.any(1).sum()] for m in masks], dtype=torch.float64).sum(0)
+        tokens, sequences = all_reduce(counts, self.device).clamp(min=1).tolist()
+
+        def loss(rows: Tensor) -> Tensor:
+            part = rollouts.select(rows).to(self.device)
+            logprobs, entropy = self._score(self.trainer.module, part)
+            total, share, summed = self.objective.loss(
+                logprobs,
+                entropy,
+                part,
+                advantages[rows, : part.response_mask.shape[1]].to(self.device),
+                num_tokens=tokens,
+                num_sequences=sequences,
+            )
+            add_up(shares, share)
+            add_up(sums, summed)
+            return total
+
+        return [partial(loss, rows) for rows in minibatch]
+
+
+def _widen(x: Tensor, part: Rollouts, width: int) -> Tensor:
+    """[b, t] -> [b, width] on the CPU, 0 off the response mask."""
+    x = torch.where(part.response_mask, x.cpu(), 0.0)
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))

@@ -1,0 +1,151 @@
+"""Training through the loss of a trainer rank: its group restarts from the last checkpoint, in the same job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from actors.cluster.health import Budget, Fleet
+from actors.cluster.pool import Call, PoolError, RestartBudgetExhausted
+from actors.training.rank_pool import RankPool
+from dvpo_service.host import stopping
+from dvpo_service.loop import TrainState
+from dvpo_service.types import Metrics
+
+LOOK_S = 1.0
+
+
+class GroupRestarts:
+    """How often each trainer group was restarted, within the budget, and how long it took."""
+
+    def __init__(self, names: Iterator[str] | list[str], budget: Budget):
+        self.budget = budget
+        self.fleets = {name: Fleet(1, budget) for name in names}
+        for fleet in self.fleets.values():
+            fleet.started(0)
+        self.recovery_s: dict[str, float] = {}
+
+    def metrics(self) -> Metrics:
+        """Return the restarts so far of each group and, once, how long the last recovery took."""
+        seconds, self.recovery_s = self.recovery_s, {}
+        restarts = {f"pool/restarts/{name}": float(fleet.restarts) for name, fleet in self.fleets.items()}
+        return restarts | {f"pool/recovery_s/{name}": s for name, s in seconds.items()}
+
+
+@dataclass
+class Recovery:
+    """Brings a run back to its last checkpoint when a trainer group is lost.
+
+    Attributes:
+      groups: the trainer pools by name.
+      last_checkpoint: finds the last checkpoint; returns its step, or None, and a function that brings every role back
+        to it, or to the start.
+      restarts: counts them.
+      note: told a line for the person who watches.
+      resume_command: what continues the run when no restart is left.
+      wait, clock: sleep and monotonic time, for tests.
+    """
+
+    groups: Mapping[str, RankPool]
+    last_checkpoint: Callable[[], tuple[int | None, Callable[[], TrainState]]]
+    restarts: GroupRestarts
+    note: Callable[[str], None]
+    resume_command: str
+    wait: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def attempts(self, state: TrainState) -> Iterator[Attempt]:
+        """Yield attempts to train until one ends without the loss of a group::
+
+            for attempt in recovery.attempts(state):
+                with attempt:
+                    state = loop.train(..., attempt.state)
+
+        An attempt raises RestartBudgetExhausted, with the command that continues the run, when a pool's budget is
+        spent, and whatever else training raises.
+        """
+        attempt = Attempt(self, state)
+        while not attempt.done:
+            yield attempt
+
+    def recover(self, error: PoolError) -> TrainState:
+        """Bring both groups to the last checkpoint again, with fresh ranks for what was lost; return its state."""
+        began, lost = self.clock(), set[str]()
+        while True:
+            lost.add(self._grant(error))
+            try:
+                state = self._restore(lost)
+            except PoolError as another:  # the other group, or a rank that died while it started
+                error = another
+                continue
+            for name in lost:
+                self.restarts.fleets[name].started(0)
+                self.restarts.recovery_s[name] = self.clock() - began
+            self.note(f"{' and '.join(sorted(lost))} restarted in {self.clock() - began:.1f} s, at step {state.step}")
+            return state
+
+    def _grant(self, error: PoolError) -> str:
+        """Return the name of the lost group, after its back-off. Raises the error if restarting cannot mend it."""
+        name = error.pool
+        if name not in self.groups or not error.lost:
+            raise error
+        fleet, budget, now = self.restarts.fleets[name], self.restarts.budget, self.clock()
+        if not fleet.died(0, error.cause, now):
+            raise RestartBudgetExhausted(name, error.cause, budget.max_restarts) from error
+        member = fleet.members[0]
+        used = f"{fleet.used(now)} of {budget.max_restarts}"
+        self.note(f"{name} lost a rank, in {error.method} ({error.cause[:200]}); restarting its group ({used})")
+        self.wait(max(0.0, (member.due or now) - now))
+        fleet.restarted(0)
+        return name
+
+    def _restore(self, lost: set[str]) -> TrainState:
+        step, restore = self.last_checkpoint()
+        # Without a checkpoint there is no other way to the start than to build everything again.
+        building = {name: g.rebuild() for name, g in self.groups.items() if name in lost or step is None}
+        self._watch_others(building, lost)
+        for call in building.values():
+            call.result()
+        return restore()
+
+    def _watch_others(self, building: dict[str, Call], lost: set[str]) -> None:
+        """Until those are built: what dies of the others meanwhile is noticed, and built beside them."""
+        began = self.clock()
+        while any(not c.finished(LOOK_S) for c in building.values() if self.clock() - began < c.timeout_s):
+            stopping.check()
+            for name, group in self.groups.items():
+                if name not in building and (cause := group.gone()):
+                    lost.add(self._grant(PoolError(name, "restart", cause, lost=True)))
+                    building[name] = group.rebuild()
+
+
+@dataclass
+class Attempt:
+    """One try to train from ``state`` to the end. Leaving it on the loss of a group recovers, and asks for another."""
+
+    recovery: Recovery
+    state: TrainState
+    done: bool = field(default=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None:
+            self.done = True
+            return False
+        try:
+            if isinstance(error, PoolError) and not isinstance(error, RestartBudgetExhausted):
+                self.state = self.recovery.recover(error)
+                return True
+        except RestartBudgetExhausted as exhausted:
+            exhausted.resume = self.recovery.resume_command
+            raise
+        if isinstance(error, RestartBudgetExhausted):
+            error.resume = self.recovery.resume_command
+        return False

@@ -1,0 +1,181 @@
+"""Training a sharded module: gradient accumulation, optimizer, state.
+
+No Ray and no losses here: critic.py and policy.py hand in per-micro-batch losses.
+Every rank calls every method in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
+from transformers import get_scheduler
+
+from actors.training.background_save import BackgroundSaver
+from actors.training.process_group import all_reduce
+from dvpo_service.config import OptimConfig
+from dvpo_service.runs.integrity import Files
+from dvpo_service.runs.storage import read_locally
+from dvpo_service.types import Metrics
+
+
+@dataclass
+class StepReport:
+    """What one call of ``Trainer.step`` did. A step with a non-finite loss or gradient is skipped."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+class UpdateMetrics:
+    """The metrics of an update: means over its optimizer steps, and the number of steps skipped.
+
+    Args:
+      pool: "policy" or "critic", the first part of the metrics' names.
+      loss_name: what the loss is called.
+    """
+
+    def __init__(self, pool: str, loss_name: str):
+        self.pool, self.loss_name = pool, loss_name
+        self._sums: Metrics = {}
+        self._steps = 0
+        self._skipped = 0
+
+    def add(self, report: StepReport, measured: Mapping[str, Tensor]) -> None:
+        """Count one optimizer step, with what was ``measured`` in it over all ranks."""
+        self._steps += 1
+        self._skipped += report.skipped
+        values = {name: float(value) for name, value in measured.items()}
+        for name, value in (values | {self.loss_name: report.loss, "grad_norm": report.grad_norm}).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def result(self, lr: float) -> Metrics:
+        """Return everything by name; ``lr`` is the learning rate now."""
+        means = {f"{self.pool}/{name}": total / self._steps for name, total in self._sums.items()}
+        return means | {f"{self.pool}/skipped_steps": float(self._skipped), f"{self.pool}/lr": lr}
+
+
+class Trainer:
+    """Optimizer steps on a sharded module."""
+
+    def __init__(self, module: Any, config: OptimConfig, *, total_steps: int):
+        self.module = module
+        self.config = config
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        self.schedule = get_scheduler(
+            name, self.optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
+        )
+        # A parameter that has several names, as an output layer that is the input embedding, is saved under one.
+        first: dict[int, str] = {}
+        self._names = {k: first.setdefault(id(p), k) for k, p in module.named_parameters(remove_duplicate=False)}
+        # Further tensors to save with the state, the same on every rank.
+        self.extra: dict[str, Tensor] = {}
+        self._saver = BackgroundSaver()
+
+    def step(self, losses: Iterable[Callable[[], Tensor]]) -> StepReport:
+        """Accumulate the gradients of the micro-batches' losses and step once.
+
+        Each loss is already divided by the global token count, so the gradient wanted is the plain
+        sum over micro-batches and ranks; FSDP averages over ranks, hence the factor.
+        """
+        world, total, pending = dist.get_world_size(), 0.0, list(losses)
+        for i, compute in enumerate(pending):
+            self._reduce_gradients(i == len(pending) - 1)
+            loss = compute()
+            (loss * world).backward()
+            total += float(loss.detach())
+        total = float(all_reduce(torch.tensor(total, dtype=torch.float64), self.device))
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        finite = math.isfinite(total) and math.isfinite(grad_norm)
+        if finite:
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepReport(total, grad_norm, skipped=not finite)
+
+    @property
+    def lr(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def _reduce_gradients(self, last: bool) -> None:
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+
+    # State. Tensors go to sharded safetensors files (nothing is unpickled from disk), each rank
+    # its own, and come back at any world size.
+
+    def save(self, folder: str) -> None:
+        """Write model, optimizer and schedule, as they are now, below ``folder``, a path or an fsspec URL.
+
+        Collective. Returns before they are written: see ``saved``.
+        """
+        self._saver.start(self._tensors(*self._state()), folder)
+
+    def saved(self, *, wait: bool) -> Files | None:
+        """This rank's files of the last ``save``; None while they are being written. Raises what that met."""
+        return self._saver.outcome(wait=wait)
+
+    def load(self, folder: str) -> None:
+        """Restore what ``save`` wrote, at any world size. Collective."""
+        model, optim = self._state()
+        tensors = self._tensors(model, optim)
+        with read_locally(folder) as local:  # the reader maps files
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(local))
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict={k: tensors[f"model.{self._names.get(k, k)}"] for k in model},
+            optim_state_dict={k: tensors.get(f"optim.{k}", v) for k, v in optim.items()},
+            options=StateDictOptions(flatten_optimizer_state_dict=True),
+        )
+        self.extra = {k: tensors[f"extra.{k}"] for k in self.extra}
+        self._set_schedule(int(tensors["schedule"]))
+
+    def _set_schedule(self, steps_done: int) -> None:
+        self.schedule.last_epoch = steps_done
+        lrs = [base * f(steps_done) for base, f in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)]
+        self.schedule._last_lr = lrs
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        model, optim = get_state_dict(self.module, self.optimizer, options=options)
+        return dict(model), dict(optim)
+
+    def _tensors(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, Tensor]:
+        """What changes in training. Hyper-parameters are the config's, not the checkpoint's."""
+        tensors = {f"model.{k}": v for k, v in model.items() if self._names.get(k, k) == k}
+        tensors |= {f"optim.{k}": v for k, v in optim.items() if k.startswith("state.")}
+        tensors |= {f"extra.{k}": v for k, v in self.extra.items()}
+        tensors["schedule"] = torch.tensor(self.schedule.last_epoch)
+        return tensors
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """The whole state of a sharded module, on the CPU of every rank. Collective."""
+    return {
+        name: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.cpu() for name, p in module.state_dict().items()
+    }

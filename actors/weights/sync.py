@@ -1,0 +1,71 @@
+"""Engines that serve the policy: its weights go to every one of them, versioned, acknowledged, with a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from actors.rollouts.engines import EnginePool
+from actors.weights.transfer import EngineClient
+from dvpo_service.config import Backend, Config
+from dvpo_service.types import Prompt, Sample, Sampling
+
+# Pushes the policy's weights to a client's engines within a deadline in seconds; returns those lost, with the cause.
+SendWeights = Callable[[EngineClient, Backend, float], dict[int, str]]
+
+
+class SyncedEngines:
+    """The engine pool together with the policy's weights.
+
+    After ``push(v)`` every engine that serves samples from version ``v`` and from nothing older. An engine that is lost
+    on the way is replaced; its successor gets the weights at the next push, or at once when no engine serves: the
+    policy holds version ``v`` until the next push.
+    """
+
+    def __init__(self, config: Config, engines: EnginePool, backend: Backend, send: SendWeights):
+        self.timeout_s = config.rollout.sync_timeout_s
+        self.workers_per_engine = config.rollout.tensor_parallel_size
+        self.engines, self.backend, self.send = engines, backend, send
+        self.version: int | None = None
+
+    def push(self, version: int) -> None:
+        """Raises PoolError when the policy cannot send, RestartBudgetExhausted when engines die too often."""
+        self.version = version
+        self.engines.supervisor.advance(version)
+        self._push_again()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        run_seed: int,
+        step: int,
+        check: Callable[[], None] | None = None,
+    ) -> list[list[Sample]]:
+        """See ``EnginePool.generate``."""
+        # The policy may be in the middle of an update when another thread than the loop's samples.
+        revive = None if check else self.revive
+        return self.engines.generate(prompts, sampling, run_seed=run_seed, step=step, check=check, revive=revive)
+
+    def revive(self) -> bool:
+        """Push the weights again where no engine serves, and return whether any does.
+
+        For the loop's thread, between two updates.
+        """
+        supervisor = self.engines.supervisor
+        if not supervisor.serving() and supervisor.alive():
+            self._push_again()
+        return bool(supervisor.serving())
+
+    def _push_again(self) -> None:
+        """Push the version of the last push to every engine that has started."""
+        assert self.version is not None, "weights are pushed before anything is sampled"
+        alive = self.engines.supervisor.alive()
+        if not alive:
+            return
+        client = EngineClient(alive, self.workers_per_engine, self.timeout_s)
+        # Every call of the client has its own deadline: this one is for the whole of them.
+        lost = self.send(client, self.backend, 4 * self.timeout_s)
+        for i, cause in lost.items():
+            self.engines.supervisor.lost(i, alive[i], cause)
+        self.engines.set_version({i: a for i, a in alive.items() if i not in lost}, self.version, self.timeout_s)

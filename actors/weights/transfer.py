@@ -1,0 +1,142 @@
+"""Joining a trainer rank to vLLM's weight transfer: one call for CPU and GPU backends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from torch import nn
+
+from actors.cluster.pool import EngineLost
+from actors.rollouts.engine import VllmEngine
+from dvpo_service.config import Backend, Config
+from dvpo_service.errors import ConfigError
+from dvpo_service.host.network import free_port
+from dvpo_service.registry import engines
+
+
+def weight_backend(config: Config) -> Backend:
+    """Return the configured backend; ``auto`` is NCCL between GPUs where the engine has it, else a file in memory.
+
+    Raises:
+      ConfigError: the engine does not take the configured one.
+    """
+    transfers = engines.load(config.rollout.engine).transfers
+    wanted = config.rollout.weight_transfer
+    if wanted == "auto":
+        return "nccl" if config.cluster.gpus_per_engine > 0 and "nccl" in transfers else "safetensors"
+    if wanted not in transfers:
+        raise ConfigError(
+            f"rollout.weight_transfer={wanted}: rollout.engine={config.rollout.engine} takes {', '.join(transfers)}"
+        )
+    return wanted
+
+
+class EngineClient:
+    """vLLM's weight-sync control plane over rollout actors, with a deadline on every call.
+
+    ``engines``: actors by their number in the pool. One that dies or misses the deadline goes to ``lost``
+    with the cause and is left out of the calls that follow; the others' update goes on.
+    ``workers_per_engine`` is the engines' tensor-parallel size: NCCL ranks are numbered through
+    all engines' workers.
+    """
+
+    def __init__(self, engines: dict[int, Any], workers_per_engine: int, timeout_s: float):
+        self.engines, self.workers_per_engine, self.timeout_s = engines, workers_per_engine, timeout_s
+        self.lost: dict[int, str] = {}
+
+    @property
+    def membership(self) -> tuple[Any, ...]:
+        """Equal for clients of the same actors."""
+        return tuple((i, actor._actor_id) for i, actor in sorted(self.engines.items()))
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        infos = {i: dict(init_info) for i in self.engines}
+        if "rank_offset" in init_info:
+            for position, info in enumerate(infos.values()):
+                info["rank_offset"] += position * self.workers_per_engine
+        self._all(VllmEngine.init_weight_transfer_engine, {i: (info,) for i, info in infos.items()})
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self._all(VllmEngine.shutdown_weight_transfer_engine)
+
+    def start_weight_update(self) -> None:
+        self._all(VllmEngine.start_weight_update)
+
+    def update_weights(self, update_info: Any) -> None:
+        """Every engine takes the update. A file is read where it lies, and sent to engines on other hosts."""
+        sent: dict[int, tuple[Any, ...]] = dict.fromkeys(self.engines, (update_info,))
+        if isinstance(update_info, dict) and "path" in update_info:
+            far = [i for i, near in self.reading(update_info["path"]).items() if not near]
+            if far:  # into Ray's object store once, for all of them
+                content = ray.put(np.fromfile(update_info["path"], dtype=np.uint8))
+                sent |= dict.fromkeys(far, (update_info, content))
+        self._all(VllmEngine.update_weights, sent)
+
+    def reading(self, path: str) -> dict[int, bool]:
+        """By engine: does it see this host's file?"""
+        return self._all(VllmEngine.sees, dict.fromkeys(self.engines, (path, os.readlink(path))))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._all(VllmEngine.finish_weight_update)
+
+    def _all(self, method: Callable[..., Any], arguments: dict[int, tuple[Any, ...]] | None = None) -> dict[int, Any]:
+        """Call ``method`` on every engine that is not lost; return the results by engine, without those lost now."""
+        deadline, results = time.monotonic() + self.timeout_s, {}
+        name = method.__name__
+        refs = {
+            i: getattr(actor, name).remote(*(arguments[i] if arguments else ()))
+            for i, actor in self.engines.items()
+            if i not in self.lost
+        }
+        for i, ref in refs.items():
+            try:
+                results[i] = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+            except GetTimeoutError:
+                self.lost[i] = f"no answer to {name} within {self.timeout_s:g} s"
+            except RayActorError as error:
+                self.lost[i] = f"its process is gone, in {name}: {type(error).__name__}"
+            except RayTaskError as error:
+                if not isinstance(error.cause, EngineLost):
+                    raise
+                self.lost[i] = f"{error.cause}, in {name}"
+        return results
+
+
+def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int) -> Any:
+    """A vLLM ``TrainerWeightTransferEngine`` over ``module``'s parameters. Collective."""
+    # vLLM takes seconds to import, and whoever only names a backend or a client does without.
+    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+
+    from actors.weights import cpu_transfer
+
+    cpu_transfer.register()
+    if rank == 0:
+        client.shutdown_weight_transfer_engine()  # what they hold of a group before this one
+    return WeightTransferTrainerFactory.trainer_init(
+        _init_info(backend, rank, client), client=client, source=ModuleSource(module)
+    )
+
+
+def _init_info(backend: Backend, rank: int, client: EngineClient) -> Any:
+    if backend == "safetensors":
+        from actors.weights import cpu_transfer
+
+        return cpu_transfer.TrainerInit(rank=rank)
+    if backend == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        return IPCTrainerInitInfo(rank=rank, packed=True)
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    return NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=ray.util.get_node_ip_address(),
+        master_port=free_port() if rank == 0 else 0,
+        world_size=1 + len(client.engines) * client.workers_per_engine,
+    )

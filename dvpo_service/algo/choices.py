@@ -1,0 +1,29 @@
+"""The named choices of the algorithm, each defined once, for the maths and for the configuration alike.
+
+This module imports nothing heavy: a config is read without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# The critic's loss (docs/algorithm.md, "Two forms").
+LevelKind = Literal["endpoint", "midpoint"]
+QrOver = Literal["ensemble", "heads"]
+TailTarget = Literal["tail_mean", "pseudo_outcome"]
+ShiftOver = Literal["token", "batch"]
+Curvature = Literal["pointwise", "block"]
+CriticTarget = Literal["gae", "mixture"]
+HuberScale = Literal["absolute", "return_sd"]
+
+# The advantage of DVPO: which functional of the value distribution it compares.
+AdvantageKind = Literal["mean", "cvar", "entropic"]
+
+# The policy's loss.
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+KlKind = Literal["k1", "k2", "k3"]
+KlPlace = Literal["reward", "loss"]
+BeyondCap = Literal["truncate", "mask"]
+
+# Noise that can be put on rewards.
+NoiseKind = Literal["none", "flip", "gaussian", "majority_vote"]

@@ -1,0 +1,178 @@
+"""Pools and roles of a run: every actor started, and each in the role that the loop talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.cluster.model_broadcast import broadcast_model, broadcast_to_spares, check_shared
+from actors.cluster.placement import Placement, plan_bundles
+from actors.cluster.supervisor import restart_budget
+from actors.rollouts.ahead import AheadStream
+from actors.rollouts.engines import EnginePool, WarmEngines
+from actors.rollouts.evaluation import HeldOutEvaluator
+from actors.rollouts.reward_pool import RewardPool
+from actors.rollouts.stream import SyncStream
+from actors.training.rank_pool import RankPool, SharedBatch
+from actors.training.recovery import GroupRestarts, Recovery
+from actors.training.roles import CriticEstimator, PolicyRanks, engine_mismatch
+from actors.weights.sync import SyncedEngines
+from actors.weights.transfer import weight_backend
+from dvpo_service import loop
+from dvpo_service.commands.resume import restore
+from dvpo_service.config import Backend, Config
+from dvpo_service.data.ledger import Ledger
+from dvpo_service.data.splits import Data
+from dvpo_service.estimators.group import GroupEstimator
+from dvpo_service.roles import Observer, Tracker
+from dvpo_service.runs.checkpoint import Checkpoints
+from dvpo_service.runs.storage import StoragePath
+from dvpo_service.tracking.observe import FanObserver, NoPictures
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Pools:
+    """Every actor of a run."""
+
+    placement: Placement
+    policy: PolicyRanks
+    critic: CriticEstimator | None  # None where the estimator compares samples instead
+    engines: EnginePool
+    rewards: RewardPool
+    backend: Backend
+    restarts: GroupRestarts
+    keep_engines: bool = False
+
+    @property
+    def trainers(self) -> dict[str, RankPool]:
+        """The pools of trainer ranks by name."""
+        return trainer_groups(self.policy, self.critic)
+
+    def shutdown(self) -> None:
+        """End every process that this run started; one that fails to end does not keep the others."""
+        with ExitStack() as stack:
+            stack.callback(self.placement.release)
+            stack.callback(self.rewards.shutdown)
+            for group in self.trainers.values():
+                stack.callback(group.shutdown)
+            if not self.keep_engines:
+                stack.callback(self.engines.shutdown)
+
+
+def start_pools(
+    config: Config,
+    model_path: str,
+    stack: ExitStack,
+    note: Note,
+    *,
+    warm: WarmEngines | None = None,
+    run_dir: StoragePath | None = None,
+) -> Pools:
+    """Start every actor, and return when all are ready.
+
+    Args:
+      stack: ends the actors when it unwinds, also where one does not start.
+      note: told a line of every restart.
+      warm: engines that are kept from run to run.
+      run_dir: checked to be visible from every node.
+
+    Raises:
+      ClusterError: no room, or a node does not see the model or the run directory.
+      PoolError: an actor does not start.
+    """
+    placement = Placement(plan_bundles(config), timeout_s=config.cluster.placement_timeout_s)
+    if run_dir is not None:
+        check_shared(run_dir, placement.nodes())
+    broadcast_model(model_path, placement.nodes())
+    broadcast_to_spares(model_path, placement.nodes())
+    backend, batch = weight_backend(config), SharedBatch()
+    policy = PolicyRanks(config, model_path, placement, batch)
+    critic = CriticEstimator(config, model_path, placement, batch) if config.algorithm.has_critic else None
+    engines = (warm.acquire if warm else EnginePool.spawn)(config, model_path, backend, placement, note)
+    pools = Pools(
+        placement=placement,
+        policy=policy,
+        critic=critic,
+        engines=engines,
+        rewards=RewardPool(config.reward, placement, note),
+        backend=backend,
+        restarts=GroupRestarts(list(trainer_groups(policy, critic)), restart_budget(config.cluster)),
+        keep_engines=warm is not None,
+    )
+    stack.callback(pools.shutdown)
+    engines.supervisor.start()
+    starting = [group.setup() for group in pools.trainers.values()]
+    for call in starting:
+        call.result()
+    pools.rewards.wait_ready(config.rollout.start_timeout_s)
+    engines.supervisor.wait_started()
+    return pools
+
+
+def trainer_groups(policy: PolicyRanks, critic: CriticEstimator | None) -> dict[str, RankPool]:
+    """Return the pools of trainer ranks by name."""
+    return {p.ranks.name: p.ranks for p in (policy, critic) if p}
+
+
+def assemble(
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker, run_dir: Path
+) -> loop.Roles:
+    """Return the pools in the roles that the loop talks to."""
+    weights = SyncedEngines(config, pools.engines, pools.backend, pools.policy.send_weights)
+    stream = AheadStream if config.rollout.max_staleness else SyncStream
+
+    def health() -> dict[str, float]:
+        return pools.engines.supervisor.metrics() | pools.rewards.metrics() | pools.restarts.metrics()
+
+    return loop.Roles(
+        stream=stream(config, data.train, weights, pools.rewards, Ledger(run_dir / "ledger.jsonl")),
+        policy=pools.policy,
+        estimator=pools.critic or GroupEstimator(config.algorithm),
+        weights=weights,
+        evaluator=HeldOutEvaluator(config, data.held_out, weights, pools.rewards),
+        observer=_observer(config, data, tokenizer, pools.critic, tracker),
+        tracker=tracker,
+        mismatch=engine_mismatch,
+        health=health,
+    )
+
+
+def recovery_of(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Checkpoints, note: Note) -> Recovery:
+    """Return what brings the run back when trainer ranks are lost; for a run that is about to begin."""
+    start = roles.stream.state_dict()
+
+    def last_checkpoint() -> tuple[int | None, Callable[[], loop.TrainState]]:
+        checkpoint = checkpoints.latest(note)
+
+        def bring_back() -> loop.TrainState:
+            if checkpoint is None:
+                roles.stream.load_state_dict(start)
+            state = restore(roles, checkpoint)
+            roles.tracker.rewind(state.step + 1 if checkpoint else 0)
+            return state
+
+        return checkpoint.record["state"]["step"] if checkpoint else None, bring_back
+
+    location = checkpoints.folder.parent
+    command = f"dvpo train --config {checkpoints.run_dir / 'config.yaml'} --run-dir {location}"
+    return Recovery(pools.trainers, last_checkpoint, pools.restarts, note, command)
+
+
+def _observer(
+    config: Config,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    critic: CriticEstimator | None,
+    tracker: Tracker,
+) -> Observer:
+    if critic is None or not config.algorithm.traits.distributional:
+        return NoPictures()
+    first = next(iter(data.held_out.values()))
+    shown = list(first.prompts[: config.tracking.fan_prompts])
+    return FanObserver(shown, tokenizer, critic, tracker, config.rollout.max_new_tokens)

@@ -1,0 +1,124 @@
+"""``dvpo doctor``: is this machine ready, and does the run fit, before the money is spent."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dvpo_service.config import Config
+from dvpo_service.errors import UserError
+
+MIN_MEMORY_GIB = 8
+MIN_DISK_GIB = 2
+PACKAGES = ("torch", "ray", "transformers", "mlflow")
+
+
+@dataclass(frozen=True)
+class Finding:
+    ok: bool
+    what: str
+    found: str
+
+
+def examine(config: Config | None) -> bool:
+    """Print what was found; True when nothing stands in the way of a run."""
+    checks: list[Callable[[], Iterator[Finding]]] = [_machine, _packages, _vllm]
+    if config is not None:
+        checks += [lambda: _plugins(config), lambda: _data(config), lambda: _model(config), lambda: _plan(config)]
+    table, good = Table(title="dvpo doctor"), True
+    for column in ("", "check", "found"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        for finding in _guarded(check):
+            good &= finding.ok
+            table.add_row("[green]ok[/]" if finding.ok else "[bold red]no[/]", finding.what, finding.found)
+    Console().print(table)
+    return good
+
+
+def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check that raises what a person can mend is a finding, and the other checks go on."""
+    try:
+        yield from check()
+    except UserError as error:
+        yield Finding(False, type(error).__name__.removesuffix("Error").lower(), str(error))
+
+
+def _machine() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding((3, 11) <= sys.version_info[:2] < (3, 14), "Python 3.11 to 3.13", version)
+    yield Finding(True, "cores", str(os.cpu_count()))
+    memory = psutil.virtual_memory()
+    free = memory.available / 2**30
+    yield Finding(
+        free >= MIN_MEMORY_GIB, f"{MIN_MEMORY_GIB} GiB memory free", f"{free:.0f} of {memory.total / 2**30:.0f} GiB"
+    )
+    disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    yield Finding(disk >= MIN_DISK_GIB, f"{MIN_DISK_GIB} GiB disk free here", f"{disk:.0f} GiB")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Finding(True, "GPUs", ", ".join(gpus) or "none: runs on CPU")
+
+
+def _packages() -> Iterator[Finding]:
+    for name in PACKAGES:
+        yield Finding(True, name, importlib.metadata.version(name))
+
+
+def _vllm() -> Iterator[Finding]:
+    """In a process of its own: a broken build can take the interpreter down with it."""
+    code = "import vllm; from vllm.v1.engine.async_llm import AsyncLLM; print(vllm.__version__)"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        yield Finding(False, "vLLM imports", "no answer within 180 s")
+        return
+    last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or [""]
+    yield Finding(done.returncode == 0, "vLLM imports", last[0])
+    plugins = {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    ours = "dvpo_cpu_weight_transfer" in plugins
+    yield Finding(ours, "weight transfer on CPU", "registered" if ours else "missing: pip install -e .")
+
+
+def _plugins(config: Config) -> Iterator[Finding]:
+    from dvpo_service.commands.check_plugins import check_plugins
+
+    check_plugins(config)
+    yield Finding(True, "estimator, loss, engine", "load and return what they should")
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    from dvpo_service.data.splits import load_data
+
+    data = load_data(config.data)
+    yield Finding(True, "training data", f"{len(data.train)} prompts, {data.train.skipped} rows skipped")
+    for name, split in data.held_out.items():
+        yield Finding(True, f"held-out data {name!r}", f"{len(split)} prompts")
+
+
+def _model(config: Config) -> Iterator[Finding]:
+    from dvpo_service.models.load import check_model_folder
+
+    if config.model.path is None:
+        yield Finding(True, "model", "made by a warm start")
+        return
+    check_model_folder(config.model.path)
+    where = "folder" if Path(config.model.path).exists() else "hub name, fetched when the run starts"
+    yield Finding(True, "model", f"{config.model.path} ({where})")
+
+
+def _plan(config: Config) -> Iterator[Finding]:
+    from actors.cluster.connect import plan_fit
+
+    yield Finding(True, "plan fits", plan_fit(config))

@@ -1,0 +1,129 @@
+"""``dvpo eval``: how well a model answers, with the engines and rewards of a run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from actors.cluster.connect import connected
+from actors.cluster.placement import Placement, plan_bundles
+from actors.rollouts.engines import EnginePool
+from actors.rollouts.evaluation import HeldOutEvaluator
+from actors.rollouts.reward_pool import RewardPool
+from actors.weights.transfer import weight_backend
+from dvpo_service.config import Config, load_config
+from dvpo_service.data.dataset import Dataset
+from dvpo_service.data.splits import encode, load_data, load_files
+from dvpo_service.eval_stats import PromptScores, by_group
+from dvpo_service.export.export import CONFIG_FILE, export, is_export, newest
+from dvpo_service.models.load import check_model, load_tokenizer
+from dvpo_service.terminal import make_console, progress, warn_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and how: ``step`` is the number of updates it has seen, None where nothing says."""
+
+    config: Config
+    model: str
+    name: str
+    step: int | None = None
+
+
+@contextmanager
+def from_run(source: Path, name: str, overrides: Sequence[str]) -> Iterator[Subject]:
+    """The newest state of a run, a checkpoint or an export, with its run's config; ``name`` is what tables call it.
+
+    A checkpoint is exported beside itself, where every node sees it, for as long as it takes.
+    """
+    step, state = newest(source)
+    with ExitStack() as stack:
+        folder = state
+        if not is_export(state):
+            work = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eval-", dir=state.parent))
+            folder = export(state, Path(work) / "policy").folder
+        yield Subject(load_config(str(folder / CONFIG_FILE), overrides), str(folder), name, step)
+
+
+def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None) -> dict[str, Any]:
+    """Sample every prompt n times and once greedily; print tables, and write JSON to ``output`` if given.
+
+    Args:
+        files: evaluated in place of the config's splits, each a split of its own name.
+    """
+    config = subject.config
+    warn_of(config)
+    check_model(subject.model, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
+    data = load_files(config.data, files) if files else load_data(config.data).held_out
+    with progress(f"evaluating {subject.name}", sum(map(len, data.values()))) as bar:
+        scores = measure(config, subject.model, data, n, bar.update)
+    sampling = {"n": n, "temperature": config.rollout.temperature, "seed": config.trainer.seed}
+    found = {"model": subject.name, "step": subject.step, **sampling, **by_group(scores, n)}
+    if output:
+        output.write_text(json.dumps(found, indent=2) + "\n")
+    show(found)
+    return found
+
+
+def measure(
+    config: Config, model: str, data: Mapping[str, Dataset], n: int, on_progress: Callable[[int], None]
+) -> list[PromptScores]:
+    """Return the scores of ``model`` on ``data``, splits by name: engines and rewards only.
+
+    See ``HeldOutEvaluator.measure``.
+    """
+    tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+    splits = {name: encode(config.data, split, tokenizer) for name, split in data.items()}
+    with connected(config), ExitStack() as stack:
+        bundles = [b for b in plan_bundles(config) if b.pool in ("rollout", "reward")]
+        placement = Placement(bundles, timeout_s=config.cluster.placement_timeout_s)
+        stack.callback(placement.release)
+        folder = str(Path(model).absolute()) if Path(model).exists() else model  # as actors elsewhere find it
+        engines = EnginePool.spawn(config, folder, weight_backend(config), placement)
+        stack.callback(engines.shutdown)
+        rewards = RewardPool(config.reward, placement)
+        stack.callback(rewards.shutdown)
+        engines.supervisor.start()
+        engines.supervisor.wait_started()
+        return HeldOutEvaluator(config, splits, engines, rewards).measure(n, on_progress)
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """A table by split, and one by data source where that says more."""
+    console = make_console()
+    after = "" if found["step"] is None else f" after {found['step']} updates"
+    console.print(f"{found['model']}{after}: {found['n']} samples a prompt at temperature {found['temperature']:g}")
+    console.print(_table("split", found["splits"]))
+    if found["sources"].keys() != found["splits"].keys():
+        console.print(_table("source", found["sources"]))
+
+
+def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    passes = list(next(iter(groups.values()))["pass_at_k"])
+    table = Table()
+    for column in (title, "prompts", "accuracy", "95%", "sd in prompt", "greedy", *(f"pass@{k}" for k in passes)):
+        table.add_column(column, justify="left" if column == title else "right")
+    for name, g in groups.items():
+        interval = "-" if g["ci95"] is None else f"{g['ci95'][0]:.3f} to {g['ci95'][1]:.3f}"
+        figures = [_number(g[key]) for key in ("sd_within_prompt", "greedy")]
+        failed = f" ({g['failed']} failed)" if g["failed"] else ""
+        table.add_row(
+            name,
+            f"{g['prompts']}{failed}",
+            _number(g["accuracy"]),
+            interval,
+            *figures,
+            *(_number(g["pass_at_k"][k]) for k in passes),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,60 @@
+"""What a run says of itself: the facts of its plan, and ``summary.json`` at its end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dvpo_service.config import Config
+from dvpo_service.data.splits import Data
+from dvpo_service.host.secrets import mask_uri
+from dvpo_service.loop import TrainState
+from dvpo_service.runs.checkpoint import Checkpoint
+from dvpo_service.runs.directory import RunDir
+from dvpo_service.runs.storage import StoragePath
+from dvpo_service.tracking.tracker import Tracker
+
+
+def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkpoint | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": model_path,
+        "train_prompts": len(data.train),
+        "val_prompts": {name: len(d) for name, d in data.held_out.items()},
+        "run_dir": str(run_dir),
+    }
+    if skipped := data.train.skipped:
+        facts["rows_skipped"] = skipped
+    if resume:
+        facts["resumed_from"] = resume.record["state"]["step"]
+    return facts
+
+
+def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, seconds: float) -> dict[str, Any]:
+    """``summary.json``: accuracy by split before and after, and where everything is."""
+
+    def by_split(metrics: dict[str, float], name: str) -> dict[str, float]:
+        return {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith(f"/{name}")}
+
+    summary = {
+        "name": config.name,
+        "steps": state.step,
+        "seconds": round(seconds, 1),
+        "training_seconds": round(state.seconds, 1),
+        "held_out_before": by_split(state.before, "accuracy"),
+        "held_out_after": by_split(state.after, "accuracy"),
+        "held_out_greedy_before": by_split(state.before, "greedy"),
+        "held_out_greedy_after": by_split(state.after, "greedy"),
+        "warnings": tracker.advice,
+        "where": {
+            "run": str(run.location),
+            "policy": str(run.location / "policy"),
+            "metrics": str(run.location / "metrics.jsonl"),
+            "checkpoints": str(run.location / "checkpoints"),
+            "mlflow_tracking_uri": mask_uri(tracker.tracking_uri or ""),
+            "mlflow_run_id": tracker.run_id or "",
+        },
+    }
+    beside = run.local / "summary.json.tmp"
+    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    beside.replace(run.local / "summary.json")  # whole or absent: a sweep's report reads it at any time
+    return summary

@@ -1,0 +1,145 @@
+"""``dvpo train``: a config becomes a run, from the base model to the summary."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from actors.cluster.connect import connected, on_cluster, plan_fit
+from actors.rollouts.engines import WarmEngines
+from dvpo_service import loop, terminal
+from dvpo_service.commands.assemble import assemble, recovery_of, start_pools
+from dvpo_service.commands.check_plugins import check_plugins
+from dvpo_service.commands.resume import open_tracker, restore, resume_point
+from dvpo_service.commands.summary import plan_facts, summarize
+from dvpo_service.commands.warmstart import base_model
+from dvpo_service.config import Config, to_yaml
+from dvpo_service.data.splits import Data, check_sources, load_data
+from dvpo_service.export.export import CRITIC, EXPORT_FILE, POLICY, describe, writing
+from dvpo_service.host.stopping import Stopped, Stopping
+from dvpo_service.models.base import save_base
+from dvpo_service.models.load import check_model, load_tokenizer
+from dvpo_service.rewards.scoring import resolve
+from dvpo_service.roles import Display
+from dvpo_service.runs.checkpoint import Checkpoint, Checkpoints
+from dvpo_service.runs.directory import RunDir
+from dvpo_service.runs.lock import locked
+from dvpo_service.runs.remote_checkpoint import checkpoints_of
+from dvpo_service.runs.storage import StoragePath, written_locally
+from dvpo_service.tracking.tracker import Tracker
+
+
+def train(
+    config: Config, run_dir: StoragePath, *, watch: Display | None = None, warm: WarmEngines | None = None
+) -> dict[str, Any]:
+    """Run a config to its end, from the newest checkpoint in ``run_dir`` if there is one.
+
+    What a person may have got wrong is found before anything costs time: plugins, data, model, plan, checkpoint,
+    tracking store.
+
+    Args:
+      watch: told what happens, in place of the terminal; for a trial of a sweep.
+      warm: keeps the engines for the next run in this process; likewise.
+
+    Returns:
+      The summary that is also in ``run_dir/summary.json``.
+
+    Raises:
+      UserError: what a person can mend, in one line.
+      PoolError: a pool failed for good.
+      Stopped: on a request to stop, with a checkpoint written.
+    """
+    run = RunDir(run_dir)
+    with locked(run.local), on_cluster(config), ExitStack() as on_error:
+        if warm:
+            on_error.callback(warm.drop)
+        raw = _check(config, quiet=watch is not None)
+        run.open()
+        checkpoints = checkpoints_of(run, keep=config.trainer.keep_checkpoints)
+        resume = resume_point(config, checkpoints)
+        done = resume.record["state"]["step"] if resume else 0
+        display = watch or terminal.TrainingDisplay(config.trainer.num_steps, start=done)
+        tracker = open_tracker(config, run.local, resume, display)
+        try:
+            summary = _run(config, run, raw, checkpoints, resume, display, tracker, warm)
+            tracker.finish("FINISHED", summary)
+        except (KeyboardInterrupt, Stopped):
+            tracker.finish("KILLED", None)
+            raise
+        except BaseException:
+            tracker.finish("FAILED", None)
+            raise
+        on_error.pop_all()  # the engines stay warm after a run that ended well
+    if watch is None:
+        terminal.closing(summary, run.location, tracker.tracking_uri)
+    return summary
+
+
+def _check(config: Config, *, quiet: bool) -> Data:
+    """Find what is wrong before anything starts, and return the data."""
+    if not quiet:
+        terminal.warn_of(config)
+    resolve(config.reward.function)
+    check_plugins(config)
+    data = load_data(config.data)
+    check_sources(config.reward, data.train)
+    check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
+    plan_fit(config)
+    return data
+
+
+def _run(
+    config: Config,
+    run: RunDir,
+    raw: Data,
+    checkpoints: Checkpoints,
+    resume: Checkpoint | None,
+    display: Display,
+    tracker: Tracker,
+    warm: WarmEngines | None,
+) -> dict[str, Any]:
+    """Start the pools, train, export; return the summary."""
+    started, trust = time.time(), config.model.trust_remote_code
+    (run.local / "config.yaml").write_text(to_yaml(config))
+    with Stopping(display.status).listening() as stopping, connected(config), ExitStack() as stack:
+        model_path = base_model(config, raw.train, run.local.parent)
+        tokenizer = load_tokenizer(model_path, trust_remote_code=trust)
+        save_base(model_path, run.local, trust_remote_code=trust)
+        data = raw.encoded(config.data, tokenizer)
+        if isinstance(display, terminal.TrainingDisplay):
+            terminal.show_plan(config, plan_facts(model_path, data, run.location, resume))
+        stack.enter_context(display)
+        display.status("starting engines and trainers")
+        pools = start_pools(config, model_path, stack, display.note, warm=warm, run_dir=run.location)
+        roles = assemble(config, data, tokenizer, pools, tracker, run.local)
+        stack.callback(roles.stream.close)
+        recovery = recovery_of(config, roles, pools, checkpoints, display.note)
+        state = restore(roles, resume)
+        display.status("")
+        with checkpoints.finish_on_error():
+            for attempt in recovery.attempts(state):
+                with attempt:
+                    state = loop.train(config, roles, checkpoints, attempt.state, stopping)
+        display.status("exporting policy and critic")
+        export_final(config, roles, run, state.step)
+        summary = summarize(config, state, run, tracker, time.time() - started)
+        run.mirror()
+    return summary
+
+
+def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> None:
+    """Write the trained policy, critic and model card to the run's ``policy/``."""
+    target = run.location / POLICY
+    if isinstance(target, Path):
+        with writing(target, own=True) as folder:
+            roles.policy.export(folder)
+            roles.estimator.export(folder / CRITIC)
+            describe(folder, run.local, config, step, roles.tracker.run_id)
+        return
+    (target / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export, until the new one is whole
+    roles.policy.export(target)
+    roles.estimator.export(target / CRITIC)
+    with written_locally(str(target)) as local:
+        describe(Path(local), run.local, config, step, roles.tracker.run_id, critic=config.algorithm.has_critic)

@@ -1,0 +1,53 @@
+"""What a config opens to others, in words: each is a choice that a person should know they made."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import urlsplit
+
+from dvpo_service.config import Config
+from dvpo_service.host.secrets import mask_uri
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MLFLOW_LOGINS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
+def warnings_of(config: Config) -> list[str]:
+    """A line each; none for the defaults."""
+    lines = []
+    if config.model.trust_remote_code:
+        model = config.model.path or "the model's folder"
+        lines.append(f"model.trust_remote_code=true: Python code that comes with {model} runs here, with your rights")
+    uri = config.tracking.mlflow_uri or ""
+    if config.tracking.mlflow and _sends_login_in_the_clear(uri):
+        lines.append(f"tracking.mlflow_uri={mask_uri(uri)}: its password travels readable over plain http; use https")
+    return lines
+
+
+def serving_warning(host: str, *, with_key: bool) -> str | None:
+    """For an address that is not loopback."""
+    if host in LOOPBACK:
+        return None
+    if not with_key:
+        return f"anyone who reaches {host} can use this server; set DVPO_API_KEY"
+    return f"serve.host={host}: the API key travels readable over plain http; put a proxy with TLS before it"
+
+
+def dashboard_warning(url: str | None) -> str | None:
+    """For a Ray dashboard at ``host:port`` beyond loopback, on a cluster that asks for no token."""
+    host = (url or "").rpartition(":")[0].strip("[]")
+    if not host or host in LOOPBACK or os.environ.get("RAY_AUTH_MODE") == "token":
+        return None
+    return (
+        f"Ray's dashboard listens on {url} and asks for no token: whoever reaches it can run code on the cluster; "
+        "give `ray start` --dashboard-host=127.0.0.1, or RAY_AUTH_MODE=token (docs/security.md)"
+    )
+
+
+def _sends_login_in_the_clear(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # no URI; MLflow itself will say so
+        return False
+    login = parts.password or any(os.environ.get(name) for name in _MLFLOW_LOGINS)
+    return parts.scheme == "http" and bool(login) and parts.hostname not in LOOPBACK

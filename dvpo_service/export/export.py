@@ -1,0 +1,235 @@
+"""A run's policy and critic as folders that others load: ``dvpo export``, and the end of training. No Ray.
+
+An export is a Hugging Face folder of the policy, with ``critic/`` (``DistributionalCritic.from_pretrained``),
+the run's ``config.yaml``, ``export.json`` (where it comes from) and ``README.md`` (the model card).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvpo_service.config import Config, load_config, to_yaml
+from dvpo_service.errors import CheckpointError
+from dvpo_service.estimators.base import critic_objective, critic_spec
+from dvpo_service.export.model_card import model_card
+from dvpo_service.models.base import base_folder, empty_backbone, empty_policy
+from dvpo_service.models.critic import DistributionalCritic
+from dvpo_service.models.unshard import unshard
+from dvpo_service.runs.checkpoint import Checkpoints
+from dvpo_service.runs.integrity import STATE_FILE, Damaged, verify
+from dvpo_service.runs.step_file import read_metrics
+from dvpo_service.runs.storage import StoragePath
+from dvpo_service.tracking.registry import register, registry_uri
+from dvpo_service.tracking.store import open_store
+
+CONFIG_FILE, EXPORT_FILE, CARD_FILE, CRITIC, POLICY = "config.yaml", "export.json", "README.md", "critic", "policy"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """``folder`` loads with transformers and vLLM; ``critic`` is None where the run has none.
+
+    ``mlflow_run_id`` is that of the run, None when it had no MLflow.
+    """
+
+    folder: Path
+    critic: Path | None
+    config: Config
+    step: int
+    mlflow_run_id: str | None = None
+
+
+def open_export(folder: Path) -> Exported:
+    """An existing export. Raises CheckpointError when ``folder`` is none."""
+    if not is_export(folder):
+        raise CheckpointError(f"{folder} is no export: there is no {EXPORT_FILE} in it; make one with `dvpo export`")
+    record = _read_json(folder / EXPORT_FILE)
+    critic = folder / CRITIC
+    return Exported(
+        folder,
+        critic if critic.is_dir() else None,
+        run_config(folder),
+        _int(record, "step", folder / EXPORT_FILE),
+        record.get("mlflow_run_id"),
+    )
+
+
+def newest(source: Path) -> tuple[int, Path]:
+    """The step and the folder (an export or a checkpoint) of the newest state that ``source`` holds.
+
+    Cheap: no weights are read, so a server can ask again and again while a run goes on.
+
+    Args:
+        source: a run directory, a checkpoint (``RUN/checkpoints/step-000050``), or an export.
+
+    Raises CheckpointError when there is none.
+    """
+    if found := _state(source):
+        return found
+    run = [_state(f) for f in (*map(Path, map(str, Checkpoints(source, keep=1).whole()[-1:])), source / POLICY)]
+    states = [state for state in run if state]
+    if not states:
+        raise nothing_in(source)
+    return max(reversed(states), key=lambda state: state[0])  # of equals policy/, which is exported already
+
+
+def nothing_in(source: StoragePath) -> CheckpointError:
+    return CheckpointError(
+        f"{source} holds nothing to export: no whole checkpoint in checkpoints/, no finished {POLICY}/, and no "
+        f"{EXPORT_FILE}; give a run directory, a checkpoint of it (RUN/checkpoints/step-000050), or an export"
+    )
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / EXPORT_FILE).is_file()
+
+
+def export(source: Path, output: Path) -> Exported:
+    """Export the newest state of ``source`` (see ``newest``) to ``output``, which is then whole or as it was.
+
+    Raises CheckpointError: nothing to export, a torn, damaged or pruned checkpoint, or ``output`` is some other folder.
+    """
+    step, state = newest(source)
+    if is_export(state):
+        if output.exists() and output.samefile(state):
+            return open_export(state)
+        with writing(output) as folder:
+            shutil.copytree(state, folder, dirs_exist_ok=True)
+        return open_export(output)
+    run_dir = run_of(state)
+    config = run_config(run_dir)
+    try:
+        record = verify(state)
+    except Damaged as damage:
+        raise CheckpointError(
+            f"checkpoint {state} is damaged: {damage}; export another checkpoint of the run"
+        ) from damage
+    with writing(output) as folder:
+        _export_policy(state, run_dir, config, folder)
+        if config.algorithm.has_critic:
+            _export_critic(state, run_dir, config, folder / CRITIC)
+        describe(folder, run_dir, config, step, record.get("mlflow_run_id"))
+    return open_export(output)
+
+
+def export_and_register(source: Path, output: Path, name: str | None) -> tuple[Exported, str | None]:
+    """``export``, and with a ``name`` a version of that model in the run's MLflow, which is tried first.
+
+    Returns the version's number, None without a name. Raises TrackingError when MLflow cannot be used.
+    """
+    if name is None:
+        return export(source, output), None
+    run_dir = run_of(newest(source)[1])
+    uri = registry_uri(run_config(run_dir), run_dir)
+    client = open_store(uri)
+    done = export(source, output)
+    return done, register(client, uri, name, done.folder, step=done.step, run_id=done.mlflow_run_id)
+
+
+def run_of(state: Path) -> Path:
+    """The run directory that a checkpoint or its ``policy/`` stands in; an export elsewhere stands for its run."""
+    if not is_export(state):
+        return state.absolute().parent.parent
+    return state.absolute().parent if (state.parent / CONFIG_FILE).is_file() else state
+
+
+def run_config(folder: Path) -> Config:
+    """The config of a run directory or an export; raises CheckpointError where there is none."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is no run directory and no export: there is no {CONFIG_FILE} in it")
+    return load_config(str(file))
+
+
+@contextmanager
+def writing(output: Path, *, own: bool = False) -> Iterator[Path]:
+    """An empty folder beside ``output`` that takes its place at the end; after an error ``output`` is as it was.
+
+    An older export there is replaced, and with ``own`` (a run's ``policy/``) whatever is there. Raises
+    CheckpointError when it is something else, or the disk refuses.
+    """
+    if not (own or _replaceable(output)):
+        raise CheckpointError(f"{output} exists and is no export; choose another folder, or remove it")
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
+        try:
+            new, old = work / "new", work / "old"
+            new.mkdir()
+            yield new
+            if output.exists():
+                os.replace(output, old)
+            os.replace(new, output)
+        finally:
+            shutil.rmtree(work)
+    except OSError as error:
+        raise CheckpointError(f"cannot export to {output}: {error.strerror or error}; free some space there") from error
+
+
+def describe(
+    folder: Path, run_dir: Path, config: Config, step: int, mlflow_run_id: str | None, *, critic: bool | None = None
+) -> None:
+    """Add config, origin and model card to ``folder``, which has policy and critic already; ``critic``
+    says whether it has one, where they are elsewhere."""
+    (folder / CONFIG_FILE).write_text(to_yaml(config))
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= step]
+    has_critic = (folder / CRITIC).is_dir() if critic is None else critic
+    (folder / CARD_FILE).write_text(model_card(config, step, rows, critic=has_critic))
+    record = {"step": step, "mlflow_run_id": mlflow_run_id}
+    (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _replaceable(output: Path) -> bool:
+    return not output.exists() or is_export(output) or (output.is_dir() and not any(output.iterdir()))
+
+
+def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:
+    base = base_folder(run_dir)
+    model: Any = empty_policy(base, trust_remote_code=config.model.trust_remote_code)
+    unshard(checkpoint / "policy", model, "backbone.")
+    model.save_pretrained(folder)
+    # Tokenizer and generation config as they came; the model's own config says what it is now (float32).
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+
+
+def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:
+    spec = critic_spec(config.algorithm, critic_objective(config.algorithm, config.critic))
+    backbone = empty_backbone(base_folder(run_dir), trust_remote_code=config.model.trust_remote_code)
+    critic = DistributionalCritic(backbone, **dataclasses.asdict(spec), seed=0)
+    unshard(checkpoint / "estimator", critic)
+    critic.save_pretrained(folder)
+
+
+def _state(folder: Path) -> tuple[int, Path] | None:
+    """The step of an export or a whole checkpoint, None for any other folder."""
+    if is_export(folder):
+        return _int(_read_json(folder / EXPORT_FILE), "step", folder / EXPORT_FILE), folder
+    if (folder / STATE_FILE).is_file():
+        return _int(_read_json(folder / STATE_FILE).get("state", {}), "step", folder / STATE_FILE), folder
+    return None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); export another state of the run") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file}: not what an export or checkpoint has there; export another state of the run")
+    return tree
+
+
+def _int(tree: Any, key: str, file: Path) -> int:
+    value = tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(value, int):
+        raise CheckpointError(f"{file}: {key!r} is missing; export another state of the run")
+    return value

@@ -1,0 +1,11 @@
+"""Seeds of samples and of their noise."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def sample_seed(run_seed: int, epoch_or_step: int, prompt_index: int, sample_index: int) -> int:
+    """A seed in 0..2**63-1, the same on every machine and in every process."""
+    text = f"{run_seed}:{epoch_or_step}:{prompt_index}:{sample_index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

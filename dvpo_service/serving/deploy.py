@@ -1,0 +1,214 @@
+"""A trained policy with its value distributions, on Ray Serve.
+
+Three deployments: ``gateway`` (HTTP), ``policy`` (vLLM engines) and ``values`` (the critic). The weights served are
+the ``user_config`` of the last two, so giving newer ones is Serve's lightweight update: replicas stay and load them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import ApplicationStatus
+
+from dvpo_service.config import Config
+from dvpo_service.errors import ClusterError, ConfigError, one_line
+from dvpo_service.export.export import Exported
+from dvpo_service.host.network import listen
+from dvpo_service.serving.gateway import Gateway
+from dvpo_service.serving.http import HttpServer, ListenAddress
+from dvpo_service.serving.policy import PolicyServer
+from dvpo_service.serving.replicas import Replicas
+from dvpo_service.serving.value_server import ValueServer
+
+APP = "dvpo"
+KEY_VARIABLE = "DVPO_API_KEY"
+READY_S = 60.0
+ENVIRONMENT = {
+    # Replicas share the cores: threads that spin while they wait starve the others.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Ray Serve's own switches for throughput: calls between deployments by gRPC, and no thread of its own for the
+    # router and for our code, which never blocks the loop. Half of a gateway's CPU time went there.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is told to serve."""
+
+    policy: str
+    critic: str | None
+    version: str
+
+    @classmethod
+    def of(cls, exported: Exported) -> Served:
+        folder = exported.folder.absolute()
+        critic = str(exported.critic.absolute()) if exported.critic else None
+        return cls(str(folder), critic, f"step-{exported.step:06d}")
+
+
+def application(config: Config, served: Served, address: ListenAddress) -> serve.Application:
+    """The three deployments; without a critic, two. HTTP is answered at ``address``."""
+    limits, cluster = config.serve, config.cluster
+    name = limits.model_name or config.name
+    current = {"policy": served.policy, "version": served.version}
+    code = _digest(config, name, bool(served.critic), address)
+    policy = _deployment(
+        PolicyServer,
+        "policy",
+        code,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=limits.min_replicas,
+            max_replicas=limits.max_replicas,
+            target_ongoing_requests=limits.target_requests,
+        ),
+        ray_actor_options=_resources(cluster.cpus_per_engine, cluster.gpus_per_engine),
+        user_config=current,
+        graceful_shutdown_timeout_s=limits.drain_timeout_s,
+    )
+    parts = [policy.bind(config, name)]
+    if served.critic:
+        values = _deployment(
+            ValueServer,
+            "values",
+            code,
+            num_replicas=limits.value_replicas,
+            ray_actor_options=_resources(cluster.cpus_per_trainer, cluster.gpus_per_trainer),
+            user_config=current | {"critic": served.critic},
+        )
+        parts.append(values.bind(config))
+    gateway = _deployment(
+        HttpServer,
+        "gateway",
+        code,
+        num_replicas=limits.gateways,
+        ray_actor_options=_resources(limits.cpus_per_gateway, 0) | {"resources": {f"node:{address.node}": 0.001}},
+        user_config={},
+        graceful_shutdown_timeout_s=limits.drain_timeout_s,
+    )
+    return gateway.bind(
+        _gateway(config, name, bool(served.critic), address.key_digest), address, limits.drain_timeout_s, *parts
+    )
+
+
+def _deployment(server: type, name: str, code: str, **settings: Any) -> serve.Deployment:
+    """``code`` stands for everything but the weights: while it stays, so do the replicas.
+
+    Serve gives each deploy a new version otherwise, and replaces every replica for the sake of its ``user_config``.
+    """
+    made = serve.deployment(
+        name=name,
+        health_check_period_s=5,
+        # Beyond its own limit the gateway refuses, so what reaches a replica is bounded already.
+        max_ongoing_requests=100_000,
+        logging_config={"enable_access_log": False},
+        **settings,
+    )(server)
+    return made.options(version=code, _internal=True)
+
+
+def _digest(config: Config, *others: Any) -> str:
+    """Of what replicas are made with. A newer run may have another length or model to start from, and whoever updates
+    a server need not repeat its address."""
+    tree = config.model_dump(mode="json", include={"model", "rollout", "cluster", "serve"})
+    del tree["model"]["path"], tree["serve"]["host"], tree["serve"]["port"], tree["serve"]["follow_every_s"]
+    return hashlib.sha256(repr((tree, config.trainer.seed, *others)).encode()).hexdigest()[:12]
+
+
+def _gateway(config: Config, name: str, with_critic: bool, key_digest: str | None) -> Callable[[], FastAPI]:
+    """What a gateway replica calls to make its FastAPI app."""
+
+    def build() -> FastAPI:
+        def replicas(deployment: str) -> Replicas:
+            handle = serve.get_deployment_handle(deployment, app_name=APP)
+            return Replicas(handle, timeout_s=config.serve.request_timeout_s)
+
+        values = replicas("values") if with_critic else None
+        return Gateway(replicas("policy"), values, config.serve, name, key_digest).app()
+
+    return build
+
+
+def _resources(cpus: float, gpus: float) -> dict[str, Any]:
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
+    return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+
+
+def cpus_needed(config: Config) -> float:
+    """Logical CPUs of a cluster started for this server alone."""
+    limits, cluster = config.serve, config.cluster
+    return (
+        limits.max_replicas * cluster.cpus_per_engine
+        + limits.value_replicas * cluster.cpus_per_trainer
+        + limits.gateways * limits.cpus_per_gateway
+        + 1  # Serve's controller asks for none, but it needs some
+    )
+
+
+def api_key_digest() -> str | None:
+    """SHA-256 of the API key in the environment: what travels to the replicas is never the key."""
+    key = os.environ.get(KEY_VARIABLE)
+    return hashlib.sha256(key.encode()).hexdigest() if key else None
+
+
+def free_listen_address(config: Config) -> ListenAddress:
+    """Return where this server will answer, on this node. Raises ConfigError when the port is taken."""
+    host, port = config.serve.host, config.serve.port
+    try:
+        with listen(host, port, shared=False) as probe:
+            port = probe.getsockname()[1]
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another serve.port") from error
+    return ListenAddress(host, port, ray.util.get_node_ip_address(), api_key_digest())
+
+
+def deploy(config: Config, served: Served, address: ListenAddress) -> None:
+    """Serve ``served``: start, or give newer weights to the replicas that run. Returns when that is done.
+
+    Raises ClusterError when the replicas do not come up.
+    """
+    # No route: the gateways answer HTTP themselves.
+    target = serve.RunTarget(application(config, served, address), name=APP, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+    deadline = time.monotonic() + config.serve.start_timeout_s
+    while (app := serve.status().applications[APP]).status != ApplicationStatus.RUNNING:
+        if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise ClusterError(f"serving did not start: {_why(app)}")
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"not serving after serve.start_timeout_s = {config.serve.start_timeout_s:g} s: {_why(app)}"
+            )
+        time.sleep(0.2)
+
+
+def _why(app: Any) -> str:
+    parts = [f"{name}: {d.status} {d.message}" for name, d in app.deployments.items() if d.message]
+    return one_line(f"{app.message} {'; '.join(parts)}", 600)
+
+
+def running() -> tuple[str, ListenAddress] | None:
+    """What an application of ours on this cluster serves, and where; None when there is none. Raises ClusterError."""
+    app = serve.status().applications.get(APP)
+    if app is None or app.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
+        return None
+    policy, gateway = (serve.get_deployment_handle(name, app_name=APP) for name in ("policy", "gateway"))
+    try:
+        version, address = (h.ready.remote().result(timeout_s=READY_S) for h in (policy, gateway))
+    except TimeoutError as error:
+        raise ClusterError(
+            f"a server runs on this cluster, but it did not answer within {READY_S:g} s; see `serve status`, "
+            "wait until it is up, or end it with `serve shutdown`"
+        ) from error
+    return str(version), address

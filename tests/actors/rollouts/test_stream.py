@@ -1,0 +1,146 @@
+"""The stream on engines and reward workers in memory: dynamic sampling, the overlong penalty, the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.rollouts import cache
+from actors.rollouts.reward import Work
+from actors.rollouts.stream import SyncStream
+from dvpo_service.data.dataset import Dataset
+from dvpo_service.types import Prompt, Sample, Score
+from tests.builders import make_config
+
+
+@dataclass
+class FakeEngines:
+    asked: list[list[int]] = field(default_factory=list)
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Any, *, run_seed: int, step: int, check: Any
+    ) -> list[list[Sample]]:
+        self.asked.append([p.index for p in prompts])
+        return [
+            [Sample(p.index, j, (5,) * (j + 1), (-1.0,) * (j + 1), "x" * (j + 1), "stop", step) for j in range(4)]
+            for p in prompts
+        ]
+
+
+@dataclass
+class FakeLedger:
+    used: list[tuple[int, list[int], int]] = field(default_factory=list)
+
+    def write(self, step: int, prompts: list[int], failed: int) -> None:
+        self.used.append((step, prompts, failed))
+
+
+@dataclass
+class FakeRewards:
+    """Prompts with an even index get equal rewards."""
+
+    flat: Any = lambda index: index % 2 == 0
+
+    def score(self, work: list[Work], *, noisy: bool) -> list[list[Score]]:
+        return [[Score(r, r) for r in ((1.0,) * 4 if self.flat(int(w.answer)) else (0.0, 1.0, 0.0, 1.0))] for w in work]
+
+
+def make_stream(tiny_model: Path, prompts: int = 16, rewards: FakeRewards | None = None, **sections: Any) -> SyncStream:
+    sections["rollout"] = {"prompts_per_step": 4, "n": 4, "max_new_tokens": 8} | sections.get("rollout", {})
+    rows = tuple(Prompt(i, ({"role": "user", "content": "?"},), str(i), "test", (7, 8)) for i in range(prompts))
+    config = make_config(tiny_model, **sections)
+    return SyncStream(
+        config, Dataset("test", rows, ("",) * prompts), FakeEngines(), rewards or FakeRewards(), FakeLedger()
+    )  # type: ignore[arg-type]
+
+
+def test_without_dynamic_sampling_a_batch_is_one_draw(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model)
+    batch = stream.next(0)
+    assert [len(a) for a in stream.engines.asked] == [4]  # type: ignore[attr-defined]
+    assert batch.rollouts.prompt_index.tolist() == [i for i in stream.engines.asked[0] for _ in range(4)]  # type: ignore[attr-defined]
+
+
+def test_groups_without_spread_are_replaced(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model, rollout={"dynamic_sampling": True, "max_draws": 9})
+    batch = stream.next(0)
+    asked: list[list[int]] = stream.engines.asked  # type: ignore[attr-defined]
+    useful = [i for draw in asked for i in draw if i % 2]
+    assert batch.rollouts.prompt_index[::4].tolist() == useful, "every useful group, in the order drawn"
+    assert len(useful) == 4
+    assert batch.metrics["rollout/draws"] == len(asked) > 1
+    drawn = sum(map(len, asked))
+    assert batch.metrics["reward/groups_without_spread"] == pytest.approx((drawn - 4) / drawn), "of all drawn"
+    assert len(batch.rows) == 16
+
+
+def test_draws_end_and_the_batch_keeps_its_size(tiny_model: Path) -> None:
+    stream = make_stream(
+        tiny_model, rollout={"dynamic_sampling": True, "max_draws": 3}, rewards=FakeRewards(lambda i: True)
+    )
+    batch = stream.next(0)
+    assert len(stream.engines.asked) == 3  # type: ignore[attr-defined]
+    assert len(batch.rollouts) == 16
+
+
+def test_every_prompt_is_drawn_once_an_epoch_also_by_dynamic_sampling(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model, rollout={"dynamic_sampling": True})
+    for step in range(4):
+        stream.next(step)
+    drawn = [i for draw in stream.engines.asked for i in draw]  # type: ignore[attr-defined]
+    whole = len(drawn) // 16 * 16
+    for start in range(0, whole, 16):
+        assert sorted(drawn[start : start + 16]) == list(range(16))
+
+
+def test_long_answers_lose_reward_but_not_clean_reward(tiny_model: Path) -> None:
+    stream = make_stream(
+        tiny_model,
+        rewards=FakeRewards(lambda i: True),
+        rollout={"max_new_tokens": 4},
+        reward={"overlong_buffer": 2, "overlong_penalty": 0.5},
+    )
+    rollouts = stream.next(0).rollouts
+    assert rollouts.scores[:4].tolist() == [1.0, 1.0, 0.75, 0.5], "lengths 1 to 4 of at most 4"
+    assert rollouts.clean_scores[:4].tolist() == [1.0] * 4
+
+
+def test_a_step_done_again_takes_its_scored_rollouts_from_memory(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model, rollout={"dynamic_sampling": True})
+    cursors, batches = [], []
+    for step in range(4):
+        cursors.append(stream.state_dict())
+        batches.append(stream.next(step))
+    end, calls = stream.state_dict(), len(stream.engines.asked)  # type: ignore[attr-defined]
+    stream.load_state_dict(cursors[2])
+    again = [stream.next(step) for step in (2, 3)]
+    assert len(stream.engines.asked) == calls, "nothing was sampled again"  # type: ignore[attr-defined]
+    assert [b.rollouts is a.rollouts for b, a in zip(again, batches[2:], strict=True)] == [True, True]
+    assert [b.metrics["rollout/reused"] for b in batches + again] == [0] * 4 + [16, 16]
+    assert again[0].metrics["time/generate"] == 0
+    assert stream.state_dict() == end
+    used = stream.ledger.used  # type: ignore[attr-defined]
+    assert used[2:4] == used[4:], "the ledger has what the steps really use"
+
+
+def test_rollouts_of_other_prompts_are_not_reused(tiny_model: Path) -> None:
+    stream = make_stream(tiny_model)
+    start = stream.state_dict()
+    for step in range(3):
+        stream.next(step)
+    stream.load_state_dict(start)
+    assert stream.next(1).metrics["rollout/reused"] == 0, "step 1, but the prompts of step 0 are due"
+
+
+def test_the_memory_for_reuse_is_bounded(tiny_model: Path) -> None:
+    one = cache.size(make_stream(tiny_model).next(0).rollouts)
+    stream = make_stream(tiny_model, rollout={"reuse_gib": 2.5 * one / 2**30})
+    for step in range(4):
+        stream.next(step)
+    assert list(stream.cache.batches) == [2, 3]
+    none = make_stream(tiny_model, rollout={"reuse_gib": 0})
+    none.next(0)
+    assert not none.cache.batches

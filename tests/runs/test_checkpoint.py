@@ -1,0 +1,91 @@
+"""Checkpoints: whole or not there."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvpo_service.commands.resume import resume_point
+from dvpo_service.config import load_config, to_yaml
+from dvpo_service.errors import CheckpointError
+from dvpo_service.runs.checkpoint import Checkpoints
+from dvpo_service.runs.integrity import Written, sums_of
+
+
+def write(text: str) -> Any:
+    def part(folder: Path) -> Written:
+        (folder / "data").write_text(text)
+        return Written(sums_of(folder))
+
+    return part
+
+
+def save(checkpoints: Checkpoints, step: int, parts: dict[str, Any] | None = None) -> Path:
+    checkpoints.begin(step, parts or {}, {"state": {"step": step}})
+    checkpoints.finish()
+    return Path(str(checkpoints.whole()[-1]))
+
+
+def latest_step(checkpoints: Checkpoints) -> int | None:
+    found = checkpoints.latest()
+    return found.record["state"]["step"] if found else None
+
+
+def test_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() is None
+    for step in (5, 10, 100):
+        save(checkpoints, step, {"policy": write(str(step))})
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.record == {"state": {"step": 100}}
+    assert (found.folder / "policy" / "data").read_text() == "100"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000100"]
+
+
+def test_a_save_that_fails_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1, {"policy": write("good")})
+
+    def full(folder: Path) -> None:
+        (folder / "data").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000002: No space left.*free some space"):
+        save(checkpoints, 2, {"policy": full})
+    assert latest_step(checkpoints) == 1
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_torn_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1, {"policy": write("good")})
+    (tmp_path / "checkpoints" / "step-000002" / "policy").mkdir(parents=True)
+    assert latest_step(checkpoints) == 1
+
+
+def test_a_run_does_not_continue_with_another_critic(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 5, {"policy": write("weights")})
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("demo")))
+    same = resume_point(load_config("demo", ["critic.optim.lr=1e-3"]), checkpoints)
+    assert same is not None
+    with pytest.raises(CheckpointError, match=r"algorithm\.adv_estimator=dvpo, the config now has grpo; give the old"):
+        resume_point(load_config("demo", ["algorithm.adv_estimator=grpo"]), checkpoints)
+    assert resume_point(load_config("demo-grpo", ["trainer.resume=never"]), checkpoints) is None
+
+
+def test_starting_over_keeps_the_old_run_and_reads_none_of_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 90)
+    (tmp_path / "policy").mkdir()
+    checkpoints.set_aside()
+    assert checkpoints.latest() is None
+    assert not (tmp_path / "policy").exists()
+    save(checkpoints, 2)
+    assert latest_step(checkpoints) == 2, "nor is it pruned for the old run's sake"
+    [old] = tmp_path.glob("checkpoints-before-*")
+    assert (old / "step-000090" / "state.json").is_file()
