@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dvpo_service.algo.loss_spec import TERMS
+from dvpo_service.registry.estimators import ESTIMATORS
+
 WEIGHTS = "algorithm.dvpo_loss_weights"
-ABLATED = ("risk", "cvar", "gain", "shift", "shape", "curv", "consist")
+ABLATED = tuple(name for name, term in TERMS.items() if term.has_switch)
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,6 @@ def _risk() -> Grid:
     return Grid("risk", "Risk in the advantage", arms, reference="mean")
 
 
-ESTIMATORS = ("dvpo", "gae", "robust_gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus")
-
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
@@ -112,6 +113,6 @@ GRIDS: dict[str, Grid] = {
         _values("risk-eta", "Tilt of the risk-weighted loss", "algorithm.risk_eta", (0.0, 0.5, 1.0, 2.0, 4.0), 1.0),
         _risk(),
         _noise(),
-        _values("estimators", "DVPO against its baselines", "algorithm.adv_estimator", ESTIMATORS, "gae"),
+        _values("estimators", "DVPO against its baselines", "algorithm.adv_estimator", tuple(ESTIMATORS), "gae"),
     )
 }

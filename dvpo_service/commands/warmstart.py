@@ -35,7 +35,7 @@ from dvpo_service.types import Prompt
 IGNORE = -100
 REPORT_EVERY = 10
 MAILBOX_S = 120.0
-DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
+DATA_KEYS = ("row_format", "gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
 
 
 def base_model(config: Config, train: Dataset, runs: Path) -> str:

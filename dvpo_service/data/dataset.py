@@ -12,6 +12,7 @@ from dvpo_service.data import gsm8k
 from dvpo_service.data.badrow import BadRow
 from dvpo_service.data.formats import Example, parse_row
 from dvpo_service.data.readers import expand_files, read_rows
+from dvpo_service.data.row_format import AUTO, RowFormat, load_row_format
 from dvpo_service.errors import ConfigError, DataError
 from dvpo_service.types import Prompt
 
@@ -50,6 +51,7 @@ def load_prompts(
     files: Sequence[str | Path],
     *,
     name: str,
+    row_format: str = AUTO,
     gsm8k_mode: gsm8k.Mode = "question",
     operators: str = "+-",
     max_operands: int = 2,
@@ -60,8 +62,8 @@ def load_prompts(
 ) -> Dataset:
     """The prompts of the files (globs allowed), in file order.
 
-    ``operators``, ``max_operands`` and ``max_digits`` choose GSM8K calculations, which are
-    deduplicated; in other modes a repeated row is kept, as a row can be repeated on purpose.
+    ``row_format`` names the user's own format of rows, see ``row_format.load_row_format``. ``operators``,
+    ``max_operands`` and ``max_digits`` choose GSM8K calculations, which are deduplicated; in other modes a repeated row is kept, as a row can be repeated on purpose.
     ``limit`` counts prompts kept. Prompts whose ``prompt_key`` is in ``exclude`` are left out.
     Raises ``DataError`` for files that cannot be used, a bad row under ``stop``, or no prompt at all.
     """
@@ -73,7 +75,7 @@ def load_prompts(
     bad = BadRows(on_bad_row)
     excluded = 0
     paths = expand_files(files)
-    for where, example in _examples(paths, name, options, bad):
+    for where, example in _examples(paths, name, load_row_format(row_format), options, bad):
         key = prompt_key(example)
         if key in taken:
             excluded += exclude is not None and key in exclude
@@ -91,7 +93,9 @@ def load_prompts(
     return Dataset(name, prompts, tuple(where for where, _ in kept), bad.counts, excluded)
 
 
-def _examples(paths: list[Path], name: str, options: gsm8k.Options, bad: BadRows) -> Iterator[tuple[str, Example]]:
+def _examples(
+    paths: list[Path], name: str, convert: RowFormat, options: gsm8k.Options, bad: BadRows
+) -> Iterator[tuple[str, Example]]:
     for path in paths:
         rows = 0
         for where, row in read_rows(path):
@@ -99,7 +103,7 @@ def _examples(paths: list[Path], name: str, options: gsm8k.Options, bad: BadRows
             try:
                 if isinstance(row, BadRow):
                     raise row
-                examples = parse_row(row, source=name, options=options)
+                examples = [e for own in convert(row) for e in parse_row(own, source=name, options=options)]
             except BadRow as problem:
                 bad.add(where, problem)
                 continue

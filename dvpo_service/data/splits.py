@@ -99,6 +99,7 @@ def _load(
     return load_prompts(
         [resolve_file(f) for f in files],
         name=name,
+        row_format=config.row_format,
         gsm8k_mode=config.gsm8k_mode,
         operators=config.operators,
         max_operands=config.max_operands,

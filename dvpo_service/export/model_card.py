@@ -37,7 +37,7 @@ def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, 
         front_matter=yaml.safe_dump(_front_matter(config), sort_keys=False).strip(),
         base_model=hub_name(config),
         algorithm_words=_algorithm(config),
-        critic_words=distribution if algorithm.adv_estimator == "dvpo" else scalar,
+        critic_words=distribution if algorithm.traits.distributional else scalar,
         splits=_splits(rows),
         settings=_settings(config),
     )
@@ -81,13 +81,14 @@ def _percent(value: float | None) -> str:
 
 def _algorithm(config: Config) -> str:
     a = config.algorithm
-    return f"{a.adv_estimator}, {a.form} form" if a.adv_estimator == "dvpo" else a.adv_estimator
+    return f"{a.adv_estimator}, {a.form} form" if a.traits.distributional else a.adv_estimator
 
 
 def _settings(config: Config) -> dict[str, str]:
     a, r = config.algorithm, config.rollout
     settings = {
         "advantages": _algorithm(config),
+        "policy loss": config.policy.loss,
         "updates": f"{r.prompts_per_step} prompts x {r.n} responses each, up to {r.max_new_tokens} tokens",
         "learning rate": f"policy {config.policy.optim.lr:g}"
         + (f", critic {config.critic.optim.lr:g}" if a.has_critic else ""),
@@ -97,8 +98,9 @@ def _settings(config: Config) -> dict[str, str]:
         "training data": ", ".join(Path(f.removeprefix("shipped:")).name for f in config.data.train_files),
         "seed": str(config.trainer.seed),
     }
-    if a.adv_estimator == "dvpo":
+    if a.traits.distributional:
         weights = {name: weight for name, weight in a.dvpo_loss_weights.effective().items() if weight}
+        weights |= a.critic_terms
         settings |= {
             "critic": f"{a.n_heads} heads x {a.n_quantiles} quantiles at {a.quantile_levels} levels",
             "tails": f"lower {a.dvpo_alpha:g}, upper {a.dvpo_beta:g}; risk eta {a.risk_eta:g}",

@@ -13,6 +13,8 @@ from typing import Any
 
 from dvpo_service.errors import ConfigError, describe_error
 
+_WORDS = {1: "one", 2: "two", 3: "three", 5: "five"}
+
 
 def is_reference(name: str) -> bool:
     """Return whether ``name`` is written as ``module:name`` rather than as a built-in's name."""
@@ -55,8 +57,9 @@ def check_arguments(key: str, reference: str, function: Callable[..., Any], argu
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
+        count = f"{_WORDS[len(arguments)]} argument{'s' if len(arguments) > 1 else ''}"
         raise ConfigError(
-            f"{key} {reference!r}: it must take {len(arguments)} arguments, ({', '.join(arguments)}), but: {error}"
+            f"{key} {reference!r}: it must take {count}, ({', '.join(arguments)}); change it ({error})"
         ) from error
     except ValueError:  # some functions written in C do not tell their signature
         return

@@ -58,8 +58,9 @@ def _staleness_words(r: RolloutConfig) -> str:
 
 
 def _algorithm_words(a: AlgorithmConfig) -> str:
-    if a.adv_estimator == "dvpo":
-        return f"dvpo ({a.form} form), critic of {a.n_heads} heads x {a.n_quantiles} quantiles, {a.advantage} advantage"
+    if a.traits.distributional:
+        critic = f"critic of {a.n_heads} heads x {a.n_quantiles} quantiles"
+        return f"{a.adv_estimator} ({a.form} form), {critic}, {a.advantage} advantage"
     return a.adv_estimator + (", scalar critic" if a.has_critic else "")
 
 

@@ -146,7 +146,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _advisor(config: Config) -> Advisor:
     # A pessimistic backup is meant to be below the returns.
-    silent = {"critic_mean_off"} if config.algorithm.adv_estimator == "robust_gae" else set()
+    silent = {"critic_mean_off"} if config.algorithm.traits.pessimistic else set()
     norms = {"policy": config.policy.optim.max_grad_norm, "critic": config.critic.optim.max_grad_norm}
     return Advisor(silent=silent, max_grad_norm=norms)
 
@@ -185,10 +185,11 @@ def _description(config: Config, run_dir: Path) -> str:
     off = [name for name, weight in a.dvpo_loss_weights.effective().items() if weight == 0]
     critic = f"- critic: {a.n_heads} heads x {a.n_quantiles} quantiles; terms off: {', '.join(off) or 'none'}"
     lines = [
-        f"**{config.name}**: `{a.adv_estimator}`{f' ({a.form} form)' if a.adv_estimator == 'dvpo' else ''} on {model}.",
+        f"**{config.name}**: `{a.adv_estimator}`{f' ({a.form} form)' if a.traits.distributional else ''} on {model}.",
         "",
         f"- {config.trainer.num_steps} steps of {r.prompts_per_step} prompts x {r.n} responses",
-        *([critic] if a.adv_estimator == "dvpo" else []),
+        *([critic] if a.traits.distributional else []),
+        f"- policy loss `{config.policy.loss}`",
         f"- reward `{config.reward.function}`, noise {config.reward.noise_words}",
         f"- data: {', '.join(config.data.train_files)}",
         f"- run folder: `{run_dir.absolute()}`",
@@ -208,13 +209,13 @@ def _description(config: Config, run_dir: Path) -> str:
 
 def _sections(config: Config) -> list[str]:
     """MLflow's metric page has a section for what stands before the last slash of a name."""
-    dvpo, critic = config.algorithm.adv_estimator == "dvpo", config.algorithm.has_critic
+    distributional, critic = config.algorithm.traits.distributional, config.algorithm.has_critic
     lines = {
         "- `eval/<split>`: held-out accuracy, sampled and greedy; step 0 is before training": True,
         "- `critic`: `explained_variance` (above 0 is better than a constant), `grad_norm`, the loss": critic,
-        "- `critic/loss`: the eight components as measured, also those of weight 0": dvpo,
-        "- `critic/weighted`: the components times their weights, so what each adds to the loss": dvpo,
-        "- `critic/coverage`: share of returns at or below each predicted quantile; its own name is right": dvpo,
+        "- `critic/loss`: the eight components as measured, also those of weight 0": distributional,
+        "- `critic/weighted`: the components times their weights, so what each adds to the loss": distributional,
+        "- `critic/coverage`: share of returns at or below each predicted quantile; its name is right": distributional,
         "- `policy`: `entropy`, `approx_kl`; `rollout_kl` is engine against trainer, about 0 when all is well": True,
         "- `reward`, `rollout`: what training saw (`reward/clean_mean` without the noise), length, staleness": True,
         "- `time`: seconds per stage; `time/step` is the whole update": True,
@@ -223,7 +224,7 @@ def _sections(config: Config) -> list[str]:
 
 
 def _figures(config: Config) -> list[str]:
-    if config.algorithm.adv_estimator != "dvpo":
+    if not config.algorithm.traits.distributional:
         return []
     return [
         "- `figures/value_fan`: the predicted return along fixed responses, a right and a wrong one per prompt",

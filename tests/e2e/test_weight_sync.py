@@ -158,9 +158,7 @@ def test_an_engine_on_another_host_gets_the_same_weights_to_the_bit(
     policy.call(ScrambledPolicy.scramble, 0.3)
     weights.push(20)
     near = engine_logprobs(engines)
-    policy.call(
-        ScrambledPolicy.scramble, -0.3
-    )
+    policy.call(ScrambledPolicy.scramble, -0.3)
     policy.call(PolicyWorker.export, str(tmp_path / "scrambled"))
     policy.call(PolicyWorker.send_weights, FarClient(engines.supervisor.alive(), 1, 300), "safetensors")
     ray.get(engines.actors[0].set_version.remote(21), timeout=60)
