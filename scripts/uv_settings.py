@@ -1,6 +1,6 @@
-"""Print shell lines that tell uv what pip is told on this machine: mirrors, wheels on disk, constraints, certificates.
+"""Print shell lines that give uv the settings of pip on this machine: mirrors, local wheels, constraints, certificates.
 
-uv reads no pip.conf. A variable of uv's that is set already stays as it is. The caller evaluates the lines.
+uv does not read pip.conf. A variable of uv that is already set keeps its value. The caller evaluates the lines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from ast import literal_eval
 
-# pip's option: uv's variable. What pip separates by white space, uv does too, but for find-links.
+# pip's option to uv's variable. Both separate values by white space, except that uv's find-links takes commas.
 VARIABLES = {
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_INDEX",
@@ -20,27 +20,27 @@ VARIABLES = {
     "trusted-host": "UV_INSECURE_HOST",
     "cert": "SSL_CERT_FILE",
 }
-SECTIONS = ("global", "install", ":env:")  # a later one wins, as in pip
+SECTIONS = ("global", "install", ":env:")  # a later section wins, as in pip
 
 
 def options(listed: str) -> dict[str, str]:
-    """Of ``pip config list``: what `pip install` goes by."""
-    found: dict[str, str] = {}
+    """Return the options that `pip install` uses, from the output of ``pip config list``."""
+    by_option: dict[str, str] = {}
     for section in SECTIONS:
         for line in listed.splitlines():
             key, _, value = line.partition("=")
             where, _, option = key.partition(".")
             if where == section:
-                found[option] = str(literal_eval(value))
-    return found
+                by_option[option] = str(literal_eval(value))
+    return by_option
 
 
-def settings(found: dict[str, str]) -> dict[str, str]:
-    """uv's variables."""
-    told = {uv: " ".join(found[pip].split()) for pip, uv in VARIABLES.items() if found.get(pip)}
-    if "UV_FIND_LINKS" in told:
-        told["UV_FIND_LINKS"] = told["UV_FIND_LINKS"].replace(" ", ",")
-    return told
+def settings(by_option: dict[str, str]) -> dict[str, str]:
+    """Return uv's variables for pip's options."""
+    variables = {uv: " ".join(by_option[pip].split()) for pip, uv in VARIABLES.items() if by_option.get(pip)}
+    if "UV_FIND_LINKS" in variables:
+        variables["UV_FIND_LINKS"] = variables["UV_FIND_LINKS"].replace(" ", ",")
+    return variables
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Small configs and batches that tests build on."""
+"""Small configs, batches and checksums that tests build on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import torch
 
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate
+from dvpo_service.runs.integrity import Files, FileSum, sum_of
+from dvpo_service.runs.storage import StoragePath, files_below
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 
 
 def needs(missing: str | None) -> pytest.MarkDecorator:
-    """Skip with the reason ``missing``, what this machine lacks (None: nothing); in CI, run and fail."""
+    """Skip a test if this machine lacks ``missing`` (None: it lacks nothing). In CI the test runs, and fails."""
     return pytest.mark.skipif(missing is not None and "DVPO_CI" not in os.environ, reason=missing or "")
 
 
 def make_config(model: Path | str, **sections: dict[str, Any]) -> Config:
-    """A config of a few small steps; ``sections`` are merged one level deep."""
+    """Return a config of a few small steps; ``sections`` are merged one level deep."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"path": str(model)},
         "data": {"train_files": ["shipped:demo-train.jsonl"], "val_files": {"val": ["shipped:demo-val.jsonl"]}},
@@ -36,7 +38,7 @@ def make_config(model: Path | str, **sections: dict[str, Any]) -> Config:
 
 
 def make_rollouts(prompts: int = 4, n: int = 4, *, seed: int = 0, max_new: int = 8) -> Rollouts:
-    """Random responses of uneven length; one failed to score, one was cut at the limit."""
+    """Return random responses of uneven length; one failed to score, and one was cut at the limit."""
     rng = torch.Generator().manual_seed(seed)
 
     def integer(low: int, high: int) -> int:
@@ -63,3 +65,13 @@ def make_rollouts(prompts: int = 4, n: int = 4, *, seed: int = 0, max_new: int =
         scores.append([Score(o, o) for o in outcomes])
     scores[0][0] = Score(float("nan"), float("nan"), "the reward function raised")
     return collate(rows, groups, scores)
+
+
+def sums_of(folder: StoragePath) -> Files:
+    """Return the checksums of all files below ``folder``, as the process that wrote them reports them."""
+
+    def checksum(name: str) -> FileSum:
+        with (folder / name).open("rb") as stream:
+            return sum_of(stream)
+
+    return {name: checksum(name) for name in files_below(folder)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported anywhere: the machine's cores are shared by everything a test starts.
+# Set before torch is imported: everything that a test starts shares the machine's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -21,7 +21,7 @@ from tests.builders import make_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test marked ``gpu(n)`` needs n CUDA devices; nothing else is ever skipped."""
+    """Skip tests marked ``gpu(n)`` on a machine with fewer than n CUDA devices."""
     import torch
 
     devices = torch.cuda.device_count()
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained two-layer model with its tokenizer."""
+    """The folder of an untrained two-layer model with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     save_small_model(folder, hidden_size=64, num_layers=2, num_heads=2, max_positions=128, seed=0)
     return folder
@@ -41,12 +41,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tiny_model: Path) -> Config:
+    """A small config with the tiny model."""
     return make_config(tiny_model)
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """An S3 of our own, on loopback."""
+    """The URL of an S3 server on loopback that this process runs."""
     from moto.server import ThreadedMotoServer  # takes seconds, and few tests need it
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -58,7 +59,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """``s3://...``, an empty bucket; how to reach it is in the environment, as it is for a user."""
+    """The ``s3://`` URL of an empty bucket. Endpoint and keys are in the environment, as they are for a user."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")

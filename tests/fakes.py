@@ -1,4 +1,4 @@
-"""In-memory roles: the loop without a cluster."""
+"""The roles of the loop in memory, to run the loop without a cluster."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dvpo_service.runs.integrity import Written, sums_of
+from dvpo_service.runs.integrity import Written
 from dvpo_service.types import Advantages, Generated, Metrics, Rollouts
-from tests.builders import make_rollouts
+from tests.builders import make_rollouts, sums_of
 
 
 @dataclass
@@ -54,7 +54,7 @@ class FakeStream:
         self.taken = state["taken"]
 
     def close(self) -> None:
-        """Nothing is ahead."""
+        """Do nothing: no batch is generated ahead."""
 
 
 @dataclass

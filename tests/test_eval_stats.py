@@ -44,7 +44,7 @@ def test_pass_at_k_rises_with_k_from_the_share_that_is_right(n: int, data: st.Da
 
 
 def test_pass_at_k_is_unbiased() -> None:
-    """Its mean over draws is 1 - (1-p)^k, which that of the plug-in 1 - (1 - c/n)^k is not."""
+    """Its mean over draws is 1 - (1-p)^k. The mean of the plug-in estimate 1 - (1 - c/n)^k is not."""
     p, n, k = 0.2, 8, 4
     chance = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
     mean = sum(w * pass_at_k(n, c, k) for c, w in enumerate(chance))
@@ -69,36 +69,36 @@ scores = st.lists(st.floats(0, 1), min_size=4, max_size=4)
 @settings(deadline=None)
 @given(st.lists(st.tuples(scores, st.sampled_from([0.0, 1.0])), min_size=2, max_size=20))
 def test_a_group_of_prompts(drawn: list[tuple[list[float], float]]) -> None:
-    found = summarize([PromptScores("val", "a", tuple(s), g) for s, g in drawn], 4)
+    summary = summarize([PromptScores("val", "a", tuple(s), g) for s, g in drawn], 4)
     table = np.array([s for s, _ in drawn])
     means, greedy = table.mean(1), np.array([g for _, g in drawn])
-    assert found["accuracy"] == pytest.approx(means.mean())
-    assert found["standard_error"] == pytest.approx(scipy.stats.sem(means), abs=1e-12)
+    assert summary["accuracy"] == pytest.approx(means.mean())
+    assert summary["standard_error"] == pytest.approx(scipy.stats.sem(means), abs=1e-12)
     interval = scipy.stats.t.interval(0.95, len(means) - 1, means.mean(), scipy.stats.sem(means) or 1e-300)
-    assert found["ci95"] == pytest.approx(interval, abs=1e-9)
-    assert found["sd_within_prompt"] == pytest.approx(math.sqrt(table.var(1, ddof=1).mean()), abs=1e-12)
-    assert found["greedy"] == pytest.approx(greedy.mean())
-    assert found["greedy_standard_error"] == pytest.approx(scipy.stats.sem(greedy), abs=1e-12)
+    assert summary["ci95"] == pytest.approx(interval, abs=1e-9)
+    assert summary["sd_within_prompt"] == pytest.approx(math.sqrt(table.var(1, ddof=1).mean()), abs=1e-12)
+    assert summary["greedy"] == pytest.approx(greedy.mean())
+    assert summary["greedy_standard_error"] == pytest.approx(scipy.stats.sem(greedy), abs=1e-12)
     right = (table >= 0.5).sum(1)
-    assert found["pass_at_k"]["1"] == pytest.approx((right / 4).mean())
-    assert found["pass_at_k"]["4"] == pytest.approx((right > 0).mean())
+    assert summary["pass_at_k"]["1"] == pytest.approx((right / 4).mean())
+    assert summary["pass_at_k"]["4"] == pytest.approx((right > 0).mean())
 
 
 def test_samples_that_failed_are_counted_and_left_out() -> None:
     prompts = [PromptScores("val", "a", (1.0,), None, failed=1), PromptScores("val", "a", (0.0, 1.0), 1.0)]
-    found = summarize(prompts, 2)
-    assert (found["prompts"], found["samples"], found["failed"]) == (2, 3, 1)
-    assert found["accuracy"] == pytest.approx(0.75)
-    assert found["greedy"] == 1.0
-    assert found["pass_at_k"] == {"1": pytest.approx(0.75), "2": 1.0}, "only the second prompt has two samples"
+    summary = summarize(prompts, 2)
+    assert (summary["prompts"], summary["samples"], summary["failed"]) == (2, 3, 1)
+    assert summary["accuracy"] == pytest.approx(0.75)
+    assert summary["greedy"] == 1.0
+    assert summary["pass_at_k"] == {"1": pytest.approx(0.75), "2": 1.0}, "only the second prompt has two samples"
 
 
 def test_what_is_not_defined_is_null() -> None:
-    found = summarize([PromptScores("val", "a", (), None, failed=2)], 2)
+    summary = summarize([PromptScores("val", "a", (), None, failed=2)], 2)
     names = ("accuracy", "standard_error", "ci95", "sd_within_prompt", "greedy", "greedy_standard_error")
-    assert all(found[name] is None for name in names)
-    assert found["pass_at_k"] == {"1": None, "2": None}
-    assert "NaN" not in json.dumps(found)
+    assert all(summary[name] is None for name in names)
+    assert summary["pass_at_k"] == {"1": None, "2": None}
+    assert "NaN" not in json.dumps(summary)
 
 
 def test_groups_by_split_and_by_source() -> None:
@@ -107,7 +107,7 @@ def test_groups_by_split_and_by_source() -> None:
         PromptScores("id", "maths", (0.0, 0.0), 0.0),
         PromptScores("ood", "maths", (1.0, 0.0), 0.0),
     ]
-    found = by_group(prompts, 2)
-    assert {name: g["accuracy"] for name, g in found["splits"].items()} == {"id": 0.5, "ood": 0.5}
-    assert {name: g["accuracy"] for name, g in found["sources"].items()} == {"gsm8k": 1.0, "maths": 0.25}
-    assert found["sources"]["maths"]["prompts"] == 2
+    grouped = by_group(prompts, 2)
+    assert {name: g["accuracy"] for name, g in grouped["splits"].items()} == {"id": 0.5, "ood": 0.5}
+    assert {name: g["accuracy"] for name, g in grouped["sources"].items()} == {"gsm8k": 1.0, "maths": 0.25}
+    assert grouped["sources"]["maths"]["prompts"] == 2

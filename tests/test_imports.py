@@ -1,5 +1,7 @@
-"""Imports point one way: algo <- dvpo_service <- actors (cluster <- rollouts <- weights <- training) <- commands,
-tune_sweeps."""
+"""Imports go one way: algo <- dvpo_service <- actors <- commands, tune_sweeps.
+
+Within the actors: cluster <- rollouts <- weights <- training.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RAY_ALLOWED = frozenset({"deploy.py", "replicas.py", "value_server.py"})
-ROOMS = ("cluster", "rollouts", "weights", "training")  # of the actors, from below
+ROOMS = ("cluster", "rollouts", "weights", "training")  # packages of the actors, lowest first
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, wherever in the file."""
+    """Yield every module that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -27,7 +29,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def offenders(folder: str, *forbidden: str, allowed: frozenset[str] = frozenset(), but: str | None = None) -> list[str]:
-    """Files below ``folder``, other than those named ``allowed`` or below ``but``, that import what is forbidden."""
+    """Return the forbidden imports in files below ``folder``, except for files named ``allowed`` or below ``but``."""
     return [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in sorted((ROOT / folder).rglob("*.py"))
@@ -85,7 +87,7 @@ def test_only_the_command_line_knows_the_sweeps() -> None:
 
 
 def test_no_import_runs_in_a_circle() -> None:
-    """Between modules, counting imports inside functions as well as those for types."""
+    """Imports inside functions and imports for types count as well."""
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for folder in ("dvpo_service", "actors", "tune_sweeps")
@@ -94,13 +96,13 @@ def test_no_import_runs_in_a_circle() -> None:
     graph = {name: {m for m in imports(path) if m in modules and m != name} for name, path in modules.items()}
     state: dict[str, str] = {}
 
-    def visit(name: str, way: tuple[str, ...]) -> None:
-        assert state.get(name) != "open", " -> ".join((*way[way.index(name) :], name))
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) != "open", " -> ".join((*path[path.index(name) :], name))
         if name in state:
             return
         state[name] = "open"
         for other in sorted(graph[name]):
-            visit(other, (*way, name))
+            visit(other, (*path, name))
         state[name] = "done"
 
     for name in sorted(graph):
@@ -108,7 +110,7 @@ def test_no_import_runs_in_a_circle() -> None:
 
 
 def test_a_config_is_read_without_the_heavy_imports() -> None:
-    """What is wrong in it is said at once."""
+    """So that a mistake in a config is reported at once."""
     code = (
         "import sys, dvpo_service.cli, dvpo_service.config; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
     )

@@ -1,4 +1,4 @@
-"""The loop on in-memory roles."""
+"""The training loop on in-memory roles."""
 
 from __future__ import annotations
 
@@ -95,11 +95,12 @@ def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
     run(tmp_path / "whole", config, make_roles(whole))
     run(tmp_path / "cut", config.model_copy(update={"num_steps": 2}), make_roles(first))
 
-    roles, found = make_roles(second), Checkpoints(tmp_path / "cut", keep=2).latest()
-    assert found is not None
-    assert found.record["mlflow_run_id"] == "run-1"
-    roles.stream.load_state_dict(found.record["stream"])
-    state = run(tmp_path / "cut", config, roles, TrainState(**found.record["state"]))
+    roles = make_roles(second)
+    checkpoint = Checkpoints(tmp_path / "cut", keep=2).latest()
+    assert checkpoint is not None
+    assert checkpoint.record["mlflow_run_id"] == "run-1"
+    roles.stream.load_state_dict(checkpoint.record["stream"])
+    state = run(tmp_path / "cut", config, roles, TrainState(**checkpoint.record["state"]))
     assert second.calls[0] == ("push", 2)
     assert second.calls[1:] == whole.calls[-len(second.calls) + 1 :]
     assert roles.stream.taken == 4  # type: ignore[attr-defined]

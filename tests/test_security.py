@@ -1,4 +1,4 @@
-"""What docs/security.md promises: nothing is unpickled, no data names code, no secret gets out, no port is open."""
+"""The promises of docs/security.md: nothing is unpickled, data names no code, no secret is shown, no port is open."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from tune_sweeps.records import Sweep, read_sweep, save_sweep
 ROOT = Path(__file__).parents[1]
 SECRET = "hunter2-and-more"
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
-# By the last name of what is called: torch.load, np.load, yaml.load, dcp's pickled metadata, ...
+# Calls by the end of their dotted name. FileSystemReader (torch.distributed.checkpoint) unpickles metadata.
 CALLS = {
     *("torch.load", "np.load", "numpy.load", "read_pickle", "FileSystemReader", "torch.hub.load", "jit.load"),
     *("yaml.load", "yaml.load_all", "unsafe_load", "unsafe_load_all", "full_load", "full_load_all"),
     *("os.system", "os.popen", "eval", "exec", "__import__"),
 }
-# Modules by name: the reward function of the config, and one of three benchmarks.
-IMPORTERS = {"dvpo_service/rewards/scoring.py", "dvpo_service/cli.py"}
+# Files that may import a module by name: the reward function of the config, and one of three benchmarks.
+IMPORTERS = {"dvpo_service/rewards/scoring.py", "dvpo_service/registry/plugins.py", "dvpo_service/cli.py"}
 
 
 def suspects(tree: ast.AST) -> Iterator[str]:
-    """What could run code that is not ours."""
+    """Yield the imports and calls that could run code from outside the repository."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.partition(".")[0] in PICKLES)
@@ -84,9 +84,9 @@ def test_the_search_sees(code: str) -> None:
 
 def test_nothing_unpickles_or_runs_what_it_reads() -> None:
     assert len(sources()) > 100
-    found = [(str(p.relative_to(ROOT)), s) for p in sources() for s in suspects(ast.parse(p.read_text()))]
-    assert {(p, s) for p, s in found if not (s == "import_module" and p in IMPORTERS)} == set()
-    assert {p for p, s in found if s == "import_module"} == IMPORTERS
+    uses = [(str(p.relative_to(ROOT)), s) for p in sources() for s in suspects(ast.parse(p.read_text()))]
+    assert {(p, s) for p, s in uses if not (s == "import_module" and p in IMPORTERS)} == set()
+    assert {p for p, s in uses if s == "import_module"} == IMPORTERS
 
 
 def test_data_cannot_name_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
@@ -118,10 +118,10 @@ def test_a_cluster_started_here_listens_on_loopback_only() -> None:
 
     with connected(make_config("unused")):
         ray.get(ray.remote(lambda: None).remote(), timeout=60)
-        found = listening(psutil.Process())
-        assert len(found) > 3
-        assert {address for address, _ in found} == {"127.0.0.1"}
-        # Whoever reaches one all the same, another user of this machine or through a port of Serve's, needs the token.
+        addresses = listening(psutil.Process())
+        assert len(addresses) > 3
+        assert {address for address, _ in addresses} == {"127.0.0.1"}
+        # Another user of this machine, or someone who gets in through a port of Serve's, still needs the token.
         gcs = ray.get_runtime_context().gcs_address
         stranger = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         joining = [sys.executable, "-c", f"from ray._raylet import GcsClient; GcsClient(address='{gcs}')"]
@@ -135,20 +135,24 @@ def test_what_is_opened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
 
-    def said(uri: str | None = None, **model: Any) -> list[str]:
+    def warnings(uri: str | None = None, **model: Any) -> list[str]:
         config = make_config("m", tracking={"mlflow_uri": uri})
         return warnings_of(config.model_copy(update={"model": config.model.model_copy(update=model)}))
 
     assert (
-        said() == said(f"http://me:{SECRET}@127.0.0.1") == said(f"https://me:{SECRET}@host") == said("http://h") == []
+        warnings()
+        == warnings(f"http://me:{SECRET}@127.0.0.1")
+        == warnings(f"https://me:{SECRET}@host")
+        == warnings("http://h")
+        == []
     )
-    [line] = said(f"http://me:{SECRET}@host")
+    [line] = warnings(f"http://me:{SECRET}@host")
     assert "readable over plain http" in line
     assert SECRET not in line
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
-    assert len(said("http://host")) == 1
+    assert len(warnings("http://host")) == 1
     assert make_config("m").model.trust_remote_code is False
-    assert "runs here, with your rights" in said(trust_remote_code=True)[0]
+    assert "runs here, with your rights" in warnings(trust_remote_code=True)[0]
 
     assert serving_warning("127.0.0.1", with_key=False) is None
     assert "anyone who reaches 0.0.0.0" in str(serving_warning("0.0.0.0", with_key=False))
@@ -161,7 +165,7 @@ def test_what_is_opened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def secretive(monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A secret in a URI, in a tag and in the environment."""
+    """A config with a secret in a URI and in a tag; the secret is in the environment too."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     tracking = {"mlflow_uri": f"http://me:{SECRET}@host:5000", "tags": {"hf_token": SECRET, "team": "rl"}}
     return make_config("m", tracking=tracking)

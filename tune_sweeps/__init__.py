@@ -1,1 +1,1 @@
-"""Ablation sweeps on Ray Tune: grids, trials, and a page that answers the question."""
+"""Ablation sweeps on Ray Tune: grids, trials, and the report that compares the arms."""

@@ -1,6 +1,6 @@
-"""The report's pictures as SVG text that stands in the page: no file beside it, no script, no link.
+"""The report's charts as SVG text inside the page: they need no other file, no script and no link.
 
-A band is always the smallest and the largest seed; with a handful of seeds nothing else would be honest.
+A band always spans the lowest and the highest seed; a handful of seeds supports no other statement of spread.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tune_sweeps.analysis import Analysis, Column, Comparison, evaluations, finished, series, trials_of
+from tune_sweeps.analysis import Analysis
+from tune_sweeps.comparison import Comparison
 from tune_sweeps.guide import OwnLoss
+from tune_sweeps.measures import Column, evaluations, finished, series, trials_of
 from tune_sweeps.records import Sweep, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart by colour-blind people; markers and line styles say the same again, for a print without colour.
+# Colour-blind readers can tell these apart. Markers and line styles repeat the distinction for prints without colour.
 BLUE, ORANGE, RED, GREY, INK = "#2563a8", "#d9780f", "#b3261e", "#5f6368", "#202124"
 _VERDICT = {"higher": (BLUE, ">"), "lower": (ORANGE, "<")}
 MAX_PANELS = 24
@@ -30,21 +32,22 @@ Points = Sequence[tuple[int, float]]
 
 
 def differences_chart(analysis: Analysis) -> str:
-    """Arm minus reference in points: a ring per seed, the mean, and its interval; a panel per column."""
+    """Return a chart of arm minus reference in points: a ring per seed, the mean, its interval; a panel per column."""
     arms = [a.name for a in analysis.arms if a.name != analysis.reference]
     figure, axes = _rows_of_arms(arms, analysis.columns)
     for ax, column in zip(axes, analysis.columns, strict=True):
         ax.axvline(0, color=INK, linewidth=1)
         for y, arm in enumerate(arms):
-            if found := analysis.comparison(arm, column.key):
-                _draw_comparison(ax, found, y, 100.0)
+            comparison = analysis.comparison(arm, column.key)
+            if comparison:
+                _draw_comparison(ax, comparison, y, 100.0)
         ax.set_xlabel(f"points against {_plain(analysis.reference or '', 24)}", fontsize=9, color=GREY)
         _widen(ax)
     return _svg(figure, "differences", "Change in held-out accuracy by arm and seed, with intervals")
 
 
 def levels_chart(analysis: Analysis) -> str:
-    """Accuracy after training in points: a ring per seed and their mean; for a sweep without a reference."""
+    """Return a chart of accuracy after training in points, without a reference: a ring per seed, and the mean."""
     arms = [a.name for a in analysis.arms]
     figure, axes = _rows_of_arms(arms, analysis.columns)
     for ax, column in zip(axes, analysis.columns, strict=True):
@@ -58,7 +61,13 @@ def levels_chart(analysis: Analysis) -> str:
 
 
 def strip(found: Comparison, scale: float, name: str) -> str:
-    """One comparison as a small strip, for a table's cell; "" without pairs. ``name`` is unique on the page."""
+    """Return one comparison as a small chart for a table's cell, or "" if it has no pairs.
+
+    Args:
+      found: the comparison.
+      scale: factor from its unit to the unit shown, 100 for points.
+      name: label of the chart, unique on the page.
+    """
     from matplotlib.figure import Figure
 
     if not found.by_seed:
@@ -77,7 +86,7 @@ def strip(found: Comparison, scale: float, name: str) -> str:
 
 
 def learning_curves(sweep: Sweep, analysis: Analysis, column: Column) -> str:
-    """Held-out accuracy over training, a panel per arm; "" where there is nothing to draw."""
+    """Return a chart of held-out accuracy over training, a panel per arm; "" if there is nothing to draw."""
     arms = [a.name for a in analysis.arms if any(evaluations(t, column) for t in trials_of(sweep, a.name))]
     arms = arms[:MAX_PANELS]
     if not arms:
@@ -85,13 +94,14 @@ def learning_curves(sweep: Sweep, analysis: Analysis, column: Column) -> str:
     figure, axes = _panels(len(arms), 1.75, share=True)
     reference = _spread([_points_of(t, column) for t in finished(sweep, analysis.reference)])
     for ax, arm in zip(axes, arms, strict=True):
-        ours = arm == analysis.reference
-        if reference and not ours:
+        is_reference = arm == analysis.reference
+        color = GREY if is_reference else BLUE
+        if reference and not is_reference:
             ax.plot(*_columns(reference, 0, 1), color=GREY, linewidth=1.3, linestyle="--")
         for trial in trials_of(sweep, arm):
-            _draw_trial(ax, trial, _points_of(trial, column), GREY if ours else BLUE)
-        _draw_spread(ax, _spread([_points_of(t, column) for t in finished(sweep, arm)]), GREY if ours else BLUE)
-        ax.set_title(_plain(arm, 26) + (" (reference)" if ours else ""), fontsize=9.5, loc="left", color=INK)
+            _draw_trial(ax, trial, _points_of(trial, column), color)
+        _draw_spread(ax, _spread([_points_of(t, column) for t in finished(sweep, arm)]), color)
+        ax.set_title(_plain(arm, 26) + (" (reference)" if is_reference else ""), fontsize=9.5, loc="left", color=INK)
     for ax in axes[::_PER_ROW]:
         ax.set_ylabel("points", fontsize=8.5, color=GREY)
     for ax in axes[-min(_PER_ROW, len(axes)) :]:
@@ -100,16 +110,20 @@ def learning_curves(sweep: Sweep, analysis: Analysis, column: Column) -> str:
 
 
 def own_loss_chart(sweep: Sweep, losses: Sequence[OwnLoss], reference: str) -> str:
-    """A panel per removed term: its loss with the term (reference) and without; "" where none was measured."""
-    drawn = [(loss, both) for loss in losses if any(both := _both_losses(sweep, loss, reference))]
+    """Return a chart of each removed term's loss with the term (reference) and without it; "" if none was measured."""
+    drawn = []
+    for loss in losses:
+        with_it, without = _both_losses(sweep, loss, reference)
+        if with_it or without:
+            drawn.append((loss, with_it, without))
     if not drawn:
         return ""
     figure, axes = _panels(len(drawn), 1.9, share=False)
-    for ax, (loss, (with_it, without)) in zip(axes, drawn, strict=True):
+    for ax, (loss, with_it, without) in zip(axes, drawn, strict=True):
         _draw_spread(ax, with_it, BLUE, label="with the term (reference)")
         _draw_spread(ax, without, ORANGE, style="--", label="without it")
-        seen = [value for spread in (with_it, without) for row in spread for value in row[2:]]
-        if min(seen) > 0 and max(seen) > 20 * min(seen):
+        values = [value for spread in (with_it, without) for row in spread for value in row[2:]]
+        if min(values) > 0 and max(values) > 20 * min(values):
             _log_scale(ax)
         ax.set_title(_plain(f"critic/loss/{loss.term}", 28), fontsize=9.5, loc="left", color=INK)
     for ax in axes[-min(_PER_ROW, len(axes)) :]:
@@ -121,7 +135,7 @@ def own_loss_chart(sweep: Sweep, losses: Sequence[OwnLoss], reference: str) -> s
 
 
 def smooth(points: Points) -> list[tuple[int, float]]:
-    """Centred running mean over a twentieth of the points: a loss of one batch is mostly noise."""
+    """Return the centred running mean over a twentieth of the points, because the loss of one batch is mostly noise."""
     reach = len(points) // 40
     values = [value for _, value in points]
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
@@ -141,7 +155,7 @@ def _points_of(trial: Trial, column: Column) -> list[tuple[int, float]]:
 
 
 def _spread(lines: Iterable[Points]) -> list[tuple[int, float, float, float]]:
-    """(step, mean, least, greatest) over the lines that have the step."""
+    """Return (step, mean, least, greatest) over the lines that have a value at the step."""
     by_step: dict[int, list[float]] = {}
     for line in lines:
         for step, value in line:
@@ -161,22 +175,23 @@ def _draw_spread(ax: Axes, rows: list[Any], color: str, style: str = "-", label:
 
 
 def _draw_trial(ax: Axes, trial: Trial, points: Points, color: str) -> None:
-    """A thin line; red and ending in a cross where the trial failed, dotted where it has not ended."""
+    """Draw a thin line: red with a cross at its end if the trial failed, dotted if it has not ended."""
     if not points:
         return
-    failed, open_ = trial.state.status == "failed", trial.state.status in ("waiting", "running")
+    failed = trial.state.status == "failed"
+    open_ = trial.state.status in ("waiting", "running")
     ax.plot(*_columns(points, 0, 1), color=RED if failed else color, linewidth=0.8, linestyle=":" if open_ else "-")
     if failed:
         ax.plot(*points[-1], "x", color=RED, markersize=6)
 
 
-def _draw_comparison(ax: Axes, found: Comparison, y: float, scale: float) -> None:
-    color, marker = _VERDICT.get(found.verdict, (GREY, "D"))
-    if found.low is not None and found.high is not None:
-        ax.plot([scale * found.low, scale * found.high], [y, y], color=color, linewidth=5, alpha=0.3)
-    _rings(ax, [scale * d for d in found.by_seed.values()], y, color)
-    if found.mean is not None:
-        ax.plot(scale * found.mean, y, marker, color=color, markersize=6)
+def _draw_comparison(ax: Axes, comparison: Comparison, y: float, scale: float) -> None:
+    color, marker = _VERDICT.get(comparison.verdict, (GREY, "D"))
+    if comparison.low is not None and comparison.high is not None:
+        ax.plot([scale * comparison.low, scale * comparison.high], [y, y], color=color, linewidth=5, alpha=0.3)
+    _rings(ax, [scale * d for d in comparison.by_seed.values()], y, color)
+    if comparison.mean is not None:
+        ax.plot(scale * comparison.mean, y, marker, color=color, markersize=6)
 
 
 def _rings(ax: Axes, values: Sequence[float], y: float, color: str) -> None:
@@ -184,7 +199,7 @@ def _rings(ax: Axes, values: Sequence[float], y: float, color: str) -> None:
 
 
 def _widen(ax: Axes) -> None:
-    """0 stands in the picture, and a sliver beside it."""
+    """Widen the x axis so that 0 is inside, with a margin on both sides."""
     low, high = ax.get_xlim()
     low, high = min(low, 0.0), max(high, 0.0)
     ax.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
@@ -228,7 +243,7 @@ def _tidy(ax: Axes, grid: str) -> None:
 
 
 def _log_scale(ax: Axes) -> None:
-    """With 0.1, 0.3, 1 in place of powers."""
+    """Make the y axis logarithmic, labelled 0.1, 0.3, 1 instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_yscale("log")
@@ -238,7 +253,7 @@ def _log_scale(ax: Axes) -> None:
 
 
 def _plain(text: str, limit: int) -> str:
-    """On one line, cut, and with ``$`` kept from being read as maths."""
+    """Return the text on one line of at most ``limit`` characters, with ``$`` escaped so that it starts no maths."""
     flat = " ".join(text.split())
     short = flat if len(flat) <= limit else flat[: limit - 1] + "…"
     return short.replace("$", r"\$")
@@ -248,10 +263,10 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+        figure.savefig(buffer, format="svg", metadata=no_metadata, transparent=True)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]  # the prolog names a DTD on the web
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and a page wants them once
+    text = text[text.index("<svg") :]  # without the prolog, which names a DTD on the web
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # every figure has the same ids, and a page may have each once
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -1,4 +1,4 @@
-"""Grids as data: which arms a sweep compares, and with which of them."""
+"""Grids as data: the arms that a sweep compares, and the reference arm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ ABLATED = tuple(name for name, term in TERMS.items() if term.has_switch)
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting under test: dotted config keys and their values. ``removes``: the loss term it leaves out."""
+    """One setting under test.
+
+    Attributes:
+      overrides: dotted config keys and their values.
+      removes: the loss term that the arm leaves out, if it leaves out exactly one.
+    """
 
     name: str
     overrides: Mapping[str, Any]
@@ -24,11 +29,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Grid:
-    """``reference`` names the arm that all others are compared with; None where there is no natural one.
+    """What a sweep runs: a list of arms, or a space to draw settings from.
 
-    A ``space`` instead of arms: dotted keys to one Tune sampler each, ``{"loguniform": [1e-5, 1e-3]}``, of
-    which ``num_samples`` settings are drawn by ``search`` and, with ``scheduler``, stopped early where
-    ``metric`` lags.
+    Attributes:
+      reference: the arm that all others are compared with; None if no arm is a natural reference.
+      space: in place of arms, one Tune sampler for each dotted config key, as in ``{"loguniform": [1e-5, 1e-3]}``.
+      num_samples: number of settings to draw from the space.
+      metric: what ``search`` and ``scheduler`` maximise.
+      search: how the settings are drawn.
+      scheduler: "asha" stops a trial early if its ``metric`` lags behind.
     """
 
     name: str
@@ -58,7 +67,7 @@ def _leave_one_out() -> Grid:
 
 
 def _ladder() -> Grid:
-    """The paper's cumulative order: what each step adds to the one before."""
+    """Return the paper's cumulative ladder: each arm adds terms to the arm before."""
     added = (
         ("core", ("risk",)),
         ("+consistency", ("consist",)),
@@ -66,7 +75,8 @@ def _ladder() -> Grid:
         ("+shift", ("shift",)),
         ("+shape+curvature", ("shape", "curv")),
     )
-    arms, on = [], set[str]()
+    arms = []
+    on = set[str]()
     for name, terms in added:
         on |= set(terms)
         arms.append(Arm(name, _off(*(t for t in ABLATED if t not in on))))

@@ -1,7 +1,7 @@
-"""What the guide expects of each removed loss term, the measurement that would show it, and whether it did.
+"""The guide's expectation for each removed loss term, the measurement that tests it, and whether it was met.
 
-The measurements are of finished trials, in the units of the returns (loss terms: of the term). "Late" is the last
-fifth of a run's updates.
+Measurements are of finished trials, in the units of the returns (loss terms: in the units of the term). "Late" means
+the last fifth of a run's updates.
 """
 
 from __future__ import annotations
@@ -13,17 +13,9 @@ from itertools import pairwise
 from statistics import stdev
 from typing import Literal
 
-from tune_sweeps.analysis import (
-    Analysis,
-    Column,
-    Comparison,
-    accuracy,
-    between,
-    compare,
-    finished,
-    late,
-    series,
-)
+from tune_sweeps.analysis import Analysis
+from tune_sweeps.comparison import Comparison, compare
+from tune_sweeps.measures import Column, accuracy, between, finished, late, series
 from tune_sweeps.records import Sweep, Trial
 
 Shown = Literal["shown", "not shown", "the seeds cannot tell", "not tested"]
@@ -33,17 +25,27 @@ Measure = Callable[[Trial], float | None]
 
 @dataclass(frozen=True)
 class Expectation:
-    """``direction``: where the measure goes without the term, if the guide is right."""
+    """What the guide expects to happen without a term.
 
-    name: str  # the term, in words
+    Attributes:
+      name: the term, in words.
+      expects: the effect, in words.
+      diagnostic: what is measured, in words.
+      direction: where the measurement moves without the term, if the guide is right.
+      percent: the measurement is a share, to be shown in points.
+    """
+
+    name: str
     expects: str
-    diagnostic: str  # what is measured, in words
+    diagnostic: str
     direction: Literal["higher", "lower"]
-    percent: bool = False  # a share, to be shown in points
+    percent: bool = False
 
 
 @dataclass(frozen=True)
 class GuideRow:
+    """An expectation, the comparison that tests it, and whether the effect was shown, with the reason."""
+
     term: str
     arm: str
     expected: Expectation
@@ -54,7 +56,7 @@ class GuideRow:
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """``critic/loss/<term>``, as measured before its weight, in the arm without the term and in the reference."""
+    """A comparison of ``critic/loss/<term>``, before its weight, between the arm without the term and the reference."""
 
     term: str
     arm: str
@@ -62,7 +64,7 @@ class OwnLoss:
 
 
 def guide_rows(sweep: Sweep, analysis: Analysis) -> list[GuideRow]:
-    """A row for each arm that removes a term of which the guide expects something; none without a reference."""
+    """Return a row for each arm that removes a term the guide has an expectation for; none without a reference."""
     if analysis.reference is None:
         return []
     book = expectations(analysis.columns)
@@ -74,7 +76,7 @@ def guide_rows(sweep: Sweep, analysis: Analysis) -> list[GuideRow]:
 
 
 def own_losses(sweep: Sweep, analysis: Analysis) -> list[OwnLoss]:
-    """For every removed term, expected of or not; none without a reference."""
+    """Return the comparison of each removed term's own loss; none without a reference."""
     return [
         OwnLoss(arm.removes, arm.name, compare(sweep, arm.name, analysis.reference, metric, _late_mean(metric)))
         for arm in sweep.grid.arms
@@ -84,7 +86,11 @@ def own_losses(sweep: Sweep, analysis: Analysis) -> list[OwnLoss]:
 
 
 def expectations(columns: Sequence[Column]) -> dict[str, tuple[Expectation, Measure]]:
-    """By term, for a sweep with these held-out columns; without any, nothing is expected of ``gain``."""
+    """Return the expectation and its measurement by term.
+
+    Args:
+      columns: the sweep's held-out columns; without any, there is no expectation for ``gain``.
+    """
     book = dict(_OF_THE_CRITIC)
     if columns:
         column = next((c for c in columns if c.key == "ood"), columns[0])
@@ -101,32 +107,38 @@ def _row(sweep: Sweep, term: str, arm: str, reference: str, expected: Expectatio
     return GuideRow(term, arm, expected, comparison, *_shown(term, comparison, expected, both_ran))
 
 
-def _shown(term: str, found: Comparison, expected: Expectation, both_ran: bool) -> tuple[Shown, str]:
-    if not found.by_seed and both_ran:
+def _shown(term: str, comparison: Comparison, expected: Expectation, both_ran: bool) -> tuple[Shown, str]:
+    """Return whether the comparison shows the effect, and why."""
+    if not comparison.by_seed and both_ran:
         reason = "the rewards had no noise" if term == "risk" else "not measured in both arms with the same seed"
         return "not tested", reason
-    if found.verdict == "the seeds cannot tell":
-        return "the seeds cannot tell", found.reason
-    if found.verdict != expected.direction:
-        return "not shown", f"{found.verdict}, the other way; {found.reason}"
-    if term == "shift" and found.arm_mean is not None and found.arm_mean >= 0:
+    if comparison.verdict == "the seeds cannot tell":
+        return "the seeds cannot tell", comparison.reason
+    if comparison.verdict != expected.direction:
+        return "not shown", f"{comparison.verdict}, the other way; {comparison.reason}"
+    if term == "shift" and comparison.arm_mean is not None and comparison.arm_mean >= 0:
         return "not shown", "lower, but still no underestimation"
-    return "shown", f"{found.verdict}; {found.reason}"
+    return "shown", f"{comparison.verdict}; {comparison.reason}"
 
 
 def _bias(trial: Trial) -> Points:
-    """What the critic predicts on average minus what came, by step."""
+    """Return the critic's mean prediction minus the mean return, by step."""
     returns = dict(series(trial, "critic/return_mean"))
     return [(step, value - returns[step]) for step, value in series(trial, "critic/quantile_mean") if step in returns]
 
 
 def _drift(trial: Trial) -> float | None:
-    early, end = between(trial, _bias(trial), 0.2, 0.4), late(trial, _bias(trial))
+    """Return how far the critic's bias moves from the second fifth of the updates to the last."""
+    bias = _bias(trial)
+    early, end = between(trial, bias, 0.2, 0.4), late(trial, bias)
     return None if early is None or end is None else abs(end - early)
 
 
 def _tail_unrest(trial: Trial) -> float | None:
-    """None for fewer than two changes. The first fifth is the critic learning the level, not unrest."""
+    """Return the standard deviation of the lower tail's changes from step to step; None for fewer than two changes.
+
+    The first fifth of the updates is left out: there the critic still learns the level of the returns.
+    """
     points = series(trial, "critic/lower_tail_mean")
     start = 0.2 * trial.metrics[-1]["step"] if trial.metrics else 0
     changes = [y - x for (a, x), (b, y) in pairwise(points) if b == a + 1 and a > start]
@@ -134,7 +146,7 @@ def _tail_unrest(trial: Trial) -> float | None:
 
 
 def _clean_under_noise(trial: Trial) -> float | None:
-    """None for a run whose rewards were never anything but clean."""
+    """Return the late mean of the clean reward; None if the run's rewards had no noise."""
     clean: Mapping[int, float] = dict(series(trial, "reward/clean_mean"))
     noisy = any(step in clean and abs(value - clean[step]) > 1e-9 for step, value in series(trial, "reward/mean"))
     return late(trial, list(clean.items())) if noisy else None

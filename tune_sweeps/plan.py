@@ -1,4 +1,4 @@
-"""A grid becomes trials: every config resolved and checked before anything starts."""
+"""Turn a grid into trials: resolve and check every config before anything starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLERS = ("choice", "uniform", "loguniform", "quniform", "qloguniform", "randi
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """One run to make."""
+    """One run of the sweep: an arm with a seed, and the resolved config."""
 
     arm: Arm
     seed: int
@@ -32,9 +32,12 @@ class TrialPlan:
 
 
 def find_grid(name_or_path: str) -> Grid:
-    """A built-in grid, or one in a YAML file with ``arms`` (name to overrides) or ``space`` (key to sampler).
+    """Return a built-in grid, or read one from a YAML file.
 
-    Raises ConfigError: no such grid, bad YAML, unknown or missing keys, a sampler that Tune does not have.
+    The file has either ``arms`` (name to overrides) or ``space`` (key to sampler).
+
+    Raises:
+      ConfigError: no such grid, invalid YAML, unknown or missing keys, or a sampler that Tune does not have.
     """
     if name_or_path in GRIDS:
         return GRIDS[name_or_path]
@@ -52,14 +55,16 @@ def find_grid(name_or_path: str) -> Grid:
 
 def _user_grid(path: Path, tree: dict[str, Any]) -> Grid:
     known = set(asdict(GRIDS["forms"]))
-    if unknown := sorted(set(tree) - known):
+    unknown = sorted(set(tree) - known)
+    if unknown:
         raise ConfigError(f"grid {path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
     arms = tuple(Arm(str(name), values or {}) for name, values in (tree.pop("arms", None) or {}).items())
-    if bad := [a.name for a in arms if not isinstance(a.overrides, dict)]:
+    bad = [a.name for a in arms if not isinstance(a.overrides, dict)]
+    if bad:
         raise ConfigError(f"grid {path}: arm {bad[0]!r} must map dotted config keys to values")
     for key, sampler in (tree.get("space") or {}).items():
-        one = isinstance(sampler, dict) and len(sampler) == 1
-        if not one or next(iter(sampler)) not in SAMPLERS:
+        is_single = isinstance(sampler, dict) and len(sampler) == 1
+        if not is_single or next(iter(sampler)) not in SAMPLERS:
             raise ConfigError(f"grid {path}: {key}: write one of {', '.join(SAMPLERS)}, as in {{choice: [1, 2]}}")
     if tree.get("reference") not in (None, *(a.name for a in arms)):
         raise ConfigError(f"grid {path}: reference {tree['reference']!r} is none of its arms")
@@ -68,19 +73,30 @@ def _user_grid(path: Path, tree: dict[str, Any]) -> Grid:
 
 
 def resolve(config: str, overrides: Sequence[str], arm: Mapping[str, Any], seed: int) -> Config:
-    """The config of one run. Raises ConfigError for a key or value that the config does not take."""
+    """Return the config of one run.
+
+    Args:
+      config: name of a shipped config, or path of a YAML file.
+      overrides: changes that all runs of the sweep share.
+      arm: the arm's changes, dotted keys and their values.
+
+    Raises:
+      ConfigError: a key or value that the config does not take.
+    """
     keys = [f"{key}={json.dumps(value)}" for key, value in arm.items()]
     resolved = load_config(config, [*overrides, *keys, f"trainer.seed={seed}"])
     if resolved.model.warmstart is None:
         return resolved
-    # The seeds differ in everything that is random, the base model too; the arms of a seed share it.
+    # Seeds differ in everything that is random, also in the base model. The arms of a seed share one base model.
     return load_config(config, [*overrides, *keys, f"trainer.seed={seed}", f"model.warmstart.seed={seed}"])
 
 
 def plan_trials(grid: Grid, config: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[TrialPlan]:
-    """All runs of a grid of arms, seed by seed, so that a sweep cut short has whole comparisons.
+    """Return all runs of a grid of arms, seed by seed, so that an interrupted sweep has complete comparisons.
 
-    Raises ConfigError: an empty grid, no seeds, a key that is no config key, two arms that are the same run.
+    Raises:
+      ConfigError: the grid has no arms, there are no distinct seeds, an override is wrong, or two arms are the same
+        run.
     """
     if not grid.arms:
         raise ConfigError(f"grid {grid.name!r} has no arms")
@@ -101,6 +117,7 @@ def _resolved(grid: Grid, config: str, overrides: Sequence[str], arm: Arm, seed:
 
 
 def _refuse_twins(grid: Grid, trials: Iterable[TrialPlan]) -> None:
+    """Raise ConfigError if two arms have the same config."""
     seen: dict[str, str] = {}
     for trial in trials:
         tree = trial.config.model_dump_json()
@@ -114,20 +131,28 @@ def _refuse_twins(grid: Grid, trials: Iterable[TrialPlan]) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What every trial has to know, wherever it runs."""
+    """What every trial needs to know, on whatever node it runs.
+
+    Attributes:
+      folder: the sweep's folder.
+      cwd: working directory of the sweep; relative paths in the config start there.
+      arms: arms by name.
+      models: path of the base model by seed; None where the config gives one.
+    """
 
     folder: Path
-    cwd: Path  # relative paths of the config mean files here
+    cwd: Path
     config: str
     overrides: list[str]
     seeds: list[int]
     arms: dict[str, Arm]
-    models: dict[int, str | None]  # base model by seed, where one was made
+    models: dict[int, str | None]
     mlflow_uri: str | None
     mlflow_run_id: str | None
 
     @classmethod
     def of(cls, sweep: Sweep, models: dict[int, str | None]) -> Job:
+        """Return the job of a sweep, with absolute paths."""
         path = Path(sweep.config)
         return cls(
             folder=sweep.folder.absolute(),
@@ -142,25 +167,27 @@ class Job:
         )
 
     def trial(self, params: Mapping[str, Any]) -> TrialPlan:
-        """The run that Tune's ``params`` (see ``space.param_space``) ask for."""
+        """Return the run for Tune's ``params`` (see ``space.param_space``)."""
         if "trial" in params:
             name, seed = params["trial"]
             arm = self.arms[name]
         else:
-            seed, drawn = params["seed"], dict(params["space"])
+            seed = params["seed"]
+            drawn = dict(params["space"])
             arm = Arm(",".join(f"{k.rpartition('.')[2]}={_short(v)}" for k, v in drawn.items()), drawn)
         config = resolve(self.config, self.overrides, arm.overrides, seed)
         return TrialPlan(arm, seed, self._placed(config, arm, seed))
 
     def _placed(self, config: Config, arm: Arm, seed: int) -> Config:
-        """With the seed's base model, and as a child of the sweep's MLflow run."""
+        """Return the config with the seed's base model, and with the sweep's MLflow run as its parent."""
         name = trial_name(arm.name, seed)
         tags = dict(config.tracking.tags) | {"arm": arm.name, "seed": str(seed), "sweep": self.folder.name}
         if self.mlflow_run_id:
             tags["mlflow.parentRunId"] = self.mlflow_run_id
         tracking = {"tags": tags, "run_name": name, "mlflow_uri": self.mlflow_uri}
         update: dict[str, Any] = {"name": name, "tracking": config.tracking.model_copy(update=tracking)}
-        if model := self.models[seed]:
+        model = self.models[seed]
+        if model:
             update["model"] = config.model.model_copy(update={"path": model, "warmstart": None})
         return config.model_copy(update=update)
 

@@ -1,8 +1,8 @@
-"""What a sweep leaves on disk, and reading it back.
+"""The files of a sweep, and how to read them back.
 
 <sweep>/sweep.json                 the grid, the seeds, the base config: written before anything starts
 <sweep>/trials/<arm>-seed<k>/      a run directory like any other (config.yaml, metrics.jsonl, summary.json),
-                                   and trial.json: how the trial went
+                                   and trial.json: status, attempts and error of the trial
 <sweep>/base-models/               one per seed, shared by all arms
 <sweep>/report.html, report.md
 """
@@ -25,58 +25,79 @@ Status = Literal["waiting", "running", "done", "failed"]
 
 @dataclass
 class TrialState:
-    """``trial.json``."""
+    """Content of ``trial.json``.
+
+    Attributes:
+      seconds: duration of all attempts together.
+      start_seconds: duration of the last attempt until its first step began.
+      overrides: the arm's overrides.
+    """
 
     arm: str
     seed: int
     status: Status = "waiting"
     attempts: int = 0
-    seconds: float = 0.0  # of all attempts
-    start_seconds: float = 0.0  # of the last attempt, until its first step began
+    seconds: float = 0.0
+    start_seconds: float = 0.0
     error: str = ""
-    overrides: dict[str, Any] = field(default_factory=dict)  # the arm's
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        beside = folder / "trial.json.tmp"
-        beside.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        beside.replace(folder / "trial.json")
+        """Write ``trial.json`` into the trial's folder: the file is complete or absent at any time."""
+        temporary = folder / "trial.json.tmp"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(folder / "trial.json")
 
     @classmethod
     def load(cls, folder: Path) -> TrialState | None:
-        """None where the trial has not begun."""
+        """Return the state in ``folder``, or None if the trial has not begun."""
         path = folder / "trial.json"
         return cls(**json.loads(path.read_text())) if path.is_file() else None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One arm with one seed. ``metrics``: a dict a step, as in metrics.jsonl (null where not finite)."""
+    """One arm with one seed.
+
+    Attributes:
+      summary: summary.json of a finished run; empty before.
+      metrics: a dict for each step, as in metrics.jsonl; None where a value is not finite.
+    """
 
     state: TrialState
     folder: Path
-    summary: dict[str, Any] = field(default_factory=dict)  # summary.json of a finished run; {} before
+    summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Sweep:
+    """A sweep and the trials that have begun.
+
+    Attributes:
+      config: name or path of the base config.
+      overrides: changes to the base config that all runs share.
+      grid_source: what was given as ``--grid``.
+    """
+
     folder: Path
     grid: Grid
-    config: str  # name of the base config
+    config: str
     overrides: list[str]
     seeds: list[int]
     mlflow_run_id: str | None
     mlflow_uri: str | None
     trials: list[Trial] = field(default_factory=list)
-    grid_source: str = ""  # what was given as --grid
+    grid_source: str = ""
 
     def masked(self) -> Self:
-        """Without secrets: what files, reports and MLflow get."""
+        """Return the sweep without secrets, for files, reports and MLflow."""
         uri = mask_uri(self.mlflow_uri) if self.mlflow_uri else None
         return replace(self, overrides=[mask_override(o) for o in self.overrides], mlflow_uri=uri)
 
 
 def trial_name(arm: str, seed: int) -> str:
+    """Return the name of a trial, also of its folder."""
     return f"{arm}-seed{seed}"
 
 
@@ -97,7 +118,13 @@ def save_sweep(sweep: Sweep) -> None:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """The sweep with every trial that has begun. Raises DataError where ``folder`` holds none, or a damaged one."""
+    """Return the sweep in ``folder`` with every trial that has begun.
+
+    Trials are in the order of the grid and the seeds. The arms of a searched grid are those of its trials.
+
+    Raises:
+      DataError: ``folder`` holds no sweep, or a damaged one.
+    """
     path = folder / "sweep.json"
     if not path.is_file():
         raise DataError(f"{folder}: no sweep.json there; give the folder that `dvpo sweep` printed")
@@ -119,11 +146,11 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _read_trial(folder: Path) -> Trial:
-    summary = folder / "summary.json"
+    summary_file = folder / "summary.json"
     try:
         state = TrialState.load(folder)
         assert state is not None
-        told = json.loads(summary.read_text()) if summary.is_file() else {}
+        summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
     except (ValueError, TypeError) as error:
         raise DataError(f"{folder}: trial.json or summary.json is damaged ({error}); remove the folder") from error
-    return Trial(state, folder, told, read_metrics(folder / "metrics.jsonl"))
+    return Trial(state, folder, summary, read_metrics(folder / "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""`dvpo report`: a sweep's folder becomes one page, the same in Markdown, and the numbers as JSON."""
+"""`dvpo report`: write the report of a sweep as one HTML page, as Markdown, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -17,32 +17,39 @@ from markupsafe import Markup
 from dvpo_service.errors import DataError
 from dvpo_service.host.secrets import MASK, mask_message
 from dvpo_service.tracking.store import open_store, reaching, sqlite_path
-from tune_sweeps.analysis import LEVEL, MIN_PAIRS, UNSURE, Analysis, Comparison, analyse, by_chance
+from tune_sweeps.analysis import Analysis, analyse
+from tune_sweeps.comparison import LEVEL, MIN_PAIRS, UNSURE, Comparison, by_chance
 from tune_sweeps.guide import GuideRow, OwnLoss, guide_rows, own_losses
 from tune_sweeps.records import Sweep, read_sweep
-from tune_sweeps.sections import Section, Table, all_sections, counted, points
+from tune_sweeps.sections import Section, all_sections, counted
+from tune_sweeps.tables import Table, points
 
 logger = logging.getLogger(__name__)
-_NAMED = 6  # arms that a sentence names before it counts the rest
+_NAMED = 6  # a sentence names this many arms and counts the rest
 
 
 def write_report(folder: Path, *, mlflow_uri: str | None = None) -> Path:
-    """Write report.html, report.md and report.json into the sweep's folder; returns the first.
+    """Write report.html, report.md and report.json into the sweep's folder, and return the path of report.html.
 
-    They also go to the sweep's MLflow run, as far as it has one: a failure there is a warning in the log.
-    ``mlflow_uri``: with the password that the folder does not have; by default MLFLOW_TRACKING_URI has it.
+    The files are also logged to the sweep's MLflow run, if it has one. If that fails, a warning is logged.
+
+    Args:
+      mlflow_uri: tracking URI with its password, which the folder does not keep. By default the URI of the folder, or
+        MLFLOW_TRACKING_URI if a password was masked in it.
 
     Raises:
-      DataError: ``folder`` holds no sweep, or nothing of it has begun to measure anything.
+      DataError: ``folder`` holds no sweep, or no trial of it has measured anything yet.
     """
     sweep = read_sweep(folder)
     sweep = replace(sweep, mlflow_uri=mlflow_uri or sweep.mlflow_uri)
     if not any(t.metrics or t.summary or t.state.status == "failed" for t in sweep.trials):
         raise DataError(f"{folder}: no trial has measured anything yet; run `dvpo sweep`, or wait for a first step")
     analysis = analyse(sweep)
-    guide, losses = guide_rows(sweep, analysis), own_losses(sweep, analysis)
+    guide = guide_rows(sweep, analysis)
+    losses = own_losses(sweep, analysis)
     sections = all_sections(sweep, analysis, guide, losses)
-    conclusion, notices = conclude(analysis, guide), noticed(analysis)
+    conclusion = conclude(analysis, guide)
+    notices = noticed(analysis)
     html = _page(sweep, sections, conclusion, notices)
     texts = {
         "report.html": html,
@@ -56,16 +63,17 @@ def write_report(folder: Path, *, mlflow_uri: str | None = None) -> Path:
 
 
 def conclude(analysis: Analysis, guide: Sequence[GuideRow]) -> list[str]:
-    """Two sentences, from the verdicts alone."""
+    """Return the report's conclusion: two sentences that follow from the verdicts alone."""
     return [_on_accuracy(analysis), _on_guide(guide) if guide else _on_runs(analysis)]
 
 
 def noticed(analysis: Analysis) -> list[str]:
-    """What a reader must not overlook: trials that are missing from the means."""
+    """Return notices that a reader must not overlook: trials that are missing from the means."""
     total = _status(analysis)
     everything = sum(total.values())
     notices = []
-    if open_ := total["unfinished"] + total["not begun"]:
+    open_ = total["unfinished"] + total["not begun"]
+    if open_:
         notices.append(f"The sweep has not ended: {open_} of {everything} trials are still to finish.")
     if total["failed"]:
         notices.append(
@@ -84,24 +92,24 @@ def _on_accuracy(analysis: Analysis) -> str:
         ]
         highest = f"highest mean held-out accuracy: {'; '.join(best)}" if best else "and no run has finished"
         return f"This sweep has no reference arm, so nothing says which differences are more than chance; {highest}."
-    found = {v: [c for c in analysis.accuracy if c.verdict == v] for v in ("lower", "higher", UNSURE)}
-    said = [f"{v} for {_named(found[v], analysis)}" for v in ("lower", "higher") if found[v]]
-    unsure, everything = len(found[UNSURE]), len(analysis.accuracy)
-    if not said:
+    by_verdict = {v: [c for c in analysis.accuracy if c.verdict == v] for v in ("lower", "higher", UNSURE)}
+    directions = [f"{v} for {_named(by_verdict[v], analysis)}" for v in ("lower", "higher") if by_verdict[v]]
+    unsure, everything = len(by_verdict[UNSURE]), len(analysis.accuracy)
+    if not directions:
         return (
             f"Against {analysis.reference}, the seeds cannot tell for any arm whether held-out accuracy changed "
             f"({everything} comparisons; pairs of seeds: {_most_pairs(analysis)} at most; a verdict needs {MIN_PAIRS})."
         )
     rest = f"for {unsure} of {everything} comparisons the seeds cannot tell, and " if unsure else ""
     chance = f"about {by_chance(analysis.accuracy):.1f} would get a direction by chance"
-    return f"Against {analysis.reference}, held-out accuracy in points is {' and '.join(said)}; {rest}{chance}."
+    return f"Against {analysis.reference}, held-out accuracy in points is {' and '.join(directions)}; {rest}{chance}."
 
 
-def _named(found: Sequence[Comparison], analysis: Analysis) -> str:
-    """``no-gain (out of distribution -9.1), ...``, the largest first."""
+def _named(comparisons: Sequence[Comparison], analysis: Analysis) -> str:
+    """Return ``no-gain (out of distribution -9.1), ...``, the largest change first."""
     short = {str(c.key): c.label.partition(" (")[0] for c in analysis.columns}
     by_arm: dict[str, list[str]] = {}
-    for c in sorted(found, key=lambda c: -abs(c.mean or 0.0)):
+    for c in sorted(comparisons, key=lambda c: -abs(c.mean or 0.0)):
         by_arm.setdefault(c.arm, []).append(f"{short[c.measure]} {points(c.mean, signed=True)}")
     named = [f"{arm} ({', '.join(changes)})" for arm, changes in list(by_arm.items())[:_NAMED]]
     more = f" and {len(by_arm) - _NAMED} more" if len(by_arm) > _NAMED else ""
@@ -113,19 +121,19 @@ def _on_guide(guide: Sequence[GuideRow]) -> str:
     for row in guide:
         by_answer.setdefault(row.shown, []).append(row.expected.name)
     order = ("shown", "not shown", UNSURE, "not tested")
-    said = [f"{answer}: {', '.join(by_answer[answer])}" for answer in order if answer in by_answer]
-    return f"Of the guide's {len(guide)} expectations for removed terms, {'; '.join(said)}."
+    answers = [f"{answer}: {', '.join(by_answer[answer])}" for answer in order if answer in by_answer]
+    return f"Of the guide's {len(guide)} expectations for removed terms, {'; '.join(answers)}."
 
 
 def _on_runs(analysis: Analysis) -> str:
     total = _status(analysis)
     collapsed = sum(len(arm.collapsed) for arm in analysis.arms)
     spreads = [(level.sd, arm.name) for arm in analysis.arms for level in arm.levels.values() if level.sd is not None]
-    said = f"Of {total['done'] + total['failed']} trials that ended, {collapsed} collapsed or failed"
+    text = f"Of {total['done'] + total['failed']} trials that ended, {collapsed} collapsed or failed"
     if not spreads:
-        return f"{said}."
+        return f"{text}."
     widest, arm = max(spreads)
-    return f"{said}; the widest spread across seeds is {points(widest)} points, of {arm}."
+    return f"{text}; the widest spread across seeds is {points(widest)} points, of {arm}."
 
 
 def _status(analysis: Analysis) -> dict[str, int]:
@@ -138,13 +146,13 @@ def _most_pairs(analysis: Analysis) -> int:
 
 
 def _page(sweep: Sweep, sections: Sequence[Section], conclusion: Sequence[str], notices: Sequence[str]) -> str:
-    # Arm names and errors are a person's text: all but our own SVG is escaped.
+    # Arm names and errors are text of the user: everything but our own SVG is escaped.
     pages = Environment(loader=PackageLoader("tune_sweeps", "."), autoescape=True, undefined=StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
     pages.filters["svg"] = Markup
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    written_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return pages.get_template("report.html.j2").render(
-        sweep=sweep, sections=sections, conclusion=conclusion, notices=notices, made=made
+        sweep=sweep, sections=sections, conclusion=conclusion, notices=notices, made=written_at
     )
 
 
@@ -177,9 +185,9 @@ def _numbers(
     sweep: Sweep, analysis: Analysis, guide: Sequence[GuideRow], losses: Sequence[OwnLoss], conclusion: Sequence[str]
 ) -> dict[str, Any]:
     comparisons = [c for c in counted(analysis, guide) if c.low is not None]
-    about = {"grid": sweep.grid.name, "title": sweep.grid.title, "config": sweep.config}
+    names = {"grid": sweep.grid.name, "title": sweep.grid.title, "config": sweep.config}
     return {
-        "sweep": about | {"overrides": sweep.overrides, "seeds": sweep.seeds},
+        "sweep": names | {"overrides": sweep.overrides, "seeds": sweep.seeds},
         "conclusion": list(conclusion),
         "interval_level": LEVEL,
         "comparisons_with_interval": len(comparisons),
@@ -192,7 +200,7 @@ def _numbers(
 
 
 def _log_artifacts(sweep: Sweep, paths: Sequence[Path]) -> None:
-    """To the sweep's own MLflow run."""
+    """Log the files to the sweep's own MLflow run. A failure is logged as a warning."""
     uri = sweep.mlflow_uri
     if not uri or not sweep.mlflow_run_id:
         return
@@ -200,7 +208,7 @@ def _log_artifacts(sweep: Sweep, paths: Sequence[Path]) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI", uri)
     try:
         db = sqlite_path(uri)
-        if db is not None and not db.is_file():  # opening it would make an empty one
+        if db is not None and not db.is_file():  # opening it would create an empty one
             raise FileNotFoundError(f"{db} is not there")
         client = open_store(uri)
         with reaching(uri):

@@ -1,4 +1,4 @@
-"""A sweep from start to end on Ray Tune; `--resume` continues it after anything."""
+"""Run a sweep on Ray Tune from start to end, or continue an interrupted one with ``--resume``."""
 
 from __future__ import annotations
 
@@ -38,12 +38,19 @@ def run_sweep(
     max_concurrent: int | None = None,
     resume: bool = False,
 ) -> tuple[Path, int]:
-    """Run every arm with every seed and write the report; returns its path and the number of failed trials.
+    """Run every arm with every seed, and write the report.
 
-    A trial that fails is tried again from its checkpoint, ``RETRIES`` times, and does not sink the others.
+    A trial that fails is tried again from its checkpoint, ``RETRIES`` times. The other trials go on.
+
+    Args:
+      max_concurrent: number of trials that run at the same time; by default as many as fit.
+      resume: continue the sweep in ``folder``.
+
+    Returns:
+      The path of the report, and the number of failed trials.
 
     Raises:
-      ConfigError: whatever is wrong with grid, config or budget, before anything starts; or ``folder`` holds
+      ConfigError: the grid, the config or the budget is wrong, found before anything starts; or ``folder`` holds
         another sweep, or none to resume.
     """
     grid = find_grid(grid_name)
@@ -60,25 +67,25 @@ def run_sweep(
         if sweep.mlflow_run_id is None and first.tracking.mlflow:
             uri, run_id = open_parent(first, sweep)
             sweep = replace(sweep, mlflow_uri=uri, mlflow_run_id=run_id)
-        elif sweep.mlflow_run_id:  # resumed: the file has no password of it
+        elif sweep.mlflow_run_id:  # resumed: the URI in sweep.json has no password
             sweep = replace(sweep, mlflow_uri=tracking_uri(first, folder))
         save_sweep(sweep)
         job = Job.of(sweep, _base_models(sweep))
         results = _tuner(job, grid, slots).fit()
         close_parent(sweep)
     _say(results, folder)
-    from tune_sweeps.report import write_report  # matplotlib and scipy: not needed until here
+    from tune_sweeps.report import write_report  # imports matplotlib and scipy, not needed before
 
     return write_report(folder, mlflow_uri=sweep.mlflow_uri), results.num_errors
 
 
 def _source(grid: str) -> str:
-    """As given, and a file so that the command works from anywhere."""
+    """Return the grid as it was given, a file as an absolute path, so that the command works from anywhere."""
     return str(Path(grid).absolute()) if Path(grid).is_file() else grid
 
 
 def _open(sweep: Sweep, resume: bool) -> Sweep:
-    """The sweep to run: new, or the one in its folder when that is the same and ``resume`` is given."""
+    """Return the sweep to run: a new one, or with ``resume`` the same sweep that is already in the folder."""
     if not (sweep.folder / "sweep.json").is_file():
         if resume:
             raise ConfigError(f"{sweep.folder}: no sweep to resume there")
@@ -98,7 +105,7 @@ def _open(sweep: Sweep, resume: bool) -> Sweep:
 
 
 def _default_slots(config: Config) -> int:
-    """Here: a trial keeps two cores busy. On a cluster: as many as fit; Tune finds out."""
+    """Return how many trials run at a time: one for two cores here; on a cluster 0, so that Tune starts what fits."""
     remote = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if remote:
         return 0
@@ -106,7 +113,7 @@ def _default_slots(config: Config) -> int:
 
 
 def _with_cpus(config: Config, slots: int) -> Config:
-    """A cluster started here declares enough logical CPUs for all slots."""
+    """Return the config with enough logical CPUs for all slots, in case the cluster is started here."""
     if config.cluster.num_cpus:
         return config
     need = int(slots * (local_cpus(plan_bundles(config)) + 1)) + 1
@@ -114,6 +121,7 @@ def _with_cpus(config: Config, slots: int) -> Config:
 
 
 def _check_budget(config: Config, slots: int) -> None:
+    """Raise ConfigError if the cluster has no room for ``slots`` trials."""
     bundles = [Bundle("trial", 0, {"CPU": OWN_CPU}), *plan_bundles(config)] * max(1, slots)
     try:
         check_plan(bundles, alive_nodes())
@@ -122,7 +130,10 @@ def _check_budget(config: Config, slots: int) -> None:
 
 
 def _base_models(sweep: Sweep) -> dict[int, str | None]:
-    """By seed; made before the trials, so that no two of them make the same one. None for a model given by path."""
+    """Return the path of the base model for each seed; None where the config gives a path.
+
+    The models are made before the trials start, so that no two trials make the same one.
+    """
     models: dict[int, str | None] = {}
     for seed in sweep.seeds:
         config = resolve(sweep.config, sweep.overrides, {}, seed)
@@ -153,6 +164,7 @@ def _tuner(job: Job, grid: Grid, slots: int) -> Tuner:
 
 
 def _say(results: ResultGrid, folder: Path) -> None:
+    """Print how many trials are done and how many failed."""
     failed = results.num_errors
     text = f"{len(results) - failed} of {len(results)} trials done"
     if failed:

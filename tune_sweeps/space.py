@@ -1,4 +1,4 @@
-"""Grids in Tune's terms: what it searches over, and how."""
+"""Translate a grid for Ray Tune: what it searches over, and how."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tune_sweeps.grid import Grid
 
 
 def param_space(grid: Grid, seeds: Sequence[int]) -> dict[str, Any]:
-    """``{"trial": (arm, seed)}`` for a grid of arms, ``{"seed", "space": {key: value}}`` for a sampled one."""
+    """Return Tune's space: ``{"trial": (arm, seed)}`` for arms, ``{"seed", "space": {key: value}}`` if sampled."""
     if grid.arms:
         return {"trial": tune.grid_search([(arm.name, seed) for seed in seeds for arm in grid.arms])}
     drawn = _samplers(grid)
-    # A searcher chooses every value itself and knows no grid.
+    # A searcher chooses every value itself and supports no grid search.
     seed = tune.choice(list(seeds)) if grid.search == "optuna" else tune.grid_search(list(seeds))
     return {"seed": seed, "space": drawn}
 
 
 def one_draw(grid: Grid) -> dict[str, Any]:
-    """A setting of a sampled grid, to see that the config takes it."""
+    """Return one setting drawn from a sampled grid, to check that the config takes it."""
     return {key: sampler.sample() for key, sampler in _samplers(grid).items()}
 
 
@@ -38,7 +38,7 @@ def _sampler(kind: str, given: Any) -> Any:
 
 
 def tune_config(grid: Grid, slots: int) -> tune.TuneConfig:
-    """``slots`` trials at a time; 0 for as many as the cluster holds."""
+    """Return Tune's config for ``slots`` trials at a time; 0 stands for as many as the cluster holds."""
     search = scheduler = None
     if grid.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
@@ -56,13 +56,13 @@ def tune_config(grid: Grid, slots: int) -> tune.TuneConfig:
         search_alg=search,
         scheduler=scheduler,
         max_concurrent_trials=slots or None,
-        reuse_actors=True,  # the next trial finds the engines warm
+        reuse_actors=True,  # so that the next trial uses the engines that are running already
         trial_name_creator=trial_label,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
 
 
 def trial_label(trial: Any) -> str:
-    """What Tune's table calls a trial."""
+    """Return the name of a trial in Tune's table."""
     given = trial.config.get("trial")
     return f"{given[0]}-seed{given[1]}" if given else str(trial.trial_id)

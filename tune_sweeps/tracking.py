@@ -1,4 +1,4 @@
-"""The sweep's own MLflow run: parent of its trials' runs."""
+"""The MLflow run of a sweep: the parent of its trials' runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 def open_parent(config: Config, sweep: Sweep) -> tuple[str, str]:
-    """Create it; returns the tracking URI and the run's id. Raises TrackingError."""
+    """Create the sweep's MLflow run. Return the tracking URI and the run's id.
+
+    Raises:
+      TrackingError: the store cannot be reached.
+    """
     uri = tracking_uri(config, sweep.folder)
     client = open_store(uri)
     with reaching(uri):
@@ -26,7 +30,7 @@ def open_parent(config: Config, sweep: Sweep) -> tuple[str, str]:
 
 
 def close_parent(sweep: Sweep) -> None:
-    """Mark it finished. A store that is away does not undo a sweep: that is a warning."""
+    """Mark the sweep's MLflow run as finished. If the store cannot be reached, log a warning."""
     if not (sweep.mlflow_uri and sweep.mlflow_run_id):
         return
     try:

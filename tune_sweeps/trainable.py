@@ -1,4 +1,4 @@
-"""One trial = one launch of the service, inside the trial's placement group."""
+"""A trial: one training run of the service, inside the trial's placement group."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ from dvpo_service.runs.step_file import read_metrics
 from tune_sweeps.plan import Job
 from tune_sweeps.records import TrialState
 
-# Tune gives one actor process to trial after trial (reuse_actors): engines started there stay warm.
+# Tune runs trial after trial in the same actor process (reuse_actors), so engines started there can be kept.
 _WARM = WarmEngines()
 OWN_CPU = 0.1  # the loop waits for its pools most of the time
 
 
 def trial_resources(config: Config) -> PlacementGroupFactory:
-    """A bundle for the trial's loop, then one for each actor of the run."""
+    """Return the trial's placement group: a bundle for its loop, then one for each actor of the run."""
     bundles = [{k: float(v) for k, v in b.resources.items()} for b in plan_bundles(config)]
     return PlacementGroupFactory([{"CPU": OWN_CPU}, *bundles], strategy="PACK")
 
 
 def run_trial(params: Mapping[str, Any], job: Job) -> None:
-    """Train to the end, from the trial's own checkpoint if there is one; each evaluation is reported to Tune.
+    """Train to the end, from the trial's own checkpoint if there is one. Report each evaluation to Tune.
 
-    A trial that is done already only reports. An error of the user's fails it for good; any other is
-    raised, so that Tune tries again.
+    A trial that is already done only reports its last metrics. A UserError fails the trial for good. Any other error
+    is raised, so that Tune tries again.
+
+    Args:
+      params: Tune's parameters, see ``space.param_space``.
     """
     os.chdir(job.cwd)
-    sys.path.insert(0, str(job.cwd))  # for module:function rewards beside the user
+    sys.path.insert(0, str(job.cwd))  # for module:function rewards in the user's folder
     plan = job.trial(params)
-    folder, watch = job.folder / "trials" / plan.name, TrialWatch()
+    folder = job.folder / "trials" / plan.name
+    watch = TrialWatch()
     folder.mkdir(parents=True, exist_ok=True)
     state = TrialState.load(folder) or TrialState(plan.arm.name, plan.seed)
     if state.status == "done":
@@ -65,7 +69,11 @@ def run_trial(params: Mapping[str, Any], job: Job) -> None:
 
 
 class TrialWatch:
-    """What the loop tells a terminal, told to Tune."""
+    """A display that reports to Tune instead of the terminal.
+
+    Attributes:
+      began: when the first step began, in seconds since the epoch.
+    """
 
     def __init__(self) -> None:
         self.began: float | None = None
@@ -77,18 +85,21 @@ class TrialWatch:
     def __exit__(self, *exc: object) -> None: ...
 
     def status(self, text: str) -> None:
-        if not text and self.began is None:  # the loop begins
+        if not text and self.began is None:  # an empty status: the loop begins
             self.began = time.time()
 
     def note(self, text: str) -> None: ...
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         self.reward = metrics.get("reward/mean", self.reward)
-        if found := self.accuracies(metrics):
-            tune.report({"step": step, "reward": self.reward, **found})
+        accuracies = self.accuracies(metrics)
+        if accuracies:
+            tune.report({"step": step, "reward": self.reward, **accuracies})
 
     @staticmethod
     def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Held-out accuracy by split and, as ``accuracy``, the mean of the splits."""
-        found = {k: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith("/accuracy")}
-        return {"accuracy": sum(found.values()) / len(found), **found} if found else {}
+        """Return held-out accuracy by split and, as ``accuracy``, the mean of the splits; {} if there is none."""
+        by_split = {k: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith("/accuracy")}
+        if not by_split:
+            return {}
+        return {"accuracy": sum(by_split.values()) / len(by_split), **by_split}

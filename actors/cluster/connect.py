@@ -1,4 +1,4 @@
-"""The Ray cluster that a run uses, and whether its plan fits there."""
+"""Connecting to the Ray cluster of a run, and checking that the run's plan fits there."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ from dvpo_service.runs.directory import JOB_CONFIG
 
 log = logging.getLogger(__name__)
 
-TOKEN = secrets.token_hex(32)  # of the clusters that this process starts
+TOKEN = secrets.token_hex(32)  # the auth token of every cluster that this process starts
 
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
-    """A Ray cluster for the run: the one at ``cluster.address``, or one started here and ended after."""
+    """Connect this process to the run's Ray cluster for the duration of the block.
+
+    The cluster is the one at ``cluster.address`` or RAY_ADDRESS. Without an address a cluster is started on this
+    machine and ended after the block. Where this process is connected already, nothing happens.
+
+    Raises:
+      ClusterError: the cluster cannot be reached or started.
+    """
     environment = {
         # Several processes share the cores: threads that spin while they wait would starve the others.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -41,9 +48,10 @@ def connected(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Calls to a lost actor are abandoned on purpose; what became of them is told in one line by its pool.
+    # Calls to a lost actor are abandoned on purpose. Its pool reports the loss in one line.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # A job on a cluster (`ray job submit`) finds it in RAY_ADDRESS; otherwise start one, whatever else runs here.
+    # A job on a cluster (`ray job submit`) gets the address in RAY_ADDRESS. Without one, start a cluster of our own
+    # ("local"), also when another Ray cluster runs on this machine.
     address = _address(config)
     if address:
         _check_reachable(address)
@@ -53,18 +61,18 @@ def connected(config: Config) -> Iterator[None]:
         else {
             "num_cpus": config.cluster.num_cpus or local_cpus(plan_bundles(config)),
             "include_dashboard": False,
-            # A worker's own children end with it, also those of a reward function and of a SIGKILLed worker.
+            # Ray then ends a worker's child processes with it: those of a reward function, and after a SIGKILL too.
             "_system_config": {"process_group_cleanup_enabled": True},
         }
     )
-    with nullcontext() if address else _closed_to_others():
-        yield from _session(address, _beside_the_jobs(environment), local)
+    with nullcontext() if address else _private_cluster():
+        yield from _session(address, _without_job_variables(environment), local)
 
 
 def _session(address: str | None, environment: dict[str, str], local: dict[str, Any]) -> Iterator[None]:
     """Connect, yield once, disconnect."""
     try:
-        with _own_sigterm():
+        with _sigterm_handler_kept():
             context = ray.init(
                 address=address or "local",
                 runtime_env={"env_vars": environment},
@@ -87,19 +95,21 @@ def _session(address: str | None, environment: dict[str, str], local: dict[str, 
 
 
 @contextmanager
-def _closed_to_others() -> Iterator[None]:
-    """A cluster that starts and ends in this block is on loopback, and answers only those who hold a token made here.
+def _private_cluster() -> Iterator[None]:
+    """Keep a cluster that starts and ends in this block on loopback, and have it require a token made here.
 
     By default all of Ray's ports are open to the network. On macOS and Windows Ray keeps them on loopback by itself, by
-    the switch used here. The token is for what the switch leaves: Ray Serve's replicas listen on all interfaces and
-    unpickle what comes, and other users of the machine reach loopback too.
+    the switch used here. The token covers what the switch does not: Ray Serve's replicas listen on all interfaces and
+    unpickle what they receive, and other users of the machine can reach loopback too.
     """
     variables = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
     if "RAY_AUTH_MODE" not in os.environ:
         variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-        # The cluster's processes read the environment when they start; this one has when it imported Ray.
+        # The cluster's processes read the environment when they start. This process read it when it imported Ray, so
+        # it has to be told.
         _authenticate("token")
-    before = ray_constants.ENABLE_RAY_CLUSTER, {name: os.environ.get(name) for name in variables}
+    switch_before = ray_constants.ENABLE_RAY_CLUSTER
+    variables_before = {name: os.environ.get(name) for name in variables}
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ.update(variables)
     try:
@@ -107,8 +117,8 @@ def _closed_to_others() -> Iterator[None]:
     finally:
         if "RAY_AUTH_MODE" in variables:
             _authenticate("disabled")
-        ray_constants.ENABLE_RAY_CLUSTER = before[0]
-        for name, value in before[1].items():
+        ray_constants.ENABLE_RAY_CLUSTER = switch_before
+        for name, value in variables_before.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -116,14 +126,14 @@ def _closed_to_others() -> Iterator[None]:
 
 
 def _authenticate(mode: str) -> None:
-    """How this process presents itself to a cluster, ``token`` or ``disabled``."""
+    """Set how this process authenticates to a cluster: ``token`` or ``disabled``."""
     ray._config.initialize(json.dumps({"AUTH_MODE": mode}))
 
 
 def on_cluster(config: Config) -> AbstractContextManager[None]:
-    """Connected from here on to a cluster that runs already; nothing where one is yet to be started.
+    """Return ``connected(config)`` for a cluster that runs already, and an empty context where one is to be started.
 
-    The check of the plan and the training then share a connection, as far as Ray is concerned one job.
+    Inside it, the check of the plan and the training share one connection, so Ray counts them as one job.
     """
     return connected(config) if _address(config) else nullcontext()
 
@@ -132,16 +142,16 @@ def _address(config: Config) -> str | None:
     return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
-def _beside_the_jobs(variables: Mapping[str, str]) -> dict[str, str]:
-    """Those that the job's own runtime_env does not set: Ray refuses to start when both set one."""
+def _without_job_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the job's own runtime_env does not set: Ray refuses to start when both set one."""
     job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
     return {k: v for k, v in variables.items() if k not in given}
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """``ray.init`` puts its own handler for SIGTERM in place, which ends the process with nothing saved."""
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Restore our SIGTERM handler after ``ray.init``, whose own handler ends the process with nothing saved."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -153,10 +163,10 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself waits for minutes, and then ends the process."""
+    """Raise ClusterError if the address cannot be reached. Ray itself waits for minutes, then ends the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
-        return  # "auto", "local": Ray knows
+        return  # "auto" or "local", which Ray resolves itself
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
@@ -167,7 +177,7 @@ def _check_reachable(address: str) -> None:
 
 
 def plan_fit(config: Config) -> str:
-    """The plan in words. Raises ClusterError naming the actor that the cluster has no room for."""
+    """Return the run's bundles as text. Raises ClusterError, naming an actor that the cluster has no room for."""
     bundles = plan_bundles(config)
     if not _address(config):
         here: Mapping[str, float] = {"CPU": config.cluster.num_cpus or local_cpus(bundles), "GPU": local_gpus()}

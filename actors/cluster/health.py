@@ -58,12 +58,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Member:
-    """``version``: of the weights it holds. ``due``: when to start it again; None when never."""
+    """One actor. ``version``: of the weights that it holds. ``due``: when to start it again, or None for never."""
 
     state: State = "starting"
     version: int = FOLDER_VERSION
     deaths: int = 0  # since it last served
-    died_at: float = 0.0  # the first of those
+    died_at: float = 0.0  # time of the first of those deaths
     due: float | None = None
     cause: str = ""
 
@@ -77,7 +77,7 @@ class Fleet:
     version: int = FOLDER_VERSION
     members: list[Member] = field(default_factory=list)
     restarts: int = 0
-    spent: bool = False  # a death found no restart left
+    spent: bool = False  # an actor died when no restart was left
     _granted: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -87,30 +87,30 @@ class Fleet:
         return [i for i, m in enumerate(self.members) if m.state in states]
 
     def started(self, i: int) -> None:
-        """It runs, with the model folder's weights."""
+        """Actor ``i`` runs, with the model folder's weights."""
         self._move(i, "started", version=FOLDER_VERSION)
         if self.version == FOLDER_VERSION:
             self.acknowledged(i, FOLDER_VERSION)
 
     def advance(self, version: int) -> None:
-        """Weights ``version`` are the ones to serve: nobody does until it has acknowledged them."""
+        """Weights ``version`` are the ones to serve. No actor serves until it has acknowledged them."""
         self.version = version
         for i in self.which("serving"):
             self._move(i, "outdated")
 
     def acknowledged(self, i: int, version: int) -> None:
-        """It holds weights ``version``; others than the fleet's leave it stale."""
+        """Actor ``i`` holds weights ``version``. It serves if they are the fleet's, and stays stale otherwise."""
         if version == self.version:
             self._move(i, "acknowledged", version=version, deaths=0)
         else:
             self.members[i] = replace(self.members[i], version=version)
 
     def drain(self, i: int) -> None:
-        """It gets no further work and is not started again."""
+        """Actor ``i`` gets no further work and is not started again."""
         self._move(i, "drained")
 
     def died(self, i: int, cause: str, now: float) -> bool:
-        """Whether a restart was granted; without one and not drained, ``spent`` is set."""
+        """Actor ``i`` died; return whether a restart was granted. ``spent`` is set if not, unless it was drained."""
         before = self.members[i]
         drained = before.state == "draining"
         granted = not drained and self.used(now) < self.budget.max_restarts

@@ -1,4 +1,4 @@
-"""What a run needs of the cluster, and whether the cluster has it."""
+"""The resources that a run's actors need, the check that the cluster has them, and their reservation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POOLS = ("policy", "critic", "rollout", "reward")
 
 @dataclass(frozen=True)
 class Bundle:
-    """One actor's resources. ``index`` numbers the actors of a pool."""
+    """The resources of one actor, by Ray's names (CPU, GPU). ``index`` is the actor's number in its pool."""
 
     pool: str
     index: int
@@ -37,7 +37,7 @@ class Bundle:
 
 
 def plan_bundles(config: Config) -> list[Bundle]:
-    """Every actor of the run, in the order of ``POOLS``."""
+    """Return a bundle for every actor of the run, in the order of ``POOLS``."""
     cluster = config.cluster
     trainer = {"CPU": cluster.cpus_per_trainer, "GPU": cluster.gpus_per_trainer}
     engine = {"CPU": cluster.cpus_per_engine, "GPU": cluster.gpus_per_engine}
@@ -56,22 +56,27 @@ def plan_bundles(config: Config) -> list[Bundle]:
 
 
 def local_cpus(bundles: Iterable[Bundle]) -> int:
-    """Logical CPUs to declare for a cluster on this machine.
+    """Return the number of logical CPUs to declare for a cluster on this machine.
 
-    Pools take turns, so a plan may hold more actors than there are cores; Ray would otherwise wait
-    for cores that never come.
+    It is at least what the bundles ask for. Pools take turns, so a plan may have more actors than the machine has
+    cores; with the true number Ray would wait for cores that never come.
     """
     return max(os.cpu_count() or 1, math.ceil(sum(b.resources.get("CPU", 0) for b in bundles)))
 
 
 def local_gpus() -> int:
+    """Return the number of GPUs on this machine."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def first_unplaceable(bundles: Iterable[Bundle], nodes: Iterable[Mapping[str, float]]) -> Bundle | None:
-    """The first bundle that no node has room for, filling the largest bundles first; None if all fit."""
+    """Return the first bundle that no node has room for, or None if all fit. The largest are placed first.
+
+    Args:
+      nodes: the resources of each node, by Ray's names.
+    """
     free = [dict(n) for n in nodes]
     for bundle in sorted(bundles, key=lambda b: sorted(b.resources.items(), reverse=True), reverse=True):
         home = next((n for n in free if all(n.get(k, 0) >= v for k, v in bundle.resources.items())), None)
@@ -83,7 +88,7 @@ def first_unplaceable(bundles: Iterable[Bundle], nodes: Iterable[Mapping[str, fl
 
 
 def check_plan(bundles: list[Bundle], nodes: list[Mapping[str, float]]) -> None:
-    """Raise ClusterError naming the bundle that does not fit."""
+    """Raise ClusterError, naming the first bundle that does not fit, unless all bundles fit."""
     misfit = first_unplaceable(bundles, nodes)
     if misfit is None:
         return
@@ -95,13 +100,22 @@ def check_plan(bundles: list[Bundle], nodes: list[Mapping[str, float]]) -> None:
 
 
 def alive_nodes() -> list[Mapping[str, float]]:
+    """Return the total resources of every node that is alive."""
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]
 
 
 class Placement:
     """A reserved placement group with one bundle per actor.
 
-    In a trial of a sweep the group is the trial's, whose bundles after the first are those of the run.
+    A trial of a sweep has a placement group already. Its first bundle is the trial's own process, and the others must
+    be the run's bundles; they are used, and nothing more is reserved.
+
+    Args:
+      bundles: every actor of the run.
+      timeout_s: how long to wait for the cluster to free the bundles.
+
+    Raises:
+      ClusterError: the bundles do not fit the cluster, were not freed in time, or are not those of the trial's group.
     """
 
     def __init__(self, bundles: list[Bundle], *, timeout_s: float):
@@ -121,7 +135,7 @@ class Placement:
             )
 
     def options(self, pool: str, index: int) -> dict[str, Any]:
-        """Options of a Ray actor that runs in the bundle of ``pool[index]``."""
+        """Return the Ray options of the actor ``pool[index]``: its resources and its bundle."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         position, bundle = next((i, b) for i, b in enumerate(self.bundles) if (b.pool, b.index) == (pool, index))
@@ -136,11 +150,12 @@ class Placement:
         }
 
     def nodes(self) -> list[str]:
-        """Ids of the nodes that hold this run's bundles."""
+        """Return the ids of the nodes that hold this run's bundles."""
         held = placement_group_table(self.group)["bundles_to_node_id"]
         return sorted({node for i, node in held.items() if self.first <= i < self.first + len(self.bundles)})
 
     def release(self) -> None:
+        """Remove the placement group, unless it is a trial's."""
         if self.first == 0:
             remove_placement_group(self.group)
 

@@ -1,4 +1,4 @@
-"""What every pool of actors shares: calls with a deadline, what a failed call is taken for, and their end."""
+"""What every pool of actors shares: calls with a deadline, the errors of failed calls, and the actors' end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dvpo_service.host import stopping
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25
-# How long the other ranks' fates may take to show after one rank failed.
+# After one rank failed, how long to wait until it shows whether other ranks died.
 _PEER_GRACE_S = 5.0
 
 
@@ -40,8 +40,9 @@ class EngineLost(RuntimeError):
 class PoolError(RuntimeError):
     """An actor of a pool died, raised, or missed its deadline.
 
-    ``lost``: the actors are gone or hang, so that fresh ones may do better; otherwise the call itself
-    failed, and would again.
+    Attributes:
+      lost: the actors are gone or hang, so fresh ones may succeed. False means that the call itself failed, and would
+        fail again.
     """
 
     def __init__(self, pool: str, method: str, cause: str, *, lost: bool = False):
@@ -71,7 +72,11 @@ def _log_folder() -> str:
 
 
 def wait_for(refs: Any, timeout_s: float) -> Any:
-    """``ray.get`` in short pieces, so that a request to stop can end it. Raises what ray.get does, and Stopped."""
+    """Return ``ray.get(refs)``, waiting in short pieces, so that a request to stop can end the wait.
+
+    Raises:
+      Stopped: a stop was requested. Everything that ``ray.get`` raises is raised too.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         left = deadline - time.monotonic()
@@ -93,7 +98,12 @@ class Call:
     timeout_s: float
 
     def result(self) -> list[Any]:
-        """Return the results in actor order. Raises PoolError, or the OSError that an actor met (a full disk)."""
+        """Return the results in actor order.
+
+        Raises:
+          PoolError: an actor died, raised, or missed the deadline.
+          OSError: an actor could not write (a full disk).
+        """
         try:
             return wait_for(self.refs, self.timeout_s)
         except GetTimeoutError as error:
@@ -101,8 +111,9 @@ class Call:
         except RayActorError as error:
             raise self._error(f"an actor died: {describe_error(error)}", lost=True) from error
         except RayTaskError as error:
-            if refused := storage_error(error.cause):
-                raise refused from error
+            disk_error = storage_error(error.cause)
+            if disk_error is not None:
+                raise disk_error from error
             lost = _is_hardware_error(error.cause) or self._lost_a_peer()
             raise self._error(describe_error(error.cause), lost=lost) from error
         except RayError as error:  # an object or a node was lost on the way
@@ -117,21 +128,21 @@ class Call:
         return PoolError(self.pool, self.method, cause, lost=lost)
 
     def _lost_a_peer(self) -> bool:
-        """Return whether an actor died: the others may have failed for that alone, and have been heard first."""
+        """Return whether an actor died. Others may have failed only because of that, and reported it first."""
         done, _ = ray.wait(self.refs, num_returns=len(self.refs), timeout=_PEER_GRACE_S)
         return any(isinstance(outcome(ref), RayActorError) for ref in done)
 
 
 def storage_error(cause: BaseException) -> OSError | None:
-    """Return the OSError that a call met, also where torch's distributed checkpoint tells it for all ranks together."""
-    met = [cause]
+    """Return the OSError that a call raised, if any, also from inside torch's CheckpointException for all ranks."""
+    errors = [cause]
     if isinstance(cause, CheckpointException):
-        met = [error for error, _ in cause.failures.values()]
-    return next((error for error in met if isinstance(error, OSError)), None)
+        errors = [error for error, _ in cause.failures.values()]
+    return next((error for error in errors if isinstance(error, OSError)), None)
 
 
 def _is_hardware_error(cause: BaseException) -> bool:
-    """Return whether it is a lost connection or a device's fault, not a mistake in the code."""
+    """Return whether the cause is a lost connection or a device's fault, and not a mistake in the code."""
     return isinstance(cause, torch.distributed.DistError | torch.AcceleratorError)
 
 

@@ -1,4 +1,4 @@
-"""What Linux does for a process of ours: its end with its parent, and a bound on its memory."""
+"""Linux features that our processes use: ending a child with its parent, and a limit on memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this multiprocessing child when its parent is gone, however that ended.
+    """Have the kernel kill this multiprocessing child when its parent ends, in whatever way.
 
-    vLLM's children would otherwise outlive an actor that is killed. Nothing to do in a process that
-    is nobody's child (a driver, a Ray worker) or away from Linux.
+    vLLM's child processes would otherwise outlive an actor that is killed. Does nothing in a process that
+    multiprocessing did not start (a driver, a Ray worker), and nothing except on Linux.
+
+    Raises:
+      OSError: the kernel refused.
     """
     parent = multiprocessing.parent_process()
     if parent is None or not sys.platform.startswith("linux"):
         return
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent.pid:  # it was gone before the kernel knew
+    if os.getppid() != parent.pid:  # the parent ended before prctl was called
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
 def memory_bound(gib: float | None) -> Iterator[None]:
-    """A MemoryError here when this process takes ``gib`` GiB more than it has now; None is no bound.
+    """Let this process allocate ``gib`` GiB more than it has now; beyond that, the block gets a MemoryError.
 
-    The bound is on the data segment (heap and private mappings), so what Ray has mapped does not count.
+    The limit is on the data segment (heap and private mappings), so Ray's shared memory does not count. Without a
+    number, and except on Linux, there is no limit.
     """
     if gib is None or not sys.platform.startswith("linux"):
         yield

@@ -1,7 +1,8 @@
-"""vLLM's message queues in /dev/shm: their names go once an engine has mapped them, so that nothing outlives it.
+"""Removing the names of vLLM's message queues in /dev/shm, so that a killed engine leaves no memory behind.
 
-vLLM makes two of them an engine, 160 and 240 MB, and removes their names when it ends in order. A killed engine
-cannot; the memory itself, without a name, the kernel takes back with the last process that maps it.
+vLLM creates two queues per engine, of 160 and 240 MB, and removes their names when it ends in order. A killed engine
+cannot do that. So the names are removed once every process of the engine has mapped the queues; the kernel then frees
+the memory with the last process that maps it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 
 import psutil
 
-QUEUE = "/dev/shm/psm_"  # as Python's multiprocessing.shared_memory names what has no name of its own
+QUEUE = "/dev/shm/psm_"  # the prefix that Python's multiprocessing.shared_memory gives to unnamed blocks
 
 
 def remove_mapped_names() -> list[str]:
-    """Remove the names of all queues that this process and its children map; those removed.
+    """Remove the names of all queues that this process and its children map, and return the removed paths.
 
-    For when every process that will open one has done so: after an engine's start. Nothing away from Linux.
+    Call it after an engine's start, when every process that opens a queue has done so. Does nothing except on Linux.
     """
     if not sys.platform.startswith("linux"):
         return []
@@ -31,13 +32,19 @@ def remove_mapped_names() -> list[str]:
 
 
 def mapped_queues(maps: Iterable[str]) -> set[str]:
-    """Paths of the queues in the lines of a /proc/PID/maps; those whose name is gone end with ``(deleted)``."""
+    """Return the paths of the queues in the lines of a /proc/PID/maps.
+
+    A queue whose name was removed before, which its line marks as ``(deleted)``, is left out.
+    """
     paths = (line.split(maxsplit=5)[-1].strip() for line in maps)
     return {p for p in paths if p.startswith(QUEUE) and " " not in p}
 
 
 def expect_removed_names() -> None:
-    """In each process of an engine: have vLLM's queues end in order when their names are gone already. Idempotent."""
+    """Have vLLM close its queues without an error when their names are gone already.
+
+    Call it in each process of an engine. Idempotent.
+    """
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
 
     queue: Any = ShmRingBuffer
@@ -57,7 +64,7 @@ def expect_removed_names() -> None:
 def _maps(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # the process has just ended
         return []
 
 

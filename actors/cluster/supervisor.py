@@ -1,4 +1,4 @@
-"""Keeps the actors of a pool alive: starts them, listens for their heartbeats, replaces the lost."""
+"""The supervisor of a pool: it starts the actors, watches their heartbeats and restarts those that are lost."""
 
 from __future__ import annotations
 
@@ -22,8 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rhythm:
-    """``start_s``: deadline of a start. Every ``beat_s`` a heartbeat is asked for, or the last one waited
-    for; one that is not answered within ``silence_s`` means that the actor hangs."""
+    """The intervals and deadlines of supervision, in seconds.
+
+    Attributes:
+      start_s: deadline of an actor's start.
+      beat_s: interval between two rounds of the watch. Each round sends an actor a heartbeat request, or checks the
+        request that is still open: an actor has one open request at most.
+      silence_s: how long a heartbeat request may stay unanswered. After that the actor counts as hanging and is lost.
+    """
 
     start_s: float
     beat_s: float
@@ -31,6 +37,7 @@ class Rhythm:
 
 
 def restart_budget(cluster: ClusterConfig) -> Budget:
+    """Return the restart budget of a pool, as the cluster's config sets it."""
     return Budget(
         cluster.max_restarts, cluster.restart_window_s, cluster.restart_backoff_s, cluster.restart_backoff_max_s
     )
@@ -38,17 +45,28 @@ def restart_budget(cluster: ClusterConfig) -> Budget:
 
 @dataclass
 class _Beat:
-    """``unanswered`` counts rounds of the watch, so a driver that slept does not take it for silence."""
+    """An open heartbeat request: its Ray reference, and the rounds of the watch in which it was unanswered.
+
+    It counts rounds, not seconds: after a driver that slept wakes up, its actors must not seem to have been silent.
+    """
 
     ref: Any
     unanswered: int = 0
 
 
 class Supervisor:
-    """Actors with the methods ``start`` and ``heartbeat``; ``spawn(i)`` makes number i.
+    """Supervises actors that have the methods ``start`` and ``heartbeat``.
 
-    ``actors`` is one list for good, its items are replaced. A thread watches; every state is under one lock. ``note``
-    is told a line of every death and return.
+    A thread, the watch, finishes starts, checks heartbeats and restarts lost actors within the budget. One lock guards
+    all state. ``actors`` stays the same list; a restart replaces an item of it.
+
+    Args:
+      name: the pool's name, for messages and metrics.
+      size: number of actors.
+      spawn: creates the Ray actor of a number from 0 to ``size - 1``.
+      budget: how many restarts are allowed.
+      rhythm: intervals and deadlines.
+      note: gets one line when an actor dies, and one when it serves again.
     """
 
     def __init__(
@@ -69,21 +87,25 @@ class Supervisor:
         self._changed = threading.Condition(threading.RLock())
         self._closing = threading.Event()
         self._watch: threading.Thread | None = None
-        self._watch_error: Exception | None = None  # nobody is replaced any more
+        self._watch_error: Exception | None = None  # once set, nothing is restarted any more
 
     def start(self) -> None:
-        """Begin to start every actor; those that serve already are left alone."""
+        """Begin to start every actor that has not started yet. Return at once; see ``wait_started``."""
         with self._changed:
             for i in self.fleet.which("starting"):
                 self._begin(i)
 
     def report_to(self, note: Callable[[str], None]) -> None:
-        """Tell ``note`` from now on: the actors of a sweep outlive the run that they were started for."""
+        """Send lines to ``note`` from now on. The engines of a sweep outlive the run that they were started for."""
         self.note = note
 
     def wait_started(self) -> None:
-        """Until all that ``start`` began serve. The first failure is raised as PoolError: a start that
-        fails before anything worked is a mistake in the plan more often than a fault."""
+        """Wait until every actor that ``start`` began has started, then begin the watch.
+
+        Raises:
+          PoolError: an actor failed to start. The first failure ends the wait, without a restart: a start that fails
+            before anything worked is more often a mistake in the config than a fault.
+        """
         for i, (ref, deadline) in list(self._starts.items()):
             ray.wait([ref], timeout=max(0.0, deadline - time.monotonic()))
             failure = self._start_failure(ref, deadline)
@@ -97,27 +119,37 @@ class Supervisor:
             self._watch.start()
 
     def serving(self) -> dict[int, Any]:
-        """The actors that serve now. Raises RestartBudgetExhausted, and PoolError when the watch itself failed."""
+        """Return the actors that serve now, by number.
+
+        Raises:
+          RestartBudgetExhausted: an actor died when no restart was left.
+          PoolError: the watch itself failed.
+        """
         return self._which("serving")
 
     def alive(self) -> dict[int, Any]:
-        """The actors that have started, whatever weights they hold. Raises RestartBudgetExhausted."""
+        """Return the actors that have started, by number, whatever weights they hold. Raises as ``serving`` does."""
         return self._which("serving", "stale")
 
     def is_current(self, i: int, actor: Any) -> bool:
-        """Whether ``actor`` is still number ``i`` and may yet answer."""
+        """Return whether ``actor`` is still the one with number ``i`` and is not known to be dead."""
         with self._changed:
             return self.actors[i] is actor and self.fleet.members[i].state != "dead"
 
     def advance(self, version: int) -> None:
+        """Set the weight version to serve. No actor serves until it has acknowledged that version."""
         with self._changed:
             self.fleet.advance(version)
 
     def acknowledged(self, i: int, actor: Any, version: int) -> None:
+        """Record that actor number ``i`` holds weights ``version``; it serves if that is the version to serve.
+
+        An acknowledgement from an actor that was lost or replaced meanwhile is ignored.
+        """
         with self._changed:
             member = self.fleet.members[i]
             if self.actors[i] is not actor or member.state not in ("stale", "serving"):
-                return  # it was lost meanwhile
+                return  # the actor was lost meanwhile
             self.fleet.acknowledged(i, version)
             if member.deaths and self.fleet.members[i].state == "serving":
                 self.recovery_s.append(time.monotonic() - member.died_at)
@@ -125,10 +157,14 @@ class Supervisor:
             self._changed.notify_all()
 
     def lost(self, i: int, actor: Any, cause: str) -> None:
-        """Number ``i`` died or hangs: end its processes and, within the budget, start another."""
+        """Record that actor number ``i`` died or hangs, and kill it.
+
+        The watch starts another after the back-off, if the budget grants a restart. A loss that is known already is
+        ignored.
+        """
         with self._changed:
             if not self.is_current(i, actor):
-                return  # known already
+                return
             now = time.monotonic()
             granted = self.fleet.died(i, cause, now)
             self._starts.pop(i, None)
@@ -140,12 +176,15 @@ class Supervisor:
         self.note(f"{self.name} {i} died ({cause}); {plan}")
 
     def wait(self, timeout_s: float) -> None:
-        """Until some state changed, or ``timeout_s`` passed."""
+        """Wait until an actor's state changes, for ``timeout_s`` seconds at most."""
         with self._changed:
             self._changed.wait(timeout_s)
 
     def close(self) -> list[Any]:
-        """No further restarts; then the owner ends the actors. Those that had started."""
+        """End the watch, so that nothing is restarted, and return the actors that had started.
+
+        The caller ends the actors.
+        """
         self._closing.set()
         if self._watch is not None:
             self._watch.join(timeout=10 * self.rhythm.beat_s)
@@ -156,13 +195,16 @@ class Supervisor:
         return started
 
     def metrics(self) -> dict[str, float]:
-        """Restarts so far and, once, the seconds from each death to serving again, summed."""
+        """Return the number of restarts so far and, if actors recovered since the last call, the seconds it took.
+
+        A recovery lasts from an actor's first death until it serves again; the seconds are summed over recoveries.
+        """
         with self._changed:
-            found = {f"pool/restarts/{self.name}": float(self.fleet.restarts)}
+            metrics = {f"pool/restarts/{self.name}": float(self.fleet.restarts)}
             if self.recovery_s:
-                found[f"pool/recovery_s/{self.name}"] = sum(self.recovery_s)
+                metrics[f"pool/recovery_s/{self.name}"] = sum(self.recovery_s)
                 self.recovery_s = []
-            return found
+            return metrics
 
     def _which(self, *states: Any) -> dict[int, Any]:
         with self._changed:
@@ -182,7 +224,7 @@ class Supervisor:
                 self._finish_starts()
                 self._listen()
                 self._restart_due()
-        except Exception as error:  # noqa: BLE001 - raised by whoever next asks for an actor, who would wait for ever
+        except Exception as error:  # noqa: BLE001 - the next call of ``serving`` raises it, and does not wait for ever
             with self._changed:
                 self._watch_error = error
                 self._changed.notify_all()
@@ -201,21 +243,23 @@ class Supervisor:
                     self._changed.notify_all()
 
     def _start_failure(self, ref: Any, deadline: float) -> str | None:
-        """Why a start failed; "" when it succeeded, None while it is under way."""
+        """Return why a start failed, "" if it succeeded, or None while it is under way."""
         if ray.wait([ref], timeout=0)[0]:
-            found = outcome(ref)
-            return "did not start: " + cause_of(found) if isinstance(found, RayError) else ""
+            result = outcome(ref)
+            return "did not start: " + cause_of(result) if isinstance(result, RayError) else ""
         return f"did not start within {self.rhythm.start_s:g} s" if time.monotonic() > deadline else None
 
     def _listen(self) -> None:
         with self._changed:
             watched = {i: self.actors[i] for i in self.fleet.which("serving", "stale")}
         for i, actor in watched.items():
-            beat = self._beats.setdefault(i, _Beat(actor.heartbeat.remote()))
+            if i not in self._beats:
+                self._beats[i] = _Beat(actor.heartbeat.remote())
+            beat = self._beats[i]
             if ray.wait([beat.ref], timeout=0)[0]:
-                found = outcome(beat.ref)
-                if isinstance(found, RayError):
-                    self.lost(i, actor, cause_of(found))
+                result = outcome(beat.ref)
+                if isinstance(result, RayError):
+                    self.lost(i, actor, cause_of(result))
                 self._beats.pop(i, None)
                 continue
             beat.unanswered += 1
@@ -231,7 +275,7 @@ class Supervisor:
 
 
 def cause_of(error: RayError) -> str:
-    """Why a call failed, for a person."""
+    """Return why a call failed, as text for a person."""
     if isinstance(error, RayActorError):
         return f"its process is gone: {describe_error(error, 160)}"
     return describe_error(error.cause) if isinstance(error, RayTaskError) else describe_error(error)

@@ -1,4 +1,4 @@
-"""The rollout stream that generates ahead, while the trainers update: ``rollout.max_staleness`` above 0."""
+"""The rollout stream that generates batches ahead while the trainers update (``rollout.max_staleness`` above 0)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from dvpo_service.types import Generated
 
 
 class _Unwanted(Exception):
-    """The batch under way will not be asked for."""
+    """Raised in the thread to abandon the batch that it generates: nobody will ask for it."""
 
 
 class AheadStream(SyncStream):
-    """Batches of the next ``max_staleness`` steps, made one after the other by a thread.
+    """Generates the batches of the next ``max_staleness`` steps, one after the other, in a thread.
 
-    The loop asks for the batch of step k when every engine holds weights k. That admits batch k + max_staleness: none
-    of its tokens can be from weights older than k. Weights that come while it is generated are used from the next
-    token on. Prompts belong to steps in the cursor's order, so none is dropped for its age, and none used twice.
+    A batch starts only once its age limit is certain to hold. The loop asks for the batch of step k when every engine
+    holds weights k; batch k + max_staleness may start then, since none of its tokens can come from weights older than
+    k. Weights that arrive while a batch is generated are used from the next token on. Prompts are assigned to steps in
+    the cursor's order, so no prompt is dropped for its age and none is used twice.
     """
 
     def __init__(self, config: Config, data: Dataset, engines: Sampler, rewards: RewardPool, ledger: Ledger):
@@ -42,7 +43,13 @@ class AheadStream(SyncStream):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts ahead")
 
     def next(self, step: int) -> Generated:
-        """Raises what the making of the batch raised; PoolError of a pool whose restarts are spent meanwhile."""
+        """Return the batch of ``step``, and start the generation of the batches after it that are allowed.
+
+        Raises:
+          RestartBudgetExhausted: the engines died too often while this call waited.
+          RuntimeError: the batch has tokens that are older than ``max_staleness``.
+          Exception: whatever the generation of the batch raised.
+        """
         last = min(step + self.config.rollout.max_staleness, self.config.trainer.num_steps - 1)
         for k in range(step, last + 1):
             if k not in self._ahead:
@@ -61,15 +68,17 @@ class AheadStream(SyncStream):
         return replace(batch, metrics=batch.metrics | {"time/wait": waited})
 
     def state_dict(self) -> CursorState:
+        """Return the cursor's state after the batch that ``next`` returned last; generated batches do not count."""
         return self._given
 
     def load_state_dict(self, state: CursorState) -> None:
-        """What was made ahead goes, but for what is kept for steps done again."""
+        """Go back to ``state``. Batches generated ahead are dropped, except those in the cache for repeated steps."""
         self._drop()
         super().load_state_dict(state)
         self._given = self.cursor.state_dict()
 
     def close(self) -> None:
+        """Abandon the batches that are being generated, and end the thread."""
         self._drop()
         self._thread.shutdown()
 
@@ -77,11 +86,14 @@ class AheadStream(SyncStream):
         self._check()
         cached, reused = super()._make(step)
         if not reused:
-            self.cache.drop_after(step)  # they were made for a run that went on differently
+            self.cache.drop_after(step)  # later batches follow a course of the run that was abandoned
         return cached, reused
 
     def _drop(self) -> None:
-        """Wait until the thread does nothing. A scoring call has its own deadline, all else ends at once."""
+        """Abandon all batches and wait until the thread is idle.
+
+        A scoring call ends at its own deadline; everything else ends at once.
+        """
         self._unwanted.set()
         for future in self._ahead.values():
             future.cancel()
@@ -96,7 +108,7 @@ class AheadStream(SyncStream):
 
 
 def _done_within(future: Future[Any], seconds: float) -> bool:
-    """Whether it has its result, or an error, by then."""
+    """Wait ``seconds`` at most, and return whether the future has a result or an error."""
     try:
         future.exception(seconds)
     except TimeoutError:

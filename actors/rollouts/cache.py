@@ -23,7 +23,7 @@ class CachedBatch:
 
 
 class RolloutCache:
-    """The newest batches that fit into ``gib`` GiB; the oldest leave first.
+    """The newest batches that fit into ``gib`` GiB; the oldest are dropped first.
 
     A batch sampled for step j came from weights of version j. When the trainers go back and come to
     step j again they hold version j again, so the batch is as fresh as it was.

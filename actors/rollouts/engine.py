@@ -23,7 +23,7 @@ from dvpo_service.types import Prompt, Sample, Sampling
 
 @contextmanager
 def _vllm_alive() -> Iterator[None]:
-    """vLLM's word for its death in ours, which can be sent between processes."""
+    """Turn vLLM's EngineDeadError into EngineLost, which can be sent between processes."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
@@ -33,10 +33,13 @@ def _vllm_alive() -> Iterator[None]:
 
 
 class VllmEngine(Engine):
-    """One ``AsyncLLM``. Its weights are those of ``weight_version``; -1 is the model folder's own.
+    """A rollout engine with one vLLM ``AsyncLLM``; ``roles.Engine`` says what each method does.
 
-    Every method but ``start`` and ``stop`` raises EngineLost when vLLM's processes are gone. ``roles.Engine`` says what
-    each does.
+    Every method except ``start`` and ``stop`` raises EngineLost when vLLM's processes are gone.
+
+    Args:
+      model_path: the folder of the model.
+      backend: the weight transfer that the engine prepares for. "safetensors" also means that it runs on the CPU.
     """
 
     transfers: ClassVar[tuple[Backend, ...]] = ("safetensors", "nccl", "ipc")
@@ -45,15 +48,20 @@ class VllmEngine(Engine):
         self.config, self.model_path, self.backend = config, model_path, backend
         self.weight_version = -1
         self.engine: Any = None
-        self.updating = False  # between the start and the finish of a weight update
-        self.in_flight = config.rollout.max_staleness > 0  # weights may change in the middle of a response
+        self.updating = False  # a weight update has started and not finished
+        self.in_flight = config.rollout.max_staleness > 0  # weights may change during a response
 
     async def start(self) -> None:
-        """Load the model; returns when the engine can serve, at once if it does already."""
+        """Load the model; return when the engine can serve, at once if it does already.
+
+        Raises:
+          RuntimeError: vLLM did not start.
+        """
         if self.engine is not None:
             return
         prepare_environment()
-        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())  # else the default route's
+        # vLLM itself would take the address of the default route.
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -61,7 +69,7 @@ class VllmEngine(Engine):
         config = self.config
         args = AsyncEngineArgs(
             **engine_settings(config, self.model_path, config.max_model_len, on_cpu=self.backend == "safetensors"),
-            # Log-probs of the distribution sampled from (after temperature), as the trainer computes them.
+            # Log-probs of the distribution that is sampled from (after temperature), as the trainer computes them.
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=self.backend),
         )
@@ -73,18 +81,18 @@ class VllmEngine(Engine):
         remove_mapped_names()
 
     async def generate(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[list[Sample]]:
-        """``sampling.n`` samples for each prompt, in the prompts' order."""
+        """Return ``sampling.n`` samples for each prompt, in the prompts' order; ``seeds`` has one seed per prompt."""
         with _vllm_alive():
             return await asyncio.gather(*(self._one(p, sampling, s) for p, s in zip(prompts, seeds, strict=True)))
 
     async def heartbeat(self) -> None:
-        """Returns when the engine's own process has answered between two of its steps."""
+        """Return when vLLM's engine process has answered, which it does between two of its steps."""
         with _vllm_alive():
             await self.engine.check_health()
             await self.engine.is_paused()
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probs of every token but the first of given sequences, under the engine's weights."""
+        """Return the log-probs of every token but the first of given sequences, under the engine's weights."""
         from vllm import SamplingParams
 
         # prompt_logprobs bypasses the prefix cache, so this reads the weights that are loaded now.
@@ -97,34 +105,42 @@ class VllmEngine(Engine):
         with _vllm_alive():
             return await asyncio.gather(*(one(tokens) for tokens in sequences))
 
-    # vLLM's weight-transfer control plane; the trainer's EngineClient calls these.
+    # The next methods are vLLM's weight-transfer control plane; the trainer's EngineClient calls them.
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join vLLM's weight transfer with the trainer that ``init_info`` describes."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         with _vllm_alive():
             await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def shutdown_weight_transfer_engine(self) -> None:
+        """Leave the weight transfer, also in the middle of an update that the trainer did not finish."""
         with _vllm_alive():
             await self._end_torn_update()
             await self.engine.shutdown_weight_transfer_engine()
 
     async def start_weight_update(self) -> None:
+        """Prepare for an update. With ``in_flight``, generation pauses until ``set_version``."""
         with _vllm_alive():
             await self._end_torn_update()
             self.updating = True
             if self.in_flight:
-                # What is being generated goes on from where it is; the cache of it is computed anew.
+                # Responses under way continue from their last token afterwards; their KV cache is computed again.
                 await self.engine.pause_generation(mode="keep", clear_cache=True)
             await self.engine.start_weight_update()
 
     async def sees(self, path: str, target: str) -> bool:
-        """Whether ``path``, a link to ``target`` on the sender's host, is the same here."""
+        """Return whether ``path``, a link to ``target`` on the sender's host, is the same link on this host."""
         return os.path.islink(path) and os.readlink(path) == target
 
     async def update_weights(self, update_info: Any, content: np.ndarray | None = None) -> None:
-        """``content`` [bytes]: the update's file, where this engine is on another host than the sender."""
+        """Load new weights in place.
+
+        Args:
+          update_info: vLLM's description of the update; for "safetensors", ``{"path": file}``.
+          content: the file's bytes [size] uint8, where this engine is on another host than the sender.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         with _vllm_alive():
@@ -138,18 +154,19 @@ class VllmEngine(Engine):
                 await self.engine.update_weights(WeightTransferUpdateRequest(update_info=here))
 
     async def finish_weight_update(self) -> None:
+        """End the update, whose weights have all arrived."""
         with _vllm_alive():
             await self.engine.finish_weight_update()
             self.updating = False
 
     async def _end_torn_update(self) -> None:
-        """The trainer died in the middle of an update; the next one replaces all of it."""
+        """End an update that a trainer left unfinished when it died. The next update replaces all weights."""
         if self.updating:
             await self.engine.finish_weight_update()
             self.updating = False
 
     async def set_version(self, version: int) -> int:
-        """Acknowledge weights ``version``: cached prefixes were computed with older ones."""
+        """Acknowledge weights ``version``: drop the prefix cache, which older weights computed; resume generation."""
         with _vllm_alive():
             await self.engine.reset_prefix_cache()
             self.weight_version = version
@@ -160,7 +177,7 @@ class VllmEngine(Engine):
     async def stop(self) -> None:
         """End the engine's own processes."""
         if self.engine is not None:
-            # Without a GPU it holds nothing that the kernel does not take back, and its own way out takes 3 s.
+            # Without a GPU the kernel frees everything that the engine holds, and an orderly shutdown takes 3 s.
             self.engine.shutdown(timeout=0 if self.backend == "safetensors" else None)
             self.engine = None
 

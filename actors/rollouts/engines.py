@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # vLLM adds the sample's number to a request's seed; keep the sum within 32 bits.
 SEED_RANGE = 2**31
-# All are handed out at once; what is finished survives its engine.
+# All shares are submitted at once. Small shares, because an engine that is lost costs its unfinished ones.
 SHARES_PER_ENGINE = 8
 
 
@@ -47,14 +47,14 @@ class Sampler(Protocol):
         """See ``EnginePool.generate``."""
 
     def revive(self) -> bool:
-        """Give weights to engines that have started without, where none serves; return whether any serves now."""
+        """If no engine serves, give weights to those that have started; return whether any engine serves now."""
 
 
 class WarmEngines:
-    """Engines that outlive a run, for the next one in this process: the trials of a sweep start sooner.
+    """Engines that outlive a run and serve the next one in this process, so that the trials of a sweep start sooner.
 
-    A run pushes its own weights before it samples, so engines fit any run whose engine settings,
-    architecture and tokenizer are those that they were built with.
+    A run pushes its own weights before it samples. So the engines fit any run that has the engine settings, the
+    architecture and the tokenizer that they were built with.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class WarmEngines:
     def acquire(
         self, config: Config, model_path: str, backend: Backend, placement: Placement, note: Callable[[str], None]
     ) -> EnginePool:
-        """Return the engines kept, or new ones; they stay this object's."""
+        """Return the engines that are kept if they fit the run, or else new ones. This object still owns them."""
         key = engine_key(config, model_path, backend)
         if self._pool is None or key != self._key:
             self.drop()
@@ -73,14 +73,17 @@ class WarmEngines:
         return self._pool
 
     def drop(self) -> None:
-        """End the engines, as after a run that failed: who knows in what state it left them."""
+        """End the engines. Call it after a run that failed, which may have left them in any state."""
         pool, self._pool = self._pool, None
         if pool:
             pool.shutdown()
 
 
 def engine_key(config: Config, model_path: str, backend: Backend) -> str:
-    """Equal for runs whose engines are interchangeable. NCCL engines never are: they belong to a group of ranks."""
+    """Return a key that is equal for runs whose engines are interchangeable.
+
+    Engines with NCCL never are, because they belong to a group of ranks: their key is unique.
+    """
     names = (
         "engine",
         "num_engines",
@@ -105,7 +108,7 @@ def engine_key(config: Config, model_path: str, backend: Backend) -> str:
 
 @dataclass
 class InFlightRequest:
-    """A share of prompts (their positions) that engine ``number`` works on."""
+    """A share of the prompts, by position, that engine ``number`` works on until ``deadline`` (monotonic time)."""
 
     positions: list[int]
     number: int
@@ -117,8 +120,10 @@ Submit = Callable[[list[int], int, Any], tuple[Any, InFlightRequest]]
 
 
 class EnginePool(Pool):
-    """Engines that share the prompts of a batch evenly, supervised: one that is lost costs the prompts it had not
-    finished a second try elsewhere, and nothing else."""
+    """Supervised engines that share the prompts of a batch evenly.
+
+    When an engine is lost, the prompts that it had not finished are tried again on another; nothing else is repeated.
+    """
 
     def __init__(self, config: Config, supervisor: Supervisor):
         super().__init__(supervisor.name, supervisor.actors, timeout_s=config.rollout.generate_timeout_s)
@@ -158,12 +163,14 @@ class EnginePool(Pool):
         """Return ``sampling.n`` samples per prompt. The same seed and step sample the same tokens, on any engine.
 
         Args:
-          check: for callers in other threads than the loop's; it raises when the samples are no longer wanted.
-          revive: gives weights to engines that have started without, where none serves; returns whether any does now.
-            Without it the call waits until one serves.
+          check: called while the call waits, by callers outside the loop's thread. It raises when the samples are no
+            longer wanted.
+          revive: called when no engine serves. It gives weights to engines that have started, and returns whether any
+            engine serves now. Without it the call waits until one serves.
 
         Raises:
-          PoolError: a request that no engine can serve; RestartBudgetExhausted when engines die too often.
+          PoolError: no engine can serve a request.
+          RestartBudgetExhausted: engines died too often.
         """
         seeds = [sample_seed(run_seed, step, p.index, 0) % SEED_RANGE for p in prompts]
 
@@ -176,7 +183,7 @@ class EnginePool(Pool):
         try:
             samples = self._run(shares, submit, in_flight, check or stopping.check, revive)
         finally:
-            for ref in in_flight:  # of a call that ended early
+            for ref in in_flight:  # requests are left only if the call ended early
                 ray.cancel(ref)
         return [samples[i] for i in range(len(prompts))]
 
@@ -188,7 +195,7 @@ class EnginePool(Pool):
         check: Callable[[], None],
         revive: Callable[[], bool] | None,
     ) -> dict[int, list[Sample]]:
-        """Return the samples by position. ``in_flight`` are the requests under way, by their reference."""
+        """Return the samples by position. ``in_flight`` holds the open requests by their Ray reference."""
         samples: dict[int, list[Sample]] = {}
         while waiting or in_flight:
             if waiting:
@@ -208,7 +215,7 @@ class EnginePool(Pool):
         return samples
 
     def set_version(self, engines: dict[int, Any], version: int, timeout_s: float) -> None:
-        """Have ``engines``, which hold weights ``version`` now, acknowledge it; then they serve."""
+        """Have ``engines``, which hold weights ``version`` now, acknowledge it; one that does not is lost."""
         deadline = time.monotonic() + timeout_s
         refs = {i: actor.set_version.remote(version) for i, actor in engines.items()}
         for i, ref in refs.items():
@@ -221,14 +228,14 @@ class EnginePool(Pool):
                 self.supervisor.lost(i, engines[i], cause)
 
     def shutdown(self) -> None:
-        """Let every engine end its own processes before its actor goes."""
+        """Let every engine end its own processes, then end its actor."""
         ends = [actor.stop.remote() for actor in self.supervisor.close()]
         if ends:
             ray.wait(ends, num_returns=len(ends), timeout=30)
         super().shutdown()
 
     def _serving(self, check: Callable[[], None], revive: Callable[[], bool] | None) -> dict[int, Any]:
-        """Return the engines that serve, at least one; waits for a replacement where all are lost."""
+        """Return the engines that serve, at least one. If none serves, wait until one does."""
         while not (serving := self.supervisor.serving()):
             check()
             if revive is None or not revive():
@@ -236,7 +243,7 @@ class EnginePool(Pool):
         return serving
 
     def _completed(self, request: InFlightRequest, answer: Any) -> list[list[Sample]] | None:
-        """Return the samples, None when the engine was lost. Raises PoolError for what no engine can serve."""
+        """Return the samples, or None when the engine was lost. Raises PoolError if no engine can serve the request."""
         if not isinstance(answer, RayError):
             return answer
         if isinstance(answer, RayTaskError) and not isinstance(answer.cause, EngineLost):
@@ -245,7 +252,7 @@ class EnginePool(Pool):
         return None
 
     def _taken_back(self, in_flight: dict[Any, InFlightRequest]) -> list[list[int]]:
-        """Take back the shares of engines that were lost meanwhile, or that miss their deadline now."""
+        """Remove the requests of engines that were lost, or that miss their deadline now; return their shares."""
         back = []
         for ref, request in list(in_flight.items()):
             if time.monotonic() > request.deadline:
@@ -258,5 +265,5 @@ class EnginePool(Pool):
 
 
 def split(count: int, parts: int) -> list[list[int]]:
-    """Return positions 0 .. count-1 in at most ``parts`` shares, dealt in turn."""
+    """Return the positions 0 .. count-1 in at most ``parts`` shares, dealt out in turn."""
     return [list(range(i, count, parts)) for i in range(min(count, parts))]

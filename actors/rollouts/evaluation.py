@@ -1,4 +1,4 @@
-"""How well the weights that the engines hold answer held-out prompts."""
+"""Evaluation on held-out prompts, with the weights that the engines hold."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from dvpo_service.types import Metrics, Prompt, Sampling, Score
 
 
 class HeldOutEvaluator:
-    """Rewards without noise, of samples at the rollout temperature and of greedy ones.
+    """Measures rewards without noise, of samples at the rollout temperature and of greedy samples.
 
-    The same seeds at every evaluation, so that two of them differ by the policy alone.
+    Every evaluation uses the same seeds, so two evaluations differ by the policy alone.
+
+    Args:
+      splits: the held-out datasets by name.
     """
 
     def __init__(
@@ -27,27 +30,40 @@ class HeldOutEvaluator:
         self.config, self.splits, self.engines, self.rewards = config, splits, engines, rewards
 
     def run(self, step: int) -> Metrics:
-        """Mean per split: ``accuracy`` over ``trainer.eval_samples`` samples of each prompt, and ``greedy``."""
+        """Return two means for every split, over the samples that could be scored; NaN if none could.
+
+        ``eval/<split>/accuracy`` is over ``trainer.eval_samples`` samples of each prompt, ``eval/<split>/greedy`` over
+        one greedy sample each.
+        """
         metrics: Metrics = {}
         for split, data in self.splits.items():
             for name, sampling in self._samplings(self.config.trainer.eval_samples).items():
-                clean = [s for group in self._score(data.prompts, sampling) for s in _clean(group)]
+                clean = [s for group in self._score(data.prompts, sampling) for s in _clean_rewards(group)]
                 metrics[f"eval/{split}/{name}"] = sum(clean) / len(clean) if clean else math.nan
         return metrics
 
     def measure(self, n: int, on_progress: Callable[[int], None]) -> list[PromptScores]:
-        """``n`` samples of every prompt and a greedy one; ``on_progress`` gets the number of prompts done."""
+        """Score ``n`` samples and one greedy sample of every prompt.
+
+        Args:
+          n: samples per prompt.
+          on_progress: called with the number of prompts done so far.
+
+        Returns:
+          The scores of every prompt, split by split.
+        """
         samplings = self._samplings(n)
-        # As many sequences at a time as the engines run side by side.
+        # Prompts per call, so that a call has as many sequences as the engines run side by side.
         size = max(1, self.config.rollout.num_engines * self.config.rollout.max_num_seqs // n)
-        found: list[PromptScores] = []
+        results: list[PromptScores] = []
         for split, data in self.splits.items():
             for start in range(0, len(data), size):
                 prompts = data.prompts[start : start + size]
-                sampled, greedy = (self._score(prompts, samplings[name]) for name in ("accuracy", "greedy"))
-                found += [_result(split, *each) for each in zip(prompts, sampled, greedy, strict=True)]
-                on_progress(len(found))
-        return found
+                sampled = self._score(prompts, samplings["accuracy"])
+                greedy = self._score(prompts, samplings["greedy"])
+                results += [_prompt_scores(split, *each) for each in zip(prompts, sampled, greedy, strict=True)]
+                on_progress(len(results))
+        return results
 
     def _samplings(self, n: int) -> dict[str, Sampling]:
         sampled = dataclasses.replace(training_sampling(self.config), n=n)
@@ -57,15 +73,24 @@ class HeldOutEvaluator:
         }
 
     def _score(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Score]]:
-        seed, prompts = self.config.trainer.seed, list(prompts)
+        seed = self.config.trainer.seed
+        prompts = list(prompts)
         groups = self.engines.generate(prompts, sampling, run_seed=seed, step=-1)
         return score_samples(self.rewards, prompts, groups, run_seed=seed, step=-1, noisy=False)
 
 
-def _clean(group: Sequence[Score]) -> list[float]:
+def _clean_rewards(group: Sequence[Score]) -> list[float]:
+    """Return the clean rewards of the samples that could be scored."""
     return [s.clean for s in group if s.error is None]
 
 
-def _result(split: str, prompt: Prompt, sampled: Sequence[Score], greedy: Sequence[Score]) -> PromptScores:
-    scored, best = _clean(sampled), _clean(greedy)
-    return PromptScores(split, prompt.source, tuple(scored), best[0] if best else None, len(sampled) - len(scored))
+def _prompt_scores(split: str, prompt: Prompt, sampled: Sequence[Score], greedy: Sequence[Score]) -> PromptScores:
+    rewards = _clean_rewards(sampled)
+    greedy_rewards = _clean_rewards(greedy)
+    return PromptScores(
+        split,
+        prompt.source,
+        tuple(rewards),
+        greedy_rewards[0] if greedy_rewards else None,
+        len(sampled) - len(rewards),
+    )

@@ -13,7 +13,14 @@ from dvpo_service.types import Score
 
 
 class Work(NamedTuple):
-    """One prompt's responses, its answer, a seed per response for the noise, and where the prompt is from."""
+    """What a worker needs to score one prompt.
+
+    Attributes:
+      responses: the sampled texts.
+      answer: the prompt's reference answer.
+      seeds: one per response, for the noise.
+      source: the dataset that the prompt is from; it selects the noise.
+    """
 
     responses: list[str]
     answer: str
@@ -22,7 +29,7 @@ class Work(NamedTuple):
 
 
 class RewardWorker:
-    """Scores in its own process: a function that hangs or crashes takes down this actor only."""
+    """Scores in its own process, so a reward function that hangs or crashes ends this actor only."""
 
     def __init__(self, config: RewardConfig):
         self.function = resolve(config.function)
@@ -31,10 +38,15 @@ class RewardWorker:
         self.noise_by_source = {s: NoiseSpec(**noise.model_dump()) for s, noise in config.noise_by_source.items()}
 
     def ready(self) -> None:
-        """Answers once the function is loaded."""
+        """Return; the answer shows that the function was loaded. Also the heartbeat."""
 
     def score(self, groups: Sequence[Work], noisy: bool) -> list[list[Score]]:
-        """Scores in the order given. ``noisy`` False measures: reward and clean reward are equal."""
+        """Return the scores of every group, in the order given.
+
+        Args:
+          groups: what to score.
+          noisy: add the configured noise to the rewards. False is for evaluation: reward and clean reward are equal.
+        """
         with memory_bound(self.max_memory_gib):
             return [
                 score_group(

@@ -1,4 +1,4 @@
-"""Dispatch of scoring calls: each has a deadline, and a bad one costs its own samples only."""
+"""The pool of reward workers: every scoring call has a deadline, and a failed call costs only its own samples."""
 
 from __future__ import annotations
 
@@ -24,20 +24,30 @@ START_TRIES = 3
 
 
 class RewardPool:
-    """CPU actors that score, a group a call. One that misses its deadline or kills its process is tried once more,
-    in a fresh process; what fails again is marked failed, never 0. Workers that have nothing to do are watched too."""
+    """CPU actors that score, one group per call.
+
+    A call that misses its deadline or kills its process is tried once more, in a fresh process. If it fails again, its
+    samples are marked as failed, with no reward (never 0). A thread also checks idle workers and replaces lost ones.
+
+    Args:
+      note: gets one line for every worker that is replaced.
+    """
 
     def __init__(self, config: RewardConfig, placement: Placement, note: Callable[[str], None] = log.warning):
         self.config, self.placement, self.note = config, placement, note
         self.restarts = 0
         self.workers = [self._spawn(i) for i in range(config.num_workers)]
-        self.fresh = set(range(config.num_workers))  # spawned, and not heard of yet
-        self._idle = threading.Lock()  # held by whoever calls the workers
+        self.fresh = set(range(config.num_workers))  # spawned, but not known to run yet
+        self._idle = threading.Lock()  # held while the workers are called
         self._closing = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="reward watch", daemon=True)
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Raise PoolError when a worker cannot load the reward function on its node."""
+        """Wait until every worker has loaded the reward function, then begin to watch idle workers.
+
+        Raises:
+          PoolError: a worker cannot load the function on its node, or did not answer within ``timeout_s``.
+        """
         try:
             wait_for([w.ready.remote() for w in self.workers], timeout_s)
             self.fresh.clear()
@@ -51,7 +61,15 @@ class RewardPool:
             ) from error
 
     def score(self, groups: Sequence[Work], *, noisy: bool) -> list[list[Score]]:
-        """One list of scores per group, in order. Raises PoolError when no worker can be started."""
+        """Return a list of scores for every group, in the order of ``groups``.
+
+        Args:
+          groups: what to score.
+          noisy: whether the rewards have noise; see ``RewardWorker.score``.
+
+        Raises:
+          PoolError: a worker cannot be started.
+        """
         with self._idle:
             for i in list(self.fresh):
                 self._await_start(i)
@@ -61,8 +79,9 @@ class RewardPool:
             return [scores[g] for g in range(len(groups))]
 
     def shutdown(self) -> None:
+        """End the watch and every worker."""
         self._closing.set()
-        self._kill()  # which also ends a heartbeat that waits
+        self._kill()  # also ends a heartbeat call that waits
         if self._watching.is_alive():
             self._watching.join(self.config.heartbeat_timeout_s)
             self._kill()
@@ -72,19 +91,23 @@ class RewardPool:
             ray.kill(worker)
 
     def _watch(self) -> None:
-        """A worker that dies or hangs between two calls is replaced then, so that the next one need not wait for it.
+        """Replace workers that die or hang between two scoring calls, so that the next call need not wait for it.
 
-        One that was just spawned is left alone: the next call waits for it, with a deadline of its own.
+        A worker that was just spawned is left alone: the next scoring call waits for it, with a deadline of its own.
         """
         while not self._closing.wait(self.config.heartbeat_s):
             with self._idle:
                 beats = {i: w.ready.remote() for i, w in enumerate(self.workers) if i not in self.fresh}
                 for i, beat in beats.items():
-                    if (why := self._silent(beat)) and not self._closing.is_set():
+                    why = self._heartbeat_failure(beat)
+                    if why and not self._closing.is_set():
                         self._replace(i, why)
 
-    def _silent(self, beat: Any) -> str | None:
-        """Why a heartbeat has no answer. Not by ``wait_for``: a request to stop is for the thread of the loop."""
+    def _heartbeat_failure(self, beat: Any) -> str | None:
+        """Return why a heartbeat failed, or None.
+
+        It does not use ``wait_for``, because a request to stop is for the loop's thread.
+        """
         try:
             ray.get(beat, timeout=self.config.heartbeat_timeout_s)
         except GetTimeoutError:
@@ -94,27 +117,28 @@ class RewardPool:
         return None
 
     def metrics(self) -> dict[str, float]:
+        """Return the number of workers replaced so far."""
         return {"pool/restarts/reward": float(self.restarts)}
 
     def _submit(self, i: int, groups: Sequence[Work], share: Sequence[int], noisy: bool) -> list[tuple[int, Any]]:
-        """A call for each group: worker ``i`` takes them in this order, so that each has a deadline of its own."""
+        """Start one call per group of ``share`` on worker ``i``, in order: each call then has its own deadline."""
         return [(g, self.workers[i].score.remote([groups[g]], noisy)) for g in share]
 
     def _collect(
         self, i: int, calls: list[tuple[int, Any]], groups: Sequence[Work], noisy: bool
     ) -> dict[int, list[Score]]:
-        """The scores of worker ``i``'s groups. One without an answer is asked again, first, of a fresh process."""
+        """Return the scores of worker ``i``'s groups. After a failed call a fresh worker takes its group first."""
         scores: dict[int, list[Score]] = {}
         tried: int | None = None
         while calls:
             (g, ref), *others = calls
-            found = self._result(i, ref, self.config.timeout_s)
-            if not isinstance(found, str):
-                scores[g] = found[0]
+            result = self._result(i, ref, self.config.timeout_s)
+            if not isinstance(result, str):
+                scores[g] = result[0]
                 calls = others
                 continue
             if tried == g:
-                scores[g] = [Score(math.nan, math.nan, found)] * len(groups[g][0])
+                scores[g] = [Score(math.nan, math.nan, result)] * len(groups[g][0])
             left = [h for h, _ in calls if h not in scores]
             tried = g
             if left:
@@ -123,7 +147,7 @@ class RewardPool:
         return scores
 
     def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Score]] | str:
-        """The scores, or why there are none; then worker ``i`` is a fresh one."""
+        """Return the scores, or replace worker ``i`` and return why there are none."""
         try:
             return wait_for(ref, timeout_s)
         except GetTimeoutError:
@@ -134,7 +158,7 @@ class RewardPool:
         return why
 
     def _await_start(self, i: int) -> None:
-        """Until worker ``i`` runs: starting a process is no part of a scoring call's deadline."""
+        """Wait until worker ``i`` runs, so that a process's start does not count against a scoring call's deadline."""
         for _ in range(START_TRIES):
             if i not in self.fresh:
                 return
@@ -142,14 +166,16 @@ class RewardPool:
                 ray.get(self.workers[i].__ray_ready__.remote(), timeout=self.config.start_timeout_s)
                 self.fresh.discard(i)
             except GetTimeoutError:
-                self._replace(i, why := f"did not start within {self.config.start_timeout_s:g} s")
+                why = f"did not start within {self.config.start_timeout_s:g} s"
+                self._replace(i, why)
             except RayActorError as error:
-                self._replace(i, why := f"did not start: {one_line(error, 200)}")
+                why = f"did not start: {one_line(error, 200)}"
+                self._replace(i, why)
         if i in self.fresh:
             raise PoolError("reward", "start", f"{START_TRIES} times, a worker {why}")
 
     def _replace(self, i: int, why: str) -> None:
-        """No budget: a group costs at most two restarts, and its samples are counted as failed."""
+        """Kill worker ``i`` and spawn another. It needs no budget: a group costs two restarts at most, then fails."""
         self.note(f"reward worker {i}: {why}; restarting it")
         self.restarts += 1
         ray.kill(self.workers[i])

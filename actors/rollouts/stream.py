@@ -1,4 +1,7 @@
-"""The rollout stream: cursor -> engines -> rewards -> a scored batch. Synchronous: staleness 0 (see ``ahead.py``)."""
+"""The synchronous rollout stream: cursor -> engines -> rewards -> a scored batch, with staleness 0.
+
+``ahead.py`` has the stream that generates ahead.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from dvpo_service.types import Generated, Prompt, Rollouts, Sample, Sampling, Sc
 
 
 def training_sampling(config: Config) -> Sampling:
+    """Return the sampling parameters of training."""
     rollout = config.rollout
     return Sampling(rollout.n, rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
 
@@ -36,7 +40,14 @@ def score_samples(
     step: int,
     noisy: bool,
 ) -> list[list[Score]]:
-    """Scores per group; the noise of a sample depends on the seed, the step and the sample only."""
+    """Return the scores of every group, in the order of ``groups``.
+
+    Args:
+      prompts: the prompt of each group.
+      groups: samples by prompt.
+      run_seed, step: with the sample's indices they seed its noise, so the noise depends on nothing else.
+      noisy: whether rewards have noise.
+    """
     work = [
         Work(
             [s.text for s in group],
@@ -50,7 +61,10 @@ def score_samples(
 
 
 def penalised(config: Config, samples: list[Sample], scores: list[Score]) -> list[Score]:
-    """Rewards less what the overlong penalty takes; clean ones stay."""
+    """Return the scores with the overlong penalty (DAPO, arXiv 2503.14476) added to the rewards.
+
+    Clean rewards are unchanged, and without ``reward.overlong_buffer`` the rewards are too.
+    """
     reward = config.reward
     if not reward.overlong_buffer:
         return scores
@@ -72,11 +86,11 @@ class Group:
     scores: list[Score]
 
     def has_zero_variance(self) -> bool:
-        """No sample is better than another: nothing to learn by comparison."""
+        """Return whether all valid samples have the same reward, so that comparing them teaches nothing."""
         return len({s.reward for s in self.scores if s.error is None}) < 2
 
 
-def _useful(groups: list[Group]) -> int:
+def _count_useful(groups: list[Group]) -> int:
     return sum(not g.has_zero_variance() for g in groups)
 
 
@@ -85,7 +99,7 @@ def _collate(groups: list[Group]) -> Rollouts:
 
 
 class SyncStream:
-    """Generates a batch when asked, with the weights of that moment."""
+    """Generates each batch when ``next`` asks for it, with the weights that the engines hold then."""
 
     def __init__(self, config: Config, data: Dataset, engines: Sampler, rewards: RewardPool, ledger: Ledger):
         self.config, self.data, self.engines, self.rewards, self.ledger = config, data, engines, rewards, ledger
@@ -94,22 +108,22 @@ class SyncStream:
         self.check: Callable[[], None] | None = None  # see EnginePool.generate
 
     def next(self, step: int) -> Generated:
-        """The batch of ``step``: kept from before a fault if it is, or else sampled now."""
+        """Return the batch of ``step``, from the cache where a fault makes the step run again, or else sampled now."""
         return self._give(step, *self._make(step))
 
     def close(self) -> None:
-        """Nothing is under way between two calls of ``next``."""
+        """Do nothing: no work is under way between two calls of ``next``."""
 
     def _give(self, step: int, batch: CachedBatch, reused: bool) -> Generated:
-        """The batch, noted in the ledger."""
+        """Write the batch to the ledger and return it. A reused batch reports no time for generation and scoring."""
         self.ledger.write(step, batch.prompts, batch.failed)
         generated = batch.generated
-        spent = {name: 0.0 for name in generated.metrics if reused and name.startswith("time/")}
         count = float(len(generated.rollouts)) if reused else 0.0
-        return replace(generated, metrics=generated.metrics | spent | {"rollout/reused": count})
+        times = {name: 0.0 for name in generated.metrics if reused and name.startswith("time/")}
+        return replace(generated, metrics=generated.metrics | times | {"rollout/reused": count})
 
     def _make(self, step: int) -> tuple[CachedBatch, bool]:
-        """The draw of ``step``, and whether it is one that was kept. The cursor stands behind it then."""
+        """Return the batch of ``step`` and whether it came from the cache; move the cursor past its prompts."""
         before = self.cursor.state_dict()
         if batch := self.cache.find(step, before):
             self.cursor.load_state_dict(batch.after)
@@ -121,30 +135,39 @@ class SyncStream:
         return batch, False
 
     def _generate(self, step: int) -> tuple[list[Group], Generated]:
-        """Everything drawn and the batch: the next ``prompts_per_step`` prompts, sampled ``n`` times and scored.
+        """Sample the next ``prompts_per_step`` prompts ``n`` times each and score the samples.
 
-        With ``dynamic_sampling`` (DAPO, arXiv 2503.14476) groups without spread are left out and as many
-        prompts drawn in their place, ``max_draws`` times in all; what is missing then is filled with
-        groups left out. Rewards are measured over everything drawn.
+        With ``dynamic_sampling`` (DAPO, arXiv 2503.14476) groups of zero variance are left out, and as many new prompts
+        are drawn in their place, in at most ``max_draws`` draws. Groups that were left out fill what is missing then.
+        Reward metrics cover every group drawn.
+
+        Returns:
+          (all groups drawn, the batch).
         """
-        rollout, size = self.config.rollout, self.config.rollout.prompts_per_step
+        rollout = self.config.rollout
+        size = rollout.prompts_per_step
         seconds = {"generate": 0.0, "score": 0.0}
-        drawn, draws = self._draw(size, step, seconds), 1
-        while rollout.dynamic_sampling and draws < rollout.max_draws and (missing := size - _useful(drawn)) > 0:
+        drawn = self._draw(size, step, seconds)
+        draws = 1
+        while rollout.dynamic_sampling and draws < rollout.max_draws:
+            missing = size - _count_useful(drawn)
+            if missing <= 0:
+                break
             drawn += self._draw(missing, step, seconds)
             draws += 1
         metrics = rollout_metrics(_collate(drawn), rollout.n, version=step)
         metrics["rollout/tokens_per_s"] = metrics.pop("rollout/tokens") / seconds["generate"]
         metrics |= {f"time/{stage}": s for stage, s in seconds.items()}
         metrics |= {"data/epoch": float(self.cursor.epoch), "rollout/draws": float(draws)}
-        # A stable sort: within useful and useless, in the order drawn.
+        # The sort is stable: useful groups first, each kind in the order drawn.
         used = sorted(drawn, key=Group.has_zero_variance)[:size] if rollout.dynamic_sampling else drawn
         rows = readable_rows([g.prompt for g in used], [g.samples for g in used], [g.scores for g in used])
         return drawn, Generated(_collate(used), rows, metrics)
 
     def _draw(self, count: int, step: int, seconds: dict[str, float]) -> list[Group]:
-        """Sample and score the next ``count`` prompts; adds to ``seconds``."""
-        config, seed = self.config, self.config.trainer.seed
+        """Sample and score the next ``count`` prompts; add the time that each stage took to ``seconds``."""
+        config = self.config
+        seed = config.trainer.seed
         prompts = [self.data.prompts[i] for i in self.cursor.take(count)]
         start = time.perf_counter()
         groups = self.engines.generate(prompts, training_sampling(config), run_seed=seed, step=step, check=self.check)
@@ -158,7 +181,9 @@ class SyncStream:
         ]
 
     def state_dict(self) -> CursorState:
+        """Return the cursor's state."""
         return self.cursor.state_dict()
 
     def load_state_dict(self, state: CursorState) -> None:
+        """Set the cursor's state: the next batch starts there."""
         self.cursor.load_state_dict(state)

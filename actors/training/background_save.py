@@ -1,4 +1,4 @@
-"""A rank's part of a checkpoint: taken at once, written while training goes on."""
+"""A rank's part of a checkpoint: copied at once, written in a thread while training goes on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dvpo_service.runs.storage import is_url
 
 
 class BackgroundSaver:
-    """Saves of one rank, one at a time: ``start`` copies the tensors to the CPU, a thread writes the copy.
+    """Writes the checkpoint parts of one rank, one at a time. ``start`` copies the tensors to the CPU; a thread writes.
 
-    Not ``dcp.async_save``: it plans in its thread, so it talks to the other ranks there, beside the
-    training's own collectives, which takes a second process group. Here the ranks plan together in
-    ``start``, which is cheap, and the writing needs nobody.
+    It does not use ``dcp.async_save``, which plans in its thread. It would talk to the other ranks there, at the same
+    time as the training's own collectives, and would need a second process group for that. Here the ranks plan together
+    in ``start``, which is cheap, and the writing needs no other rank.
     """
 
     def __init__(self) -> None:
@@ -34,9 +34,19 @@ class BackgroundSaver:
         self._writing: Future[Files] | None = None
 
     def start(self, tensors: dict[str, Tensor], folder: str) -> None:
-        """Returns when ``tensors`` may change. Collective. An earlier save is waited for: one copy at a time."""
+        """Start to write ``tensors``, and return when they may change. Collective.
+
+        It waits for an earlier save to end, so that there is only one copy at a time.
+
+        Args:
+          tensors: by name; the same names on every rank.
+          folder: a path or an fsspec URL.
+
+        Raises:
+          Exception: what the first rank that failed raised.
+        """
         if self._writing is not None:
-            self._writing.exception()  # whoever asked for that save has asked for its outcome, or has dropped it
+            self._writing.exception()  # only waits: its caller has seen its outcome, or dropped it
         writer = _StagingWriter(folder)
         try:
             dcp.save(tensors, storage_writer=writer)
@@ -45,36 +55,46 @@ class BackgroundSaver:
         self._writing = self._thread.submit(writer.write)
 
     def outcome(self, *, wait: bool) -> Files | None:
-        """The files that this rank wrote; None while it writes and ``wait`` is not given. Raises what it met."""
+        """Return the files that this rank wrote since ``start``, or None if it still writes and ``wait`` is False.
+
+        Raises:
+          OSError: the files could not be written.
+        """
         assert self._writing is not None, "a save was started"
         return self._writing.result() if wait or self._writing.done() else None
 
 
 class _StagingWriter(HuggingFaceStorageWriter):
-    """Sharded safetensors, below a path or an fsspec URL. To ``dcp.save`` it pretends to have written."""
+    """Writes sharded safetensors below a path or an fsspec URL, in two phases.
+
+    ``dcp.save`` calls ``write_data``, which only copies the tensors and reports success; ``write`` writes them.
+    """
 
     def __init__(self, folder: str):
         super().__init__(folder, save_distributed=True)
         files: Any = _RemoteFiles() if is_url(folder) else _LocalFiles()
         self.fs = self.files = files
-        self.path, self.sync_files = self.files.init_path(folder), not is_url(folder)
+        self.path = self.files.init_path(folder)
+        self.sync_files = not is_url(folder)
         self.plan = SavePlan([])
         self.copies: Any = None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[Any]:
-        self.plan, self.copies = plan, _Copies(plan, planner)
+        self.plan = plan
+        self.copies = _CpuCopies(plan, planner)
         done: torch.futures.Future[Any] = torch.futures.Future()
         done.set_result([])
         return done
 
     def write(self) -> Files:
+        """Write the copied tensors, and return the files with their checksums."""
         super().write_data(self.plan, self.copies).wait()
         self.copies = None
         return self.files.sums
 
 
-class _Copies:
-    """What a planner says of this rank's tensors, as they were, on the CPU."""
+class _CpuCopies:
+    """Copies of this rank's tensors on the CPU. It takes the planner's place when the writer asks for the data."""
 
     def __init__(self, plan: SavePlan, planner: SavePlanner):
         self.tensors: dict[MetadataIndex, Tensor] = {}
@@ -87,8 +107,8 @@ class _Copies:
         return self.tensors[item.index]
 
 
-class _Summing:
-    """A file system that sums up what is written to it."""
+class _WithChecksums:
+    """Mixin for a file system: records the checksum of every file that is written, in ``sums``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,22 +117,25 @@ class _Summing:
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:  # type: ignore[misc]
-            summed = _SummedStream(stream)
-            yield summed
-        self.sums[os.path.basename(path)] = summed.sum
+            checked = _ChecksumStream(stream)
+            yield checked
+        self.sums[os.path.basename(path)] = checked.sum
 
 
-class _LocalFiles(_Summing, FileSystem):
+class _LocalFiles(_WithChecksums, FileSystem):
     pass
 
 
-class _RemoteFiles(_Summing, FsspecFileSystem):
+class _RemoteFiles(_WithChecksums, FsspecFileSystem):
     pass
 
 
-class _SummedStream:
+class _ChecksumStream:
+    """Passes everything to a stream, and updates a checksum with what is written."""
+
     def __init__(self, stream: Any):
-        self._stream, self.sum = stream, NOTHING
+        self._stream = stream
+        self.sum = NOTHING
 
     def write(self, data: bytes) -> int:
         self.sum = self.sum.add(data)

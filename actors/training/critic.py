@@ -1,4 +1,4 @@
-"""One rank of the critic pool: values and targets stay here, scalar advantages leave."""
+"""One rank of the critic pool: distributions and targets stay on it, scalar advantages and values leave."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Sums = dict[str, Tensor]
 
 @dataclass
 class MicroBatch:
-    """Sequences of this rank that share a forward pass, with what the critic made of them."""
+    """Sequences of this rank that share a forward pass, with the critic's estimate for them."""
 
     rollouts: Rollouts
     estimate: Estimate
@@ -51,7 +51,7 @@ class Minibatch:
 
 @dataclass
 class RankValues:
-    """What a rank returns: ``rows`` [b] of the batch, advantages and values [b, T]."""
+    """What a rank returns for its sequences: their ``rows`` [b] in the batch, advantages and values [b, T]."""
 
     rows: Tensor
     advantages: Tensor
@@ -83,17 +83,19 @@ class CriticWorker:
 
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts, changes: dict[str, Tensor], step: int) -> tuple[RankValues, Metrics]:
-        """Compute values, targets and advantages of this rank's whole sequences; targets are kept for ``update``.
+        """Compute values, targets and advantages of this rank's whole sequences; keep the targets for ``update``.
 
         Args:
           rollouts: the step's batch.
-          changes: fields of it that came later, by name.
+          changes: fields of the batch that later stages set, by name.
+          step: number of the step.
 
         Returns:
           This rank's advantages and values, and metrics over all ranks.
         """
         rollouts = rollouts.with_(**changes)
-        stats, split = self._running_stats(), self._split(len(rollouts), step)
+        stats = self._running_stats()
+        split = self._split(len(rollouts), step)
         sums: Sums = {}
         totals = torch.zeros(len(split), 2, dtype=torch.float64)  # valid tokens, sum of the mean shift
         rows: list[Tensor] = []
@@ -126,7 +128,7 @@ class CriticWorker:
                 sums: Sums = {"shift_sum": torch.zeros((), dtype=torch.float64)}
                 report = self.trainer.step(self._losses(minibatch, stats, sums))
                 measured = all_reduce_sums(sums, self.device)
-                # The next epoch uses this epoch's mean: a forward pass only to know it would cost a third more.
+                # The next epoch uses this epoch's mean. A forward pass just to measure it would cost a third more.
                 minibatch.mean_shift = float(measured.pop("shift_sum")) / minibatch.tokens
                 metrics.add(report, measured)
         return metrics.result(self.trainer.lr)
@@ -161,7 +163,8 @@ class CriticWorker:
 
         def loss(batch: MicroBatch) -> Tensor:
             z, _ = self._atoms(batch.rollouts)
-            estimate, mask = batch.estimate.to(z.device), batch.rollouts.response_mask.to(z.device)
+            estimate = batch.estimate.to(z.device)
+            mask = batch.rollouts.response_mask.to(z.device)
             total, parts = self.objective.loss(
                 z,
                 estimate,
@@ -177,7 +180,8 @@ class CriticWorker:
 
     def _atoms(self, part: Rollouts) -> tuple[Tensor, Tensor]:
         """Return the atoms at the response's T positions [b, T, H, M] and after its last token [b, H, M]."""
-        tokens, t = part.tokens.to(self.device), part.response_mask.shape[1]
+        tokens = part.tokens.to(self.device)
+        t = part.response_mask.shape[1]
         lengths = (part.prompt_lens + part.response_lens).to(self.device)
         positions = response_positions(part.prompt_lens.to(self.device), t + 1, tokens.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
@@ -188,7 +192,7 @@ class CriticWorker:
     def _estimate(
         self, z: Tensor, z_end: Tensor, part: Rollouts, rows: Tensor, step: int, stats: RunningStats
     ) -> Estimate:
-        """Return the objective's estimate, on the CPU: the targets of a whole batch wait there for their update."""
+        """Return the objective's estimate, on the CPU, where the targets of the whole batch wait for the update."""
         trainer = self.config.trainer
         return self.objective.estimate(
             z,
@@ -203,7 +207,7 @@ class CriticWorker:
         algorithm = self.config.algorithm
         mask = part.response_mask.to(z.device)
         returns = returns_to_go(part.rewards.to(z.device), mask, algorithm.gamma)
-        near = 0.05 * stats.return_sd  # where a predicted quantile and a 0/1 reward are the same
+        near = 0.05 * stats.return_sd  # a predicted quantile this close to a 0/1 reward counts as equal to it
         return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta, near)
 
     def _totals(self, z: Tensor, targets: Tensor, part: Rollouts) -> Tensor:

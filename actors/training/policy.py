@@ -32,7 +32,7 @@ Sums = dict[str, Tensor]
 
 @dataclass
 class RankLogprobs:
-    """What a rank computed: ``rows`` [b] of the batch, log-probs [b, T] on the CPU."""
+    """What a rank computed for its sequences: their ``rows`` [b] in the batch, log-probs [b, T] on the CPU."""
 
     rows: Tensor
     logprobs: Tensor
@@ -54,7 +54,7 @@ class PolicyWorker:
         self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
         self.transfer: Any = None
         self.membership: Any = None  # the engines that the transfer reaches
-        # vLLM's transfer takes seconds to import: now, while the engines start, and not at the first push.
+        # vLLM's transfer takes seconds to import. Do it now, while the engines start, and not at the first push.
         from actors.weights import cpu_transfer  # noqa: F401
 
     @torch.no_grad()
@@ -78,8 +78,9 @@ class PolicyWorker:
 
         Args:
           rollouts: the step's batch.
-          changes: fields of it that came later, by name; ``logprobs`` among them.
+          changes: fields of the batch that later stages set, by name; ``logprobs`` is among them.
           advantages: [B, T] as the loss takes them.
+          step: number of the step.
         """
         rollouts = rollouts.with_(**changes)
         metrics = UpdateMetrics("policy", "loss")
@@ -94,8 +95,10 @@ class PolicyWorker:
     def send_weights(self, client: EngineClient, backend: Backend) -> dict[int, str]:
         """Push the current weights to the client's engines, and return when they hold them. Collective.
 
-        Joins vLLM's weight transfer first where the engines are others than at the last push. Rank 0
-        returns the engines lost on the way, by number, with the cause.
+        If the engines are not the same as at the last push, it joins their weight transfer first.
+
+        Returns:
+          The engines lost on the way, by number, with the cause; complete on rank 0 only.
         """
         from actors.weights.transfer import connect
 
@@ -189,6 +192,6 @@ class PolicyWorker:
 
 
 def _widen(x: Tensor, part: Rollouts, width: int) -> Tensor:
-    """[b, t] -> [b, width] on the CPU, 0 off the response mask."""
+    """Pad [b, t] to [b, width], on the CPU; positions outside the response mask are 0."""
     x = torch.where(part.response_mask, x.cpu(), 0.0)
     return torch.nn.functional.pad(x, (0, width - x.shape[1]))

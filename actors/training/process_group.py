@@ -1,4 +1,4 @@
-"""The process group of a pool's ranks, and sums over it."""
+"""The process group of a pool's ranks, and reductions over it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvpo_service.host.network import listen, own_address, use_interface_of
 
 
 def init_process_group(meet: Rendezvous) -> torch.device:
-    """Join the pool's process group (NCCL with a GPU, gloo without) and return this rank's device."""
+    """Join the pool's process group (NCCL with a GPU, gloo without) and return this rank's device. Collective."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         use_interface_of(own_address(meet.address, meet.port))
@@ -30,13 +30,16 @@ def init_process_group(meet: Rendezvous) -> torch.device:
 
 
 def _store(meet: Rendezvous, timeout: datetime.timedelta) -> dist.TCPStore:
-    """The ranks' meeting point, at its address alone: torch would listen on all interfaces, and asks for no token."""
+    """Return the ranks' TCP store, which listens on its own address only.
+
+    By default torch listens on all interfaces, and the store has no authentication.
+    """
     descriptor = None
     if meet.rank == 0:
         try:
             descriptor = listen(meet.address, meet.port, shared=False).detach()
         except OSError as error:
-            # An address that is translated on its way here is on no interface: torch's own choice then.
+            # A translated (NAT) address is on no interface of this host. Then torch listens where it chooses.
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
     return dist.TCPStore(
@@ -51,27 +54,27 @@ def _store(meet: Rendezvous, timeout: datetime.timedelta) -> dist.TCPStore:
 
 
 def all_reduce(value: Tensor, device: torch.device) -> Tensor:
-    """Sum over the pool's ranks, returned on the CPU."""
+    """Return the sum of ``value`` over the pool's ranks, on the CPU. Collective."""
     value = value.to(device)
     dist.all_reduce(value)
     return value.cpu()
 
 
 def all_reduce_min(value: Tensor, device: torch.device) -> Tensor:
-    """The least over the pool's ranks, returned on the CPU."""
+    """Return the elementwise minimum of ``value`` over the pool's ranks, on the CPU. Collective."""
     value = value.to(device)
     dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return value.cpu()
 
 
 def add_up(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add ``more`` to the running sums, float64 on the CPU."""
+    """Add ``more`` to the running ``sums`` by name, in place; sums are float64 on the CPU."""
     for name, value in more.items():
         sums[name] = sums.get(name, 0.0) + value.detach().double().cpu()
 
 
 def all_reduce_sums(sums: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Sum a dict of scalars over the ranks in one call; every rank has the same keys."""
+    """Return the sums of scalars over the ranks, in one collective call. Every rank has the same keys."""
     keys = sorted(sums)
     total = all_reduce(torch.stack([sums[k].detach().double().cpu() for k in keys]), device)
     return dict(zip(keys, total, strict=True))

@@ -1,4 +1,4 @@
-"""Trainer ranks that run every method in lockstep, and what the policy's and the critic's pools share."""
+"""Pools of trainer ranks that run every method together, and the batch that the two pools share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from dvpo_service.types import Metrics, Rollouts
 
 
 def rank_actor(worker: type) -> type:
-    """Return the Ray actor class of a worker: the same methods, but built only once the ranks know where to meet."""
+    """Return a class for Ray actors with the worker's methods. ``setup`` builds the worker, not ``__init__``.
+
+    Ranks must be running before they know where to meet, and the worker needs to know that.
+    """
 
     class Rank(worker):
-        def __init__(self) -> None:  # the worker's own runs in ``setup``
+        def __init__(self) -> None:  # ``setup`` runs the worker's own
             pass
 
         def address(self) -> tuple[str, int]:
@@ -40,7 +43,11 @@ class RankPool(Pool):
 
     Args:
       name: "policy" or "critic", as the placement calls it.
-      timeout_s: deadline of a call.
+      worker: the class of a rank, ``CriticWorker`` or ``PolicyWorker``.
+      arguments: of the worker, before the rendezvous.
+      world_size: number of ranks.
+      placement: the reserved bundles.
+      timeout_s: default deadline of a call.
     """
 
     def __init__(
@@ -67,27 +74,32 @@ class RankPool(Pool):
         return Call(self.name, "setup", refs, self.timeout_s)
 
     def rebuild(self) -> Call:
-        """End every rank, also those that wait in a collective for a dead one, and start building them anew: same
-        bundles, new processes, a new meeting place."""
+        """End every rank and start to build new ones: same bundles, new processes, a new meeting place.
+
+        Ranks that wait in a collective for a dead one are ended too.
+        """
         self.shutdown()
         self.actors = self._spawn(self.name)
         return self.setup()
 
     def submit(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Call:
-        """Start ``method``, one of the worker class, on every rank."""
+        """Start ``method``, one of the worker class's, on every rank. ``timeout_s`` overrides the pool's deadline."""
         refs = [getattr(actor, method.__name__).remote(*args) for actor in self.actors]
         return Call(self.name, method.__name__, refs, timeout_s or self.timeout_s)
 
     def call(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
-        """Return the results of ``method`` in the ranks' order. Raises what ``Call.result`` does."""
+        """Call ``method`` on every rank and return the results in the ranks' order. Raises as ``Call.result`` does."""
         return self.submit(method, *args, timeout_s=timeout_s).result()
 
     def gone(self) -> str | None:
-        """Return why ranks are lost, if any is. One that is busy has no answer yet, and is not waited for."""
+        """Return why a rank is lost, or None. A busy rank has not answered yet, and is not waited for."""
         refs = [a.__ray_ready__.remote() for a in self.actors]
         done, _ = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
-        outcomes = (outcome(ref) for ref in done)
-        return next((f"an actor died: {describe_error(o)}" for o in outcomes if isinstance(o, RayActorError)), None)
+        for ref in done:
+            result = outcome(ref)
+            if isinstance(result, RayActorError):
+                return f"an actor died: {describe_error(result)}"
+        return None
 
     def _spawn(self, name: str) -> list[Any]:
         actor: Any = ray.remote(rank_actor(self.worker))
@@ -95,43 +107,46 @@ class RankPool(Pool):
 
 
 class SharedBatch:
-    """A step's batch in Ray's object store, once, however many pools read it; later stages send what changed since."""
+    """Puts a step's batch into Ray's object store once for both pools; later stages send only changed fields."""
 
     def __init__(self) -> None:
         self._base: Rollouts | None = None
         self._ref: Any = None
 
     def share(self, rollouts: Rollouts) -> tuple[Any, dict[str, Tensor]]:
-        """Return a reference to the step's batch, and the tensors of ``rollouts`` that are not those in it."""
+        """Return a reference to the stored batch, and the fields of ``rollouts`` that differ from it, by name."""
         if self._base is None or self._base.tokens is not rollouts.tokens:
             self._base, self._ref = rollouts, ray.put(rollouts)
         base = self._base
-        changes = {f.name: getattr(rollouts, f.name) for f in fields(rollouts)}
-        return self._ref, {name: value for name, value in changes.items() if value is not getattr(base, name)}
+        values = {f.name: getattr(rollouts, f.name) for f in fields(rollouts)}
+        return self._ref, {name: value for name, value in values.items() if value is not getattr(base, name)}
 
 
 @dataclass
 class MetricsJob:
-    """An update under way; its metrics are global sums already, so any rank's will do."""
+    """An update under way. Its metrics are over all ranks already, so the first rank's are returned."""
 
     call: Call
 
     def result(self) -> Metrics:
+        """Wait for the end of the update and return its metrics. Raises as ``Call.result`` does."""
         return self.call.result()[0]
 
 
 @dataclass
 class RanksSave:
-    """A ``roles.SaveJob`` of a pool. Asking is a call like any other: the ranks answer between two of them."""
+    """A ``roles.SaveJob`` of a pool. It asks the ranks with an ordinary call, which they answer between other calls."""
 
     ranks: RankPool
     started: Call
 
     def done(self) -> bool:
+        """Return whether every rank has written its files."""
         self.started.result()
         return all(files is not None for files in self.ranks.call(self.ranks.worker.saved, False))  # type: ignore[attr-defined]
 
     def result(self, timeout_s: float | None = None) -> Files:
+        """Wait until every rank has written its files, and return them all."""
         self.started.result()
         written: Files = {}
         for files in self.ranks.call(self.ranks.worker.saved, True, timeout_s=timeout_s):  # type: ignore[attr-defined]
@@ -140,6 +155,11 @@ class RanksSave:
 
 
 def in_batch_order(rows: Tensor, parts: list[Tensor]) -> Tensor:
-    """Undo the split over ranks and micro-batches: ``parts`` concatenated are the batch's rows ``rows``."""
+    """Return the rows in the batch's order, which undoes the split over ranks and micro-batches.
+
+    Args:
+      rows: [B] row numbers in the batch, of the parts' rows one after the other.
+      parts: of the ranks, in rank order.
+    """
     joined = torch.cat(parts)
     return torch.empty_like(joined).index_copy_(0, rows, joined)

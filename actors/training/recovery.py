@@ -1,4 +1,4 @@
-"""Training through the loss of a trainer rank: its group restarts from the last checkpoint, in the same job."""
+"""Recovery from the loss of a trainer rank: its group restarts from the last checkpoint, in the same job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_S = 1.0
 
 
 class GroupRestarts:
-    """How often each trainer group was restarted, within the budget, and how long it took."""
+    """Counts the restarts of each trainer group against the budget, and measures how long recovery took."""
 
     def __init__(self, names: Iterator[str] | list[str], budget: Budget):
         self.budget = budget
@@ -29,7 +29,7 @@ class GroupRestarts:
         self.recovery_s: dict[str, float] = {}
 
     def metrics(self) -> Metrics:
-        """Return the restarts so far of each group and, once, how long the last recovery took."""
+        """Return the restarts so far of each group and, if one recovered since the last call, how long that took."""
         seconds, self.recovery_s = self.recovery_s, {}
         restarts = {f"pool/restarts/{name}": float(fleet.restarts) for name, fleet in self.fleets.items()}
         return restarts | {f"pool/recovery_s/{name}": s for name, s in seconds.items()}
@@ -41,11 +41,11 @@ class Recovery:
 
     Attributes:
       groups: the trainer pools by name.
-      last_checkpoint: finds the last checkpoint; returns its step, or None, and a function that brings every role back
-        to it, or to the start.
-      restarts: counts them.
-      note: told a line for the person who watches.
-      resume_command: what continues the run when no restart is left.
+      last_checkpoint: finds the last checkpoint. It returns the checkpoint's step, or None without one, and a function
+        that brings every role back to it, or to the start.
+      restarts: the count of restarts per group.
+      note: gets one line for the user at every loss and recovery.
+      resume_command: the command that continues the run when no restart is left.
       wait, clock: sleep and monotonic time, for tests.
     """
 
@@ -72,8 +72,14 @@ class Recovery:
             yield attempt
 
     def recover(self, error: PoolError) -> TrainState:
-        """Bring both groups to the last checkpoint again, with fresh ranks for what was lost; return its state."""
-        began, lost = self.clock(), set[str]()
+        """Bring both groups back to the last checkpoint, with fresh ranks for the lost groups; return its state.
+
+        Raises:
+          RestartBudgetExhausted: no restart is left.
+          PoolError: a restart cannot mend the error.
+        """
+        began = self.clock()
+        lost = set[str]()
         while True:
             lost.add(self._grant(error))
             try:
@@ -88,11 +94,13 @@ class Recovery:
             return state
 
     def _grant(self, error: PoolError) -> str:
-        """Return the name of the lost group, after its back-off. Raises the error if restarting cannot mend it."""
+        """Wait for the lost group's back-off and return its name. Raise the error if a restart cannot mend it."""
         name = error.pool
         if name not in self.groups or not error.lost:
             raise error
-        fleet, budget, now = self.restarts.fleets[name], self.restarts.budget, self.clock()
+        fleet = self.restarts.fleets[name]
+        budget = self.restarts.budget
+        now = self.clock()
         if not fleet.died(0, error.cause, now):
             raise RestartBudgetExhausted(name, error.cause, budget.max_restarts) from error
         member = fleet.members[0]
@@ -104,7 +112,7 @@ class Recovery:
 
     def _restore(self, lost: set[str]) -> TrainState:
         step, restore = self.last_checkpoint()
-        # Without a checkpoint there is no other way to the start than to build everything again.
+        # Without a checkpoint, the only way back to the start is to build every group again.
         building = {name: g.rebuild() for name, g in self.groups.items() if name in lost or step is None}
         self._watch_others(building, lost)
         for call in building.values():
@@ -112,7 +120,7 @@ class Recovery:
         return restore()
 
     def _watch_others(self, building: dict[str, Call], lost: set[str]) -> None:
-        """Until those are built: what dies of the others meanwhile is noticed, and built beside them."""
+        """Wait until the groups in ``building`` are built. A group that dies meanwhile is added and built too."""
         began = self.clock()
         while any(not c.finished(LOOK_S) for c in building.values() if self.clock() - began < c.timeout_s):
             stopping.check()
@@ -124,7 +132,10 @@ class Recovery:
 
 @dataclass
 class Attempt:
-    """One try to train from ``state`` to the end. Leaving it on the loss of a group recovers, and asks for another."""
+    """One attempt to train from ``state`` to the end.
+
+    When a group is lost in its ``with`` block, leaving the block recovers the run, and another attempt follows.
+    """
 
     recovery: Recovery
     state: TrainState

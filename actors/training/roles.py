@@ -1,4 +1,4 @@
-"""The policy's and the critic's pool in the roles that the loop talks to."""
+"""The policy's and the critic's pool behind the interfaces that the loop uses (``dvpo_service/roles.py``)."""
 
 from __future__ import annotations
 
@@ -58,9 +58,11 @@ class PolicyRanks:
         return RanksSave(self.ranks, self.ranks.submit(PolicyWorker.save, str(folder)))
 
     def load(self, folder: StoragePath) -> None:
+        """Restore what ``save`` wrote, at any number of ranks."""
         self.ranks.call(PolicyWorker.load, str(folder))
 
     def export(self, folder: StoragePath) -> None:
+        """Write the policy as a Hugging Face folder."""
         self.ranks.call(PolicyWorker.export, str(folder))
 
 
@@ -102,9 +104,11 @@ class CriticEstimator:
         return RanksSave(self.ranks, self.ranks.submit(CriticWorker.save, str(folder)))
 
     def load(self, folder: StoragePath) -> None:
+        """Restore what ``save`` wrote, at any number of ranks."""
         self.ranks.call(CriticWorker.load, str(folder))
 
     def export(self, folder: StoragePath) -> None:
+        """Write the critic as ``DistributionalCritic.from_pretrained`` loads it."""
         self.ranks.call(CriticWorker.export, str(folder))
 
 

@@ -1,6 +1,6 @@
 """Training a sharded module: gradient accumulation, optimizer, state.
 
-No Ray and no losses here: critic.py and policy.py hand in per-micro-batch losses.
+There is no Ray and no loss here: critic.py and policy.py pass in a loss per micro-batch.
 Every rank calls every method in the same order.
 """
 
@@ -42,7 +42,7 @@ class UpdateMetrics:
 
     Args:
       pool: "policy" or "critic", the first part of the metrics' names.
-      loss_name: what the loss is called.
+      loss_name: the metric name of the loss.
     """
 
     def __init__(self, pool: str, loss_name: str):
@@ -66,7 +66,16 @@ class UpdateMetrics:
 
 
 class Trainer:
-    """Optimizer steps on a sharded module."""
+    """Optimizer steps on a sharded module, and its state in checkpoints.
+
+    Args:
+      module: sharded by ``models.sharding.shard``.
+      config: of the optimizer (AdamW) and the learning rate schedule.
+      total_steps: optimizer steps of the run, for the schedule.
+
+    Attributes:
+      extra: further tensors to save with the state, the same on every rank.
+    """
 
     def __init__(self, module: Any, config: OptimConfig, *, total_steps: int):
         self.module = module
@@ -82,20 +91,28 @@ class Trainer:
         self.schedule = get_scheduler(
             name, self.optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
         )
-        # A parameter that has several names, as an output layer that is the input embedding, is saved under one.
+        # A parameter with several names (an output layer tied to the input embedding) is saved under the first of them.
         first: dict[int, str] = {}
         self._names = {k: first.setdefault(id(p), k) for k, p in module.named_parameters(remove_duplicate=False)}
-        # Further tensors to save with the state, the same on every rank.
         self.extra: dict[str, Tensor] = {}
         self._saver = BackgroundSaver()
 
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> StepReport:
-        """Accumulate the gradients of the micro-batches' losses and step once.
+        """Accumulate the gradients of the micro-batches' losses and take one optimizer step. Collective.
 
-        Each loss is already divided by the global token count, so the gradient wanted is the plain
-        sum over micro-batches and ranks; FSDP averages over ranks, hence the factor.
+        The step is skipped if the loss or the gradient is not finite.
+
+        Args:
+          losses: one function per micro-batch that computes its loss, a scalar. Each loss is already divided by the
+            global token count, so the gradient of the step is the plain sum over micro-batches and ranks. FSDP averages
+            over ranks; each loss is multiplied by the number of ranks to undo that.
+
+        Returns:
+          The loss, summed over micro-batches and ranks, and the gradient's norm before clipping.
         """
-        world, total, pending = dist.get_world_size(), 0.0, list(losses)
+        world = dist.get_world_size()
+        pending = list(losses)
+        total = 0.0
         for i, compute in enumerate(pending):
             self._reduce_gradients(i == len(pending) - 1)
             loss = compute()
@@ -113,35 +130,45 @@ class Trainer:
 
     @property
     def lr(self) -> float:
+        """The learning rate now."""
         return self.schedule.get_last_lr()[0]
 
     @property
     def device(self) -> torch.device:
+        """The device of the module's parameters."""
         return next(self.module.parameters()).device
 
     def _reduce_gradients(self, last: bool) -> None:
+        """Reduce gradients over the ranks only after the ``last`` micro-batch."""
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
 
-    # State. Tensors go to sharded safetensors files (nothing is unpickled from disk), each rank
-    # its own, and come back at any world size.
+    # State. Each rank writes its own sharded safetensors files (nothing is unpickled from disk), and they can be loaded
+    # at any world size.
 
     def save(self, folder: str) -> None:
-        """Write model, optimizer and schedule, as they are now, below ``folder``, a path or an fsspec URL.
+        """Start to write model, optimizer and schedule, as they are now, below ``folder``, a path or an fsspec URL.
 
-        Collective. Returns before they are written: see ``saved``.
+        Collective. It returns before everything is written; ``saved`` tells when it is.
         """
         self._saver.start(self._tensors(*self._state()), folder)
 
     def saved(self, *, wait: bool) -> Files | None:
-        """This rank's files of the last ``save``; None while they are being written. Raises what that met."""
+        """Return the files that this rank wrote with the last ``save``, or None while it still writes.
+
+        Args:
+          wait: wait until everything is written.
+
+        Raises:
+          OSError: the files could not be written.
+        """
         return self._saver.outcome(wait=wait)
 
     def load(self, folder: str) -> None:
         """Restore what ``save`` wrote, at any world size. Collective."""
         model, optim = self._state()
         tensors = self._tensors(model, optim)
-        with read_locally(folder) as local:  # the reader maps files
+        with read_locally(folder) as local:  # the reader memory-maps its files
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(local))
         set_state_dict(
             self.module,
@@ -166,7 +193,7 @@ class Trainer:
         return dict(model), dict(optim)
 
     def _tensors(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, Tensor]:
-        """What changes in training. Hyper-parameters are the config's, not the checkpoint's."""
+        """Return the tensors that change in training, by name. Hyper-parameters come from the config, not from here."""
         tensors = {f"model.{k}": v for k, v in model.items() if self._names.get(k, k) == k}
         tensors |= {f"optim.{k}": v for k, v in optim.items() if k.startswith("state.")}
         tensors |= {f"extra.{k}": v for k, v in self.extra.items()}
@@ -175,7 +202,7 @@ class Trainer:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The whole state of a sharded module, on the CPU of every rank. Collective."""
+    """Return the full state of a sharded module, on the CPU of every rank. Collective."""
     return {
         name: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.cpu() for name, p in module.state_dict().items()
     }

@@ -1,17 +1,15 @@
 """Weight transfer to a vLLM engine without GPUs, in vLLM's own framework.
 
-vLLM ships ``nccl`` and ``ipc`` transfer, both for GPUs. This is the same for CPU: the
-trainer writes its weights as one safetensors file without a name (memfd: memory that the
-kernel takes back with the trainer, however that ends), the engine's worker on the same
-machine maps it and loads it in place; an engine on another host gets the file's bytes first
-(``EngineClient.update_weights``). ``register`` is a ``vllm.general_plugins`` entry
-point, so vLLM runs it in every process of an engine before a model is built.
+vLLM ships the transfers ``nccl`` and ``ipc``, both for GPUs. This module adds ``safetensors`` for CPUs. The trainer
+writes its weights as one safetensors file into a memfd, a file in memory without a name, which the kernel frees when
+the trainer ends in whatever way. The engine's worker on the same machine maps the file and loads it in place. An engine
+on another host gets the file's bytes first (``EngineClient.update_weights``). ``register`` is a
+``vllm.general_plugins`` entry point, so vLLM runs it in every process of an engine before a model is built.
 
-Why the plugin also turns off packed linear layers: on CPU vLLM hands each weight to
-oneDNN (or an AMX kernel), which keeps a packed copy behind a handle that the compiled
-graph holds as a constant. Loading new weights makes a new handle that the graph never
-sees: the engine goes on with the old policy and says nothing. Without packing the graph
-takes the weight itself as an argument, and an in-place copy is exact.
+The plugin also turns off packed linear layers. On a CPU vLLM hands each weight to oneDNN (or an AMX kernel), which
+keeps a packed copy behind a handle, and the compiled graph holds that handle as a constant. Loading new weights makes a
+new handle that the graph never sees, so the engine would go on with the old policy without an error. Without packing
+the graph takes the weight itself as an argument, and an in-place copy is exact.
 """
 
 from __future__ import annotations
@@ -46,7 +44,11 @@ BACKEND = "safetensors"
 
 
 def register() -> None:
-    """Make the backend known, weights updatable, and a process end with its actor, leaving nothing. Idempotent."""
+    """Prepare a vLLM process for this transfer. Idempotent.
+
+    It registers the backend, makes weights updatable on a CPU, and has the process end with its actor without leaving
+    shared memory behind.
+    """
     from vllm.platforms import current_platform
 
     end_with_parent()
@@ -68,7 +70,7 @@ def _disable_packed_linear() -> None:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: the file describes itself."""
+    """Empty: the file describes itself, so trainer and engine have nothing to agree on."""
 
 
 @dataclass
@@ -80,18 +82,19 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass
 class TrainerInit(TrainerInitInfo):
-    """Nothing but what every backend has."""
+    """The trainer's settings; this backend adds none of its own."""
 
     backend: ClassVar[str] = BACKEND
 
 
 class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Worker side: loads a file into the model's parameters, in place."""
+    """The engine's side, in each vLLM worker: loads a file into the model's parameters, in place."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Raise RuntimeError if a layer keeps a packed copy of its weights, which an update would not reach."""
         packed = [name for name, p in self.model.named_parameters() if math.prod(p.shape) == 0]
         if packed:
             raise RuntimeError(
@@ -101,31 +104,33 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: parameters are written in place."""
+        """Do nothing: parameters are written in place."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load the file at ``update_info.path``. Raises RuntimeError if it leaves a parameter unchanged."""
         with safe_open(update_info.path, framework="pt") as file, torch.no_grad():
             loaded = self.model.load_weights(  # type: ignore[operator]
                 (name, file.get_tensor(name))
-                for name in file.keys()  # noqa: SIM118 - no dict
+                for name in file.keys()  # noqa: SIM118 - ``file`` is no dict
             )
         missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
         if missing:
             raise RuntimeError(f"the update left {len(missing)} parameters unchanged: {sorted(missing)[:3]}")
 
     def update_weights(self, update_info: dict) -> None:
+        """Parse ``update_info`` and load the weights."""
         # The base class synchronizes an accelerator, which a CPU build does not have.
         self.receive_weights(self.parse_update_info(update_info))
 
     def finish_weight_update(self) -> None:
-        """Nothing to finish: see ``start_weight_update``."""
+        """Do nothing: see ``start_weight_update``."""
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Do nothing: nothing is held between updates."""
 
 
 class SafetensorsTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
-    """Trainer side: rank 0 writes the file; every rank takes part in gathering shards."""
+    """The trainer's side: rank 0 writes the file, and every rank takes part in gathering the shards."""
 
     init_info_cls = TrainerInit
 
@@ -133,6 +138,11 @@ class SafetensorsTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
     def trainer_init(
         cls, init_info: TrainerInit, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
     ) -> Self:
+        """Return a trainer's end of the transfer. On rank 0 it also prepares the engines.
+
+        Raises:
+          ValueError: there is no ``source``.
+        """
         if source is None:
             raise ValueError("the safetensors transfer needs a WeightSource")
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
@@ -141,11 +151,12 @@ class SafetensorsTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
         return engine
 
     def send_weights(self) -> None:
+        """Gather the weights and, on rank 0, have every engine load them. Collective."""
         assert self.source is not None
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.source}
         if not self.is_sender:
             return
-        # A name that no other host has: an engine that finds it reads this very file.
+        # The memfd's name is on no other host, so an engine that sees it reads this file (``VllmEngine.sees``).
         with os.fdopen(os.memfd_create(f"dvpo-weights-{uuid.uuid4().hex}"), "wb") as file:
             file.write(save(tensors))
             file.flush()

@@ -1,4 +1,4 @@
-"""Engines that serve the policy: its weights go to every one of them, versioned, acknowledged, with a deadline."""
+"""Engines in step with the policy: its weights go to every engine, with a version, an acknowledgement, a deadline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from actors.weights.transfer import EngineClient
 from dvpo_service.config import Backend, Config
 from dvpo_service.types import Prompt, Sample, Sampling
 
-# Pushes the policy's weights to a client's engines within a deadline in seconds; returns those lost, with the cause.
+# Pushes the policy's weights to a client's engines within a deadline in seconds; returns the causes of those lost.
 SendWeights = Callable[[EngineClient, Backend, float], dict[int, str]]
 
 
@@ -28,7 +28,12 @@ class SyncedEngines:
         self.version: int | None = None
 
     def push(self, version: int) -> None:
-        """Raises PoolError when the policy cannot send, RestartBudgetExhausted when engines die too often."""
+        """Give every started engine the policy's weights; return when each has acknowledged ``version`` or is lost.
+
+        Raises:
+          PoolError: the policy cannot send its weights.
+          RestartBudgetExhausted: engines died too often.
+        """
         self.version = version
         self.engines.supervisor.advance(version)
         self._push_again()
@@ -42,15 +47,15 @@ class SyncedEngines:
         step: int,
         check: Callable[[], None] | None = None,
     ) -> list[list[Sample]]:
-        """See ``EnginePool.generate``."""
-        # The policy may be in the middle of an update when another thread than the loop's samples.
+        """Return samples; see ``EnginePool.generate``."""
+        # A caller with ``check`` is not the loop's thread: the policy may be in an update and cannot send its weights.
         revive = None if check else self.revive
         return self.engines.generate(prompts, sampling, run_seed=run_seed, step=step, check=check, revive=revive)
 
     def revive(self) -> bool:
-        """Push the weights again where no engine serves, and return whether any does.
+        """If no engine serves, push the weights again to those that have started; return whether any engine serves.
 
-        For the loop's thread, between two updates.
+        Call it from the loop's thread, between two updates.
         """
         supervisor = self.engines.supervisor
         if not supervisor.serving() and supervisor.alive():
@@ -64,7 +69,7 @@ class SyncedEngines:
         if not alive:
             return
         client = EngineClient(alive, self.workers_per_engine, self.timeout_s)
-        # Every call of the client has its own deadline: this one is for the whole of them.
+        # Each of the client's calls has its own deadline of ``timeout_s``; this one is for all of them together.
         lost = self.send(client, self.backend, 4 * self.timeout_s)
         for i, cause in lost.items():
             self.engines.supervisor.lost(i, alive[i], cause)

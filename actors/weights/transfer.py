@@ -1,4 +1,4 @@
-"""Joining a trainer rank to vLLM's weight transfer: one call for CPU and GPU backends."""
+"""The trainer's side of vLLM's weight transfer, for CPU and GPU backends."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dvpo_service.registry import engines
 
 
 def weight_backend(config: Config) -> Backend:
-    """Return the configured backend; ``auto`` is NCCL between GPUs where the engine has it, else a file in memory.
+    """Return the configured backend. ``auto`` is NCCL where engines have GPUs and support it, else a file in memory.
 
     Raises:
-      ConfigError: the engine does not take the configured one.
+      ConfigError: the engine does not support the configured backend.
     """
     transfers = engines.load(config.rollout.engine).transfers
     wanted = config.rollout.weight_transfer
@@ -40,10 +40,13 @@ def weight_backend(config: Config) -> Backend:
 class EngineClient:
     """vLLM's weight-sync control plane over rollout actors, with a deadline on every call.
 
-    ``engines``: actors by their number in the pool. One that dies or misses the deadline goes to ``lost``
-    with the cause and is left out of the calls that follow; the others' update goes on.
-    ``workers_per_engine`` is the engines' tensor-parallel size: NCCL ranks are numbered through
-    all engines' workers.
+    Every method is called on all engines at once. An engine that dies or misses the deadline is recorded in ``lost``
+    with the cause, and is left out of the calls that follow; the update of the others goes on.
+
+    Args:
+      engines: actors by their number in the pool.
+      workers_per_engine: the engines' tensor-parallel size. NCCL ranks are numbered through all engines' workers.
+      timeout_s: deadline of each call.
     """
 
     def __init__(self, engines: dict[int, Any], workers_per_engine: int, timeout_s: float):
@@ -52,10 +55,11 @@ class EngineClient:
 
     @property
     def membership(self) -> tuple[Any, ...]:
-        """Equal for clients of the same actors."""
+        """A value that is equal for clients of the same actors."""
         return tuple((i, actor._actor_id) for i, actor in sorted(self.engines.items()))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join every engine to the transfer; each one gets its own ``rank_offset`` where the backend has ranks."""
         infos = {i: dict(init_info) for i in self.engines}
         if "rank_offset" in init_info:
             for position, info in enumerate(infos.values()):
@@ -63,31 +67,35 @@ class EngineClient:
         self._all(VllmEngine.init_weight_transfer_engine, {i: (info,) for i, info in infos.items()})
 
     def shutdown_weight_transfer_engine(self) -> None:
+        """Have every engine leave the transfer."""
         self._all(VllmEngine.shutdown_weight_transfer_engine)
 
     def start_weight_update(self) -> None:
+        """Have every engine expect an update."""
         self._all(VllmEngine.start_weight_update)
 
     def update_weights(self, update_info: Any) -> None:
-        """Every engine takes the update. A file is read where it lies, and sent to engines on other hosts."""
-        sent: dict[int, tuple[Any, ...]] = dict.fromkeys(self.engines, (update_info,))
+        """Have every engine load the update. Engines on this host read a file directly; others are sent its bytes."""
+        arguments: dict[int, tuple[Any, ...]] = dict.fromkeys(self.engines, (update_info,))
         if isinstance(update_info, dict) and "path" in update_info:
-            far = [i for i, near in self.reading(update_info["path"]).items() if not near]
-            if far:  # into Ray's object store once, for all of them
+            remote = [i for i, sees_file in self.reading(update_info["path"]).items() if not sees_file]
+            if remote:  # the bytes go into Ray's object store once for all of them
                 content = ray.put(np.fromfile(update_info["path"], dtype=np.uint8))
-                sent |= dict.fromkeys(far, (update_info, content))
-        self._all(VllmEngine.update_weights, sent)
+                arguments |= dict.fromkeys(remote, (update_info, content))
+        self._all(VllmEngine.update_weights, arguments)
 
     def reading(self, path: str) -> dict[int, bool]:
-        """By engine: does it see this host's file?"""
+        """Return, by engine, whether it sees this host's file at ``path``."""
         return self._all(VllmEngine.sees, dict.fromkeys(self.engines, (path, os.readlink(path))))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Tell every engine that the update is complete."""
         self._all(VllmEngine.finish_weight_update)
 
     def _all(self, method: Callable[..., Any], arguments: dict[int, tuple[Any, ...]] | None = None) -> dict[int, Any]:
-        """Call ``method`` on every engine that is not lost; return the results by engine, without those lost now."""
-        deadline, results = time.monotonic() + self.timeout_s, {}
+        """Call ``method`` on every engine that is not lost; return the results of those that answered, by engine."""
+        deadline = time.monotonic() + self.timeout_s
+        results = {}
         name = method.__name__
         refs = {
             i: getattr(actor, name).remote(*(arguments[i] if arguments else ()))
@@ -109,15 +117,25 @@ class EngineClient:
 
 
 def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int) -> Any:
-    """A vLLM ``TrainerWeightTransferEngine`` over ``module``'s parameters. Collective."""
-    # vLLM takes seconds to import, and whoever only names a backend or a client does without.
+    """Join the weight transfer between the policy's ranks and the engines. Collective.
+
+    Args:
+      module: the policy's model, whose parameters are sent.
+      client: the engines.
+      backend: how the weights travel.
+      rank: of this process in the policy's pool.
+
+    Returns:
+      A vLLM ``TrainerWeightTransferEngine``.
+    """
+    # vLLM takes seconds to import; code that only names a backend or a client need not wait for that.
     from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
 
     from actors.weights import cpu_transfer
 
     cpu_transfer.register()
     if rank == 0:
-        client.shutdown_weight_transfer_engine()  # what they hold of a group before this one
+        client.shutdown_weight_transfer_engine()  # the engines leave the group that they joined before
     return WeightTransferTrainerFactory.trainer_init(
         _init_info(backend, rank, client), client=client, source=ModuleSource(module)
     )

@@ -1,6 +1,7 @@
-"""Warnings in words when a measurement is bad for a while: what is seen, and what usually helps.
+"""Alerts: when a metric has been bad for a while, say in words what is seen and what usually helps.
 
-Pure: metrics in, sentences out. ``rules.RULES`` is the whole knowledge; docs/troubleshooting.md shows it as a table.
+Metrics go in, sentences come out; there are no side effects. All rules are in ``rules.RULES``, and
+docs/troubleshooting.md shows them as a table.
 """
 
 from dvpo_service.alerts.advisor import Advisor

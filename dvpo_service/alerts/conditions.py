@@ -1,4 +1,4 @@
-"""When a measurement is bad. A condition that needs more than one number is a function of the history."""
+"""The conditions under which a metric is bad. Each function returns a condition for the bounds it is given."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ Found = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Condition:
-    """``find`` gives the numbers to report when it is bad, None when good; it raises Missing when it cannot tell."""
+    """A condition on the metrics.
 
-    when: str  # the same in words, for the documentation
+    Attributes:
+      when: the condition in words, for the documentation.
+      find: returns the numbers to report when the condition is met (bad), or None when it is not (good). Raises Missing
+        when a metric that it needs was not measured.
+    """
+
+    when: str
     find: Callable[[History], Found | None]
 
 
 def limit(name: str, sign: Literal["<", ">"], bound: float, *, smooth: bool = False) -> Condition:
-    """The metric, or its running mean with ``smooth``, is beyond ``bound``; reported as ``value``."""
+    """Bad when the metric, or its running mean with ``smooth``, is above (">") or below ("<") ``bound``."""
     beyond = operator.gt if sign == ">" else operator.lt
 
     def find(h: History) -> Found | None:
@@ -32,8 +38,12 @@ def limit(name: str, sign: Literal["<", ">"], bound: float, *, smooth: bool = Fa
 
 
 def critic_explains_nothing(bound: float) -> Condition:
-    """The running mean of the explained variance is below ``bound``; ``at_best`` says what prompts alone could tell."""
-    name, share = "critic/explained_variance", "reward/between_prompts"
+    """Bad when the running mean of the explained variance is below ``bound``.
+
+    ``at_best`` reports the share of the rewards' variance that lies between prompts.
+    """
+    name = "critic/explained_variance"
+    share = "reward/between_prompts"
 
     def find(h: History) -> Found | None:
         value = h.past(name).mean
@@ -41,7 +51,7 @@ def critic_explains_nothing(bound: float) -> Condition:
             return None
         try:
             at_best = f" {max(0.0, h.past(share).mean):.0%} of the rewards' variance lies between prompts."
-        except Missing:  # one response a prompt tells nothing of it
+        except Missing:  # not measured with one response per prompt
             at_best = ""
         return {"value": value, "at_best": at_best}
 
@@ -49,11 +59,12 @@ def critic_explains_nothing(bound: float) -> Condition:
 
 
 def critic_mean_off(sds: float) -> Condition:
-    """The critic's mean is more than ``sds`` standard deviations of the returns from their mean."""
+    """Bad when the critic's mean is more than ``sds`` standard deviations of the returns from the returns' mean."""
 
     def find(h: History) -> Found | None:
-        value, mean = h["critic/quantile_mean"], h["critic/return_mean"]
-        # The largest sd so far: once nearly every answer is right, the sd of the moment says nothing of the scale.
+        value = h["critic/quantile_mean"]
+        mean = h["critic/return_mean"]
+        # The largest sd so far: once nearly every answer is right, the current sd says nothing about the scale.
         sd = h.past("critic/return_sd").highest
         gap = abs(value - mean)
         return {"value": value, "mean": mean, "gap": gap / sd} if sd > 0 and gap > sds * sd else None
@@ -62,7 +73,10 @@ def critic_mean_off(sds: float) -> Condition:
 
 
 def fresh_engine_differs(bound: float) -> Condition:
-    """``policy/rollout_kl`` is beyond ``bound`` though the weights are the same; stale tokens do differ."""
+    """Bad when ``policy/rollout_kl`` is above ``bound`` although engine and trainer have the same weights.
+
+    Stale tokens were sampled by older weights, so their log-probs do differ.
+    """
 
     def find(h: History) -> Found | None:
         value = h["policy/rollout_kl"]
@@ -73,38 +87,41 @@ def fresh_engine_differs(bound: float) -> Condition:
 
 
 def head_spread(sign: Literal["<", ">"], share: float) -> Condition:
-    """The heads' disagreement is beyond ``share`` of the returns' standard deviation."""
+    """Bad when the heads' disagreement is above or below ``share`` of the returns' standard deviation."""
     beyond = operator.gt if sign == ">" else operator.lt
 
     def find(h: History) -> Found | None:
-        value, sd = h["critic/head_disagreement"], h.past("critic/return_sd").highest
+        value = h["critic/head_disagreement"]
+        sd = h.past("critic/return_sd").highest
         return {"value": value, "share": value / sd} if sd > 0 and beyond(value / sd, share) else None
 
     return Condition(f"`critic/head_disagreement` {sign} {share:g} x `critic/return_sd`", find)
 
 
 def gradient_clipped(pool: Literal["policy", "critic"], times: float) -> Condition:
-    """The running mean of the gradient norm, before clipping, is beyond ``times`` the clip."""
+    """Bad when the running mean of the gradient norm, before clipping, is above ``times`` the clipping bound."""
 
     def find(h: History) -> Found | None:
-        mean, clip = h.past(f"{pool}/grad_norm").mean, h.max_grad_norm[pool]
+        mean = h.past(f"{pool}/grad_norm").mean
+        clip = h.max_grad_norm[pool]
         return {"value": mean, "times": mean / clip} if mean > times * clip else None
 
     return Condition(f"running mean of `{pool}/grad_norm` > {times:g} x `{pool}.optim.max_grad_norm`", find)
 
 
 def entropy_collapsed(share: float) -> Condition:
-    """The policy's entropy is below ``share`` of its first value."""
+    """Bad when the policy's entropy is below ``share`` of its first value."""
 
     def find(h: History) -> Found | None:
-        value, first = h["policy/entropy"], h.past("policy/entropy").first
+        value = h["policy/entropy"]
+        first = h.past("policy/entropy").first
         return {"value": value, "first": first} if value < share * first else None
 
     return Condition(f"`policy/entropy` < {share:g} x its first value", find)
 
 
 def steps_skipped() -> Condition:
-    """Any optimizer step of either pool was left out."""
+    """Bad when an optimizer step of either pool was skipped."""
 
     def find(h: History) -> Found | None:
         skipped = sum(h.measured("policy/skipped_steps", "critic/skipped_steps"))
@@ -114,26 +131,29 @@ def steps_skipped() -> Condition:
 
 
 def reward_falls(share: float) -> Condition:
-    """The reward's running mean is below its best by ``share`` of it, and by more than noise."""
+    """Bad when the reward's running mean is below its best by more than ``share`` of the best, and beyond noise."""
 
     def find(h: History) -> Found | None:
         reward = h.past("reward/mean")
-        best, mean = reward.best_mean, reward.mean
-        # Twice the sd of single steps is six standard errors of a mean of ten.
+        best = reward.best_mean
+        mean = reward.mean
+        # Twice the sd of single steps is six standard errors of a mean of ten steps.
         return {"value": mean, "best": best} if best - mean > max(share * abs(best), 2 * reward.sd) else None
 
     return Condition(f"running mean of `reward/mean` {share:.0%} below its best", find)
 
 
 def held_out_falls(drop: float) -> Condition:
-    """A split's accuracy is ``drop`` below its best while the training reward is above what it was then."""
+    """Bad when a split's accuracy is ``drop`` below its best while the training reward has risen since then."""
 
     def find(h: History) -> Found | None:
-        reward, names = h.past("reward/mean"), h.accuracies()
+        reward = h.past("reward/mean")
+        names = h.accuracies()
         if not names:
             raise Missing("eval/<split>/accuracy")
         worst = max(names, key=lambda name: h.past(name).highest - h[name])
-        best, before = h.past(worst).highest, h.reward_at_best(worst)
+        best = h.past(worst).highest
+        before = h.reward_at_best(worst)
         if best - h[worst] <= drop or reward.mean <= before + reward.sd / 2:
             return None
         split = worst.split("/")[1]

@@ -1,7 +1,7 @@
-"""Every rule: when it speaks, one sentence on what is seen, one on what usually helps.
+"""Every rule: its condition, a sentence on what is seen, and a sentence on what usually helps.
 
-The limits are rules of thumb for outcome rewards, not theorems. Where a healthy run was measured against one, a
-comment says so.
+The bounds are rules of thumb for outcome rewards. Where one was compared with measurements of healthy runs, a comment
+says so.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ from dvpo_service.alerts.conditions import (
     steps_skipped,
 )
 
-CRITIC_STEPS = 20  # a critic starts from random heads: nothing is wrong with it before it could learn
+CRITIC_STEPS = 20  # a critic starts from random heads, so its metrics are bad until it has had time to learn
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``seen`` is formatted with what ``condition`` found; ``helps`` names config keys. The rule is silent before
-    step ``after``; ``patience`` replaces the Advisor's."""
+    """When to give an alert, and its text.
+
+    Attributes:
+      name: in the alert and in docs/troubleshooting.md.
+      condition: when the metrics are bad.
+      seen: what is seen; a format string for the numbers that the condition returns.
+      helps: what usually helps; it names config keys.
+      after: the first step at which the rule is checked.
+      patience: bad measurements in a row before an alert, in place of the Advisor's.
+    """
 
     name: str
     condition: Condition
@@ -57,8 +65,8 @@ CRITIC = (
         after=CRITIC_STEPS,
     ),
     Rule(
-        # In a small regression with 0/1 and with normal returns the calibrated form stays below 0.05, the paper's
-        # is at 0.2.
+        # In a small regression with 0/1 and with normal returns, the error of the calibrated form stays below 0.05,
+        # and that of the paper's form is 0.2.
         "quantiles_miscalibrated",
         limit("critic/calibration_error", ">", 0.15, smooth=True),
         "The share of returns below a predicted quantile is off its level by {value:.2f} on average.",
@@ -67,7 +75,8 @@ CRITIC = (
         after=CRITIC_STEPS,
     ),
     Rule(
-        # Sorted atoms have no order to learn: the rate stays at its 0.5 in good runs. Only more than that is odd.
+        # With sorted atoms the critic need not learn an order, so good runs stay at the 0.5 of random heads. Only a
+        # higher rate is a sign of a problem.
         "quantiles_cross",
         limit("critic/crossing_rate", ">", 0.6),
         "{value:.0%} of the neighbouring quantiles are out of order, more than in random heads.",
@@ -76,7 +85,7 @@ CRITIC = (
         after=CRITIC_STEPS,
     ),
     Rule(
-        # Good runs have 0.01 of the returns' sd.
+        # In good runs the disagreement is 0.01 of the returns' sd.
         "heads_are_copies",
         head_spread("<", 0.001),
         "The critic's heads differ by {value:.1e}, {share:.1e} of the returns' standard deviation: one head repeated.",
@@ -135,7 +144,7 @@ POLICY = (
         "rollout.temperature, or lower policy.optim.lr.",
     ),
     Rule(
-        # Two wordless steps later trainer.max_bad_steps stops the run: this one cannot wait.
+        # With trainer.max_bad_steps at its default of 3, two more skipped steps stop the run: this alert cannot wait.
         "steps_skipped",
         steps_skipped(),
         "{value:.0f} optimizer steps were skipped for a loss or gradient that is not finite.",

@@ -1,17 +1,17 @@
-"""Targets and advantages from rewards and values (Eq. 2 of arXiv 2512.03847; LOSSES sections 2 and 4).
+"""Targets and advantages from rewards and values (Eq. 2 of arXiv 2512.03847; docs/algorithm.md).
 
-A masked token (padding, tool output, a failed sample) is skipped: the next valid token supplies its
-predecessor's ``Z_{t+1}`` and ``A_{t+1}``, with one factor of gamma between the two. It gets 0 itself, and
-nothing that stands on it, reward included, reaches any other token; whoever builds the batch puts the
-outcome reward on the last *valid* token.
+A masked token (padding, tool output, a failed sample) is skipped: the valid token before it takes ``Z_{t+1}`` and
+``A_{t+1}`` from the next valid token, with one factor of gamma between the two. The masked token gets 0, and its
+contents, the reward included, reach no other token. Whoever builds the batch must therefore put the outcome reward on
+the last *valid* token.
 
-After the last valid token stands ``z_end``: 0 where the sequence finished, the critic's own value where it
-was cut. That replaces ``done``.
+``z_end`` is the value after the last valid token: 0 where the sequence finished, and the critic's own value where the
+sequence was cut. It replaces a ``done`` flag.
 
-``lam`` is a number in [0, 1], or a tensor [B, T] (or [B, 1]) of such, where ``lam_t`` multiplies the trace
-from t to the next valid token; the values in a tensor are not checked: that would wait for the device.
+``lam`` is a number in [0, 1], or a tensor [B, T] or [B, 1] of such numbers. ``lam_t`` multiplies the trace from token t
+to the next valid token. The values in a tensor are not checked, because that would wait for the device.
 
-All results are detached, float32 or better, and each row of them depends on that row's valid tokens alone.
+All results are detached and float32 or better. Each row of a result depends on that row's valid tokens alone.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dvpo_service.algo.scan import LastFirst, linear_scan
 def distributional_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, z_end: Tensor, gamma: float, lam: float | Tensor
 ) -> Tensor:
-    """Eq. 2, elementwise in the atoms j; returns the targets ``y = Z + A``, [B, T, M].
+    """Return the targets ``y = Z + A`` of Eq. 2, computed for each atom j by itself.
 
         delta_t = r_t + gamma Z_{t+1} - Z_t
         A_t     = delta_t + gamma lam_t A_{t+1}
 
-    computed as ``y_t = r_t + gamma ((1 - lam_t) Z_{t+1} + lam_t y_{t+1})``: the same, without the rounding of
-    ``Z_t``, so that for lam = 1 nothing of Z is left.
+    The code computes the equal expression ``y_t = r_t + gamma ((1 - lam_t) Z_{t+1} + lam_t y_{t+1})``. It avoids the
+    rounding of ``Z_t``, so that for lam = 1 the targets do not depend on Z at all.
 
     Args:
       rewards: [B, T].
@@ -42,14 +42,15 @@ def distributional_gae(
       mask: [B, T] bool.
       z_end: atoms after the last valid token [B, M].
       gamma: discount, in [0, 1].
-      lam: GAE's trace parameter, in [0, 1]; a number, or per token (see above).
+      lam: GAE's trace parameter, in [0, 1]; a number, or one per token (see the module's docstring).
 
     Returns:
-      Targets [B, T, M], 0 where masked; for lam = 1 the discounted returns (plus ``z_end``). Not sorted:
-      for 0 < lam < 1 they need not ascend. The scalar advantage is their mean over j minus that of Z.
+      Targets [B, T, M], 0 where masked. For lam = 1 they are the discounted returns (plus the discounted ``z_end``).
+      They are not sorted: for 0 < lam < 1 they need not ascend. The scalar advantage is the targets' mean over j minus
+      the mean of Z over j.
 
     Raises:
-      ValueError: on shapes that do not fit, or gamma or a number lam outside [0, 1].
+      ValueError: when the shapes do not fit, or gamma or a number lam is outside [0, 1].
     """
     values, rewards, lam = check_inputs(rewards, values, mask, z_end, gamma, lam, axes=3)
     order, z_end = LastFirst(mask), z_end.to(values)
@@ -62,13 +63,21 @@ def distributional_gae(
 def scalar_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, v_end: Tensor, gamma: float, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """GAE (arXiv 1506.02438): ``distributional_gae`` without the atoms' axis.
+    """Return the advantages and returns of GAE (arXiv 1506.02438): ``distributional_gae`` without the atoms' axis.
 
-    values [B, T] and v_end [B] -> (advantages [B, T], returns = values + advantages [B, T]), 0 where
-    masked. On the mean atom the advantages are those of Eq. 2, for Eq. 2 is linear. They are summed from
-    the deltas: where every delta is 0 so is every advantage, and whitening finds no rounding to blow up.
+    Given the mean atom as the value, the advantages are the mean over atoms of Eq. 2's, because Eq. 2 is linear. They
+    are summed from the deltas. So every advantage is exactly 0 where every delta is 0, and whitening cannot blow up a
+    rounding error.
 
-    Raises ValueError like ``distributional_gae``.
+    Args:
+      values: [B, T].
+      v_end: [B], the value after the last valid token.
+
+    Returns:
+      (advantages, returns = values + advantages), both [B, T] and 0 where masked.
+
+    Raises:
+      ValueError: as ``distributional_gae`` does.
     """
     values, rewards, lam = check_inputs(rewards, values, mask, v_end, gamma, lam, axes=2)
     order = LastFirst(mask)
@@ -79,10 +88,16 @@ def scalar_gae(
 def packed_gae(
     order: LastFirst, rewards: Tensor, values: Tensor, backup: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``A_t = r_t + backup_t - V_t + decay_t A_{t+1}``: what the scalar estimators have in common.
+    """Solve ``A_t = r_t + backup_t - V_t + decay_t A_{t+1}``, the recursion that all scalar estimators share.
 
-    rewards and values [B, T] in token order; backup (the discounted value that follows) and decay [B, T]
-    in slot order. Returns (advantages, returns = values + advantages), [B, T] in token order, 0 where masked.
+    Args:
+      order: the order of the valid tokens.
+      rewards, values: [B, T] in token order.
+      backup: [B, T] in slot order, the discounted value of what follows the token.
+      decay: [B, T] in slot order.
+
+    Returns:
+      (advantages, returns = values + advantages), both [B, T] in token order and 0 where masked.
     """
     deltas = order.pack(rewards) + backup - order.pack(values)
     advantages = order.unpack(linear_scan(deltas, decay, deltas.new_zeros(len(deltas))))
@@ -92,13 +107,16 @@ def packed_gae(
 def check_inputs(
     rewards: Tensor, values: Tensor, mask: Tensor, end: Tensor, gamma: float, lam: float | Tensor, axes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [B, T, M] (``axes`` = 3) or [B, T] (2), rewards and lambda [B, T], in one dtype, float32 or better.
+    """Return values, rewards and lambda in one dtype, float32 or better.
 
-    Raises ValueError on shapes that do not fit, or gamma or a number lam outside [0, 1].
+    The values are [B, T, M] for ``axes`` = 3 and [B, T] for ``axes`` = 2; rewards and lambda are [B, T].
+
+    Raises:
+      ValueError: when the shapes do not fit, or gamma or a number lam is outside [0, 1].
     """
     bt = mask.shape
-    follows = values.shape[:1] + values.shape[2:]
-    if values.dim() != axes or values.shape[:2] != bt or rewards.shape != bt or end.shape != follows:
+    end_shape = values.shape[:1] + values.shape[2:]
+    if values.dim() != axes or values.shape[:2] != bt or rewards.shape != bt or end.shape != end_shape:
         wanted = "values [B,T,M] and z_end [B,M]" if axes == 3 else "values [B,T] and v_end [B]"
         got = ", ".join(str(tuple(x.shape)) for x in (rewards, mask, values, end))
         raise ValueError(f"expected rewards and mask [B,T], {wanted}; got {got}")
@@ -113,13 +131,13 @@ def check_inputs(
 
 @torch.no_grad()
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """A token's reward plus the discounted later ones, [B, T] -> [B, T], 0 where masked.
+    """Return each token's reward plus the discounted later rewards, [B, T], 0 where masked.
 
-    ``unsqueeze(-1)`` makes point targets [B, T, 1] of them: what ``distributional_gae`` repeats M times for
-    lam = 1 and ``z_end`` = 0. Raises ValueError like ``distributional_gae``.
+    ``unsqueeze(-1)`` turns the result into point targets [B, T, 1]. ``distributional_gae`` returns the same numbers M
+    times over for lam = 1 and ``z_end`` = 0. Raises ValueError as ``distributional_gae`` does.
     """
-    nothing = torch.zeros_like(float32_or_better(rewards))
-    returns, _ = scalar_gae(rewards, nothing, mask, nothing.new_zeros(len(nothing)), gamma, 1.0)
+    zeros = torch.zeros_like(float32_or_better(rewards))
+    returns, _ = scalar_gae(rewards, zeros, mask, zeros.new_zeros(len(zeros)), gamma, 1.0)
     return returns
 
 
@@ -133,19 +151,23 @@ def mixture_targets(
     lam: float | Tensor,
     seeds: Tensor,
 ) -> Tensor:
-    """Targets whose law is right for every lam (LOSSES section 4), [B, T, M] sorted ascending.
+    """Return targets whose distribution is right for every lam (docs/algorithm.md, "Targets").
 
         y_tj = r_t + gamma (y_{t+1,j} if coin_tj else Z_{t+1,j}),   coin_tj ~ Bernoulli(lam_t)
 
-    Eq. 2 averages quantile functions, which narrows the law; here each atom follows one of the two. The
-    mean is that of Eq. 2 in expectation over the coins, and equal to it for lam 0 and 1. Each token is
-    sorted once, after the whole recursion.
+    Eq. 2 averages two quantile functions, which narrows the distribution; here each atom follows one of the two. The
+    mean over atoms equals Eq. 2's in expectation over the coins, and exactly for lam 0 and 1. Each token is sorted
+    once, after the whole recursion.
 
     Args:
-      seeds: [B] int64, one per sequence. A row's coins depend on its seed and its number of valid tokens
-        alone: not on the other rows, the padding, masked tokens in between, or the device.
+      seeds: [B] int64, one per sequence. A row's coins depend on its seed and its number of valid tokens only, not on
+        the other rows, the padding, masked tokens in between, or the device.
 
-    Raises ValueError like ``distributional_gae``, and if ``seeds`` is not [B].
+    Returns:
+      Targets [B, T, M], sorted ascending, 0 where masked.
+
+    Raises:
+      ValueError: as ``distributional_gae`` does, and when ``seeds`` is not [B].
     """
     values, rewards, lam = check_inputs(rewards, values, mask, z_end, gamma, lam, axes=3)
     if seeds.shape != mask.shape[:1]:
@@ -160,11 +182,10 @@ def mixture_targets(
 
 @torch.no_grad()
 def length_adaptive_lambda(mask: Tensor, alpha: float) -> Tensor:
-    """VAPO's ``lambda = 1 - 1 / (alpha l)``, l a sequence's valid tokens (arXiv 2504.05118, alpha 0.05).
+    """Return VAPO's ``lambda = 1 - 1 / (alpha l)``, where l counts a sequence's valid tokens.
 
-    [B, T] bool -> [B, 1] float32 in [0, 1]; 0 for sequences of up to ``1 / alpha`` tokens.
-
-    Raises ValueError unless alpha > 0.
+    The paper is arXiv 2504.05118; it uses alpha 0.05. ``mask`` is [B, T] bool. The result is [B, 1] float32 in [0, 1],
+    and 0 for sequences of up to ``1 / alpha`` tokens. Raises ValueError unless alpha > 0.
     """
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
@@ -174,16 +195,20 @@ def length_adaptive_lambda(mask: Tensor, alpha: float) -> Tensor:
 
 @torch.no_grad()
 def whitening_sums(advantages: Tensor, mask: Tensor) -> Tensor:
-    """(count, sum, sum of squares) over the valid tokens, [3] float64: add up over ranks, then ``whiten``."""
+    """Return (count, sum, sum of squares) of the valid tokens, [3] float64.
+
+    Add the result up over all ranks and pass it to ``whiten``.
+    """
     valid = zero_masked(advantages, mask).double()
     return torch.stack((mask.sum().double(), valid.sum(), valid.square().sum()))
 
 
 @torch.no_grad()
 def whiten(advantages: Tensor, mask: Tensor, sums: Tensor, eps: float = 1e-8) -> Tensor:
-    """``(A - mean) / (sd + eps)`` with mean and population sd from global ``sums`` [3]; 0 where masked.
+    """Return ``(A - mean) / (sd + eps)``, [B, T], float32 or better, 0 where masked.
 
-    All zeros when the advantages are all equal (sd 0) or none is valid. Float32 or better.
+    Mean and population sd come from the global ``sums`` [3] of ``whitening_sums``. The result is all zeros when the
+    advantages are all equal (sd 0) or when no token is valid.
     """
     sums = sums.to(device=advantages.device, dtype=torch.float64)
     count, total, squares = sums.unbind()
@@ -194,8 +219,9 @@ def whiten(advantages: Tensor, mask: Tensor, sums: Tensor, eps: float = 1e-8) ->
 
 
 def _coins(mask: Tensor, m: int, trace: Tensor, seeds: Tensor) -> Tensor:
-    """Bernoulli(trace) [B, T, M] bool in slot order: drawn on the CPU row by row, for the valid tokens only."""
-    coins, trace = torch.zeros(*mask.shape, m, dtype=torch.bool), trace.cpu().unsqueeze(-1)
+    """Return Bernoulli(trace) draws [B, T, M] bool in slot order, drawn on the CPU for each row's valid tokens only."""
+    coins = torch.zeros(*mask.shape, m, dtype=torch.bool)
+    trace = trace.cpu().unsqueeze(-1)
     for row, (seed, valid) in enumerate(zip(seeds.tolist(), mask.sum(1).tolist(), strict=True)):
         generator = torch.Generator().manual_seed(seed)
         coins[row, :valid] = torch.rand(valid, m, generator=generator) < trace[row, :valid]
@@ -203,8 +229,10 @@ def _coins(mask: Tensor, m: int, trace: Tensor, seeds: Tensor) -> Tensor:
 
 
 def _sorted(atoms: Tensor) -> Tensor:
-    """``atoms`` [..., M] ascending. On the CPU by NumPy, whose vectorised sort (it keeps no indices) is tens of
-    times faster than torch's and was most of the time spent here.
+    """Return ``atoms`` [..., M] in ascending order.
+
+    On the CPU NumPy sorts: its vectorised sort keeps no indices and is tens of times faster than torch's, which took
+    most of the time of this module.
     """
     if atoms.device.type == "cpu":
         return torch.from_numpy(np.sort(atoms.numpy(), axis=-1))

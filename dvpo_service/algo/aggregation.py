@@ -1,7 +1,8 @@
 """From per-token losses to the loss of a batch: a weight per token, so that parts add up to the whole.
 
-Every count is an argument and counts the *whole* batch (of an optimizer step, over all micro-batches and
-ranks). Then ``weighted_sum`` over any cut into parts, added up, is the batch's loss, and so is its gradient.
+Every count is an argument and counts the *whole* batch of an optimizer step, over all micro-batches and ranks. So
+``weighted_sum`` can be computed on the parts of any split: the results add up to the batch's loss, and their gradients
+to its gradient.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ def token_weights(
     num_sequences: float,
     horizon: float,
 ) -> Tensor:
-    """The weight of each valid token in the batch's loss, [B, T] float32, 0 where ``mask`` is False.
+    """Return the weight of each token in the batch's loss, [B, T] float32, 0 where ``mask`` is False.
 
-    - "token_mean": ``1 / num_tokens``; every token alike (DAPO, arXiv 2503.14476, section 3.3).
-    - "seq_mean_token_mean": ``1 / (num_sequences * length)``; every response alike, so a token of a long one
-      counts less (GRPO, arXiv 2402.03300, Eq. 3).
+    - "token_mean": ``1 / num_tokens``. Every token counts the same (DAPO, arXiv 2503.14476, section 3.3).
+    - "seq_mean_token_mean": ``1 / (num_sequences * length)``. Every response counts the same, so a token of a long
+      response counts less (GRPO, arXiv 2402.03300, Eq. 3).
     - "seq_mean_token_sum": ``1 / num_sequences``.
-    - "seq_mean_token_sum_norm": ``1 / (num_sequences * horizon)``; a constant in place of the length takes
-      GRPO's length bias out and keeps the scale of a mean (Dr. GRPO, arXiv 2503.20783).
+    - "seq_mean_token_sum_norm": ``1 / (num_sequences * horizon)``. A constant in place of the length removes GRPO's
+      length bias and keeps the scale of a mean (Dr. GRPO, arXiv 2503.20783).
 
     Args:
-      mask: [B, T] bool, whole responses: a row's valid tokens are its ``length``.
+      mask: [B, T] bool. Rows are whole responses; ``length`` is the number of valid tokens in a row.
       num_tokens: valid tokens of the whole batch.
       num_sequences: responses of the whole batch with at least one valid token.
       horizon: a constant of the run, such as the longest response allowed.
 
     Raises:
-      ValueError: for another kind, a mask that is not [B, T], or a count that is not positive.
+      ValueError: when the kind is unknown, the mask is not [B, T], or a count is not positive.
     """
     if mask.dim() != 2:
         raise ValueError(f"the mask is [B, T], got {tuple(mask.shape)}")
@@ -60,11 +61,10 @@ def token_weights(
 
 
 def weighted_sum(x: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """Scalar ``sum of weights * x`` over the tokens where ``mask`` is True; all [B, T].
+    """Return the scalar ``sum of weights * x`` over the tokens where ``mask`` is True.
 
-    NaN on padding, in ``x`` or ``weights``, reaches neither the value nor the gradient to ``x``.
-
-    Raises ValueError when the shapes differ.
+    All arguments are [B, T]. NaN on padding, in ``x`` or in ``weights``, reaches neither the value nor the gradient
+    with respect to ``x``. Raises ValueError when the shapes differ.
     """
     if not x.shape == weights.shape == mask.shape:
         raise ValueError(f"shapes differ: {tuple(x.shape)}, weights {tuple(weights.shape)}, mask {tuple(mask.shape)}")

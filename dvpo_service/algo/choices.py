@@ -1,6 +1,6 @@
-"""The named choices of the algorithm, each defined once, for the maths and for the configuration alike.
+"""The named choices of the algorithm. The maths and the configuration both take them from here.
 
-This module imports nothing heavy: a config is read without torch.
+This module does not import torch, so that a config can be read without it.
 """
 
 from __future__ import annotations
@@ -25,5 +25,5 @@ KlKind = Literal["k1", "k2", "k3"]
 KlPlace = Literal["reward", "loss"]
 BeyondCap = Literal["truncate", "mask"]
 
-# Noise that can be put on rewards.
+# Noise that can be added to rewards.
 NoiseKind = Literal["none", "flip", "gaussian", "majority_vote"]

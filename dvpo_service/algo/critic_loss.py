@@ -1,4 +1,4 @@
-"""The critic's loss: the weighted sum of the eight terms (Eq. 11) with a report per term."""
+"""The critic's loss: the weighted sum of the eight terms (Eq. 11 of arXiv 2512.03847), with a report per term."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from dvpo_service.algo.quantiles import quantile_levels
 
 @dataclass(frozen=True)
 class CriticLoss:
-    """``total`` has the gradient; ``raw`` and ``weighted`` are detached scalars per term."""
+    """The loss and its terms.
+
+    Attributes:
+      total: scalar, with its gradient.
+      raw: the value of each term, a detached scalar by the term's name.
+      weighted: the same times the term's weight: what the term adds to ``total``.
+    """
 
     total: Tensor
     raw: dict[str, Tensor]
@@ -27,11 +33,11 @@ class CriticLoss:
 
 @dataclass(frozen=True)
 class OwnTerm:
-    """A term beside the built-in ones.
+    """A term of the user's own, added to the built-in ones.
 
     Attributes:
       function: takes the sorted heads [B, T, H, M], the sorted targets [B, T, K] and the levels [M]; returns [B, T].
-      weight: 0 measures the term without training on it.
+      weight: the term's weight; with 0 the term is measured but not trained on.
     """
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,25 +55,25 @@ def critic_loss(
     mean_shift: float | None = None,
     own_terms: Mapping[str, OwnTerm] | None = None,
 ) -> CriticLoss:
-    """Eq. 11: ``sum_x weight_x * (sum over valid tokens of term_x) / denominator``.
+    """Return Eq. 11: ``sum_x weight_x * (sum over valid tokens of term_x) / denominator``.
 
     Args:
-      z: predicted atoms [B, T, H, M], as the critic gives them.
-      y: target atoms [B, T, K]; no gradient.
-      mask: [B, T] bool. What stands where it is False, NaN included, reaches neither value nor gradient.
+      z: predicted atoms [B, T, H, M], as the critic outputs them.
+      y: target atoms [B, T, K]; they get no gradient.
+      mask: [B, T] bool. Values where it is False, NaN included, reach neither the loss nor the gradient.
       delta: the Huber threshold, in the units of the returns.
-      denominator: valid tokens of the whole batch over all micro-batches and ranks. Losses, reports and
-        gradients of the parts then add up to those of the whole.
-      mean_shift: only for ``shift_over="batch"``, whose relu is around the *global* token mean: that mean
-        (sum of ``shift_sum`` over the parts / denominator). None takes it from this batch alone.
+      denominator: valid tokens of the whole batch, over all micro-batches and ranks. Losses, reports and gradients of
+        the parts then add up to those of the whole.
+      mean_shift: only used with ``shift_over="batch"``, where the relu of Eq. 7 is around the *global* token mean. This
+        is that mean: the sum of ``shift_sum`` over the parts / denominator. None takes the mean of this batch alone.
       own_terms: further terms by name, added like the built-in ones.
 
     Returns:
-      Every term is measured, also with weight 0; such a term runs without autograd, so that it cannot
-      touch the gradient even where it is NaN. With no valid token all is 0.
+      The loss with every term's value. A term with weight 0 is measured too, but without autograd, so that it cannot
+      touch the gradient even where it is NaN. With no valid token everything is 0.
 
     Raises:
-      ValueError: on shapes that do not fit, or a denominator or delta that is not positive.
+      ValueError: when the shapes do not fit, or denominator or delta is not positive.
     """
     z, y, mask = _check_and_clean(z, y, mask)
     own = own_terms or {}
@@ -91,15 +97,18 @@ def critic_loss(
 def shift_sum(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """Return the sum over valid tokens of ``mean_j y - mean_j q`` (Eq. 7 before its relu), a float64 scalar.
 
-    Add it up over micro-batches and ranks, divide by the global token count, and pass the result as
-    ``mean_shift``. Atoms need no sorting: it cannot change a mean.
+    Add the sums up over micro-batches and ranks, divide by the global token count, and pass the result as
+    ``mean_shift`` to ``critic_loss``. The atoms need no sorting, because sorting cannot change a mean.
     """
     z, y, mask = _check_and_clean(z, y, mask)
     return masked_sum(terms.mean_shift(z.mean(-2), y, "batch").double(), mask)
 
 
 def _check_and_clean(z: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 or better, zeros on padding: NaN there would survive a later ``where`` in the gradient."""
+    """Return the inputs in float32 or better with zeros on padding.
+
+    NaN on padding would otherwise survive a later ``where`` in the gradient.
+    """
     if z.dim() != 4 or y.dim() != 3 or z.shape[:2] != y.shape[:2] or mask.shape != z.shape[:2]:
         shapes = f"z {tuple(z.shape)}, y {tuple(y.shape)}, mask {tuple(mask.shape)}"
         raise ValueError(f"expected z [B,T,H,M], y [B,T,K] and mask [B,T]; got {shapes}")
@@ -133,13 +142,13 @@ def _reduced_terms(
 
 
 def _inputs(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> terms.TermInputs:
-    # Stable: among tied atoms the order, and with it the subgradient, is the same on every machine.
+    # A stable sort gives tied atoms the same order, and so the same subgradient, on every machine.
     heads = z.sort(dim=-1, stable=True).values if spec.sort_atoms else z
     q = heads.mean(-2)
     tails = q if spec.sort_atoms else q.sort(dim=-1, stable=True).values
     targets = y.sort(-1).values
     levels = quantile_levels(z.shape[-1], spec.quantile_levels, device=z.device, dtype=z.dtype)
-    with _grad_if(spec.weights["qr"] > 0 or spec.weights["risk"] > 0):  # one pass serves both
+    with _grad_if(spec.weights["qr"] > 0 or spec.weights["risk"] > 0):  # both terms use the same losses
         fitted = heads if spec.qr_over == "heads" else q.unsqueeze(-2)
         losses = quantile_huber(fitted, targets, levels, delta, spec.huber_unit)
     return terms.TermInputs(heads, q, tails, targets, levels, losses, spec)
@@ -150,7 +159,7 @@ def _grad_if(wanted: bool) -> torch.no_grad | nullcontext[None]:
 
 
 def _batch_relu(part: Tensor, mean_shift: float | None) -> Tensor:
-    """Relu of the global mean, of which ``part`` is this batch's share: the sign of the global mean decides."""
+    """Return this batch's share ``part`` of the relu of the global mean: the sign of the global mean decides."""
     if mean_shift is None:
         return part.relu()
     return torch.zeros_like(part) if mean_shift <= 0 else part  # a NaN mean must not hide the term

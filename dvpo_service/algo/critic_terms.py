@@ -1,9 +1,9 @@
 """The critic's loss terms, one pure function per equation of arXiv 2512.03847 (docs/algorithm.md has the equations).
 
-``heads [..., H, M]`` are the predicted atoms, ``q [..., M]`` their mean over heads, ``y [..., K]`` the
-target atoms; the tail functions want ``q`` and ``y`` sorted ascending along the last axis. Every function
-returns one number per token, [...], in the dtype of its inputs (float32 or better, please). Gradient
-flows to the prediction; the caller detaches ``y``.
+``heads [..., H, M]`` are the predicted atoms, ``q [..., M]`` their mean over heads, ``y [..., K]`` the target atoms.
+The tail functions take ``q`` and ``y`` sorted ascending along the last axis. Every function returns one number per
+token, [...], in the dtype of its inputs, which should be float32 or better. The gradient flows to the prediction; the
+caller detaches ``y``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cvar(q: Tensor, y: Tensor, alpha: float, target: TailTarget) -> Tensor:
     """Eq. 5: ``(lower tail mean of q - t)^2``.
 
     "tail_mean": ``t`` is the tail mean of ``y``, as in the paper; biased when ``y`` is a sample.
-    "pseudo_outcome": ``t = v - mean_j (v - y_j)_+ / alpha``, whose expectation is the tail mean of the law
+    "pseudo_outcome": ``t = v - mean_j (v - y_j)_+ / alpha``, whose expectation is the tail mean of the distribution
     that ``y`` is drawn from when ``v`` is its alpha-quantile (Rockafellar and Uryasev 2000).
     """
     if target == "tail_mean":

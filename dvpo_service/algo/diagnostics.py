@@ -1,8 +1,8 @@
 """Measurements of critic and policy as *sums* that add up over micro-batches and ranks.
 
-``*_sums`` returns float64 scalars; add them key by key (or all-reduce them), then ``*_metrics`` turns the
-totals into named numbers. So a metric cannot depend on how a batch was split.
-``between_groups`` takes a whole batch, before it is split.
+The functions ``*_sums`` return float64 scalars. Add them key by key (or all-reduce them); the functions ``*_metrics``
+then turn the totals into named numbers. So a metric cannot depend on how a batch was split. ``between_groups`` takes a
+whole batch, before it is split.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dvpo_service.algo.masks import float32_or_better, masked_sum, zero_masked
 from dvpo_service.algo.policy_loss import MAX_LOG_RATIO, kl_penalty
-from dvpo_service.algo.quantiles import crossing_count, lower_tail_mean, upper_tail_mean
+from dvpo_service.algo.quantiles import crossing_count, interpolate_quantiles, lower_tail_mean, upper_tail_mean
 
 COVERAGE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -24,20 +24,21 @@ COVERAGE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 def critic_sums(
     z: Tensor, returns: Tensor, mask: Tensor, levels: Tensor, alpha: float, beta: float, tolerance: float = 0.0
 ) -> dict[str, Tensor]:
-    """Sufficient sums of the critic's metrics.
+    """Return the sums from which ``critic_metrics`` computes the critic's metrics.
 
     Args:
-      z: predicted atoms [B, T, H, M] as the critic gives them; sorted here, after counting crossings.
+      z: predicted atoms [B, T, H, M] as the critic outputs them. This function sorts them; crossings are counted in the
+        unsorted atoms.
       returns: scalar returns [B, T].
-      mask: [B, T] bool; what stands where it is False is never read.
-      levels: tau [M] of the atoms.
-      alpha, beta: the tails' fractions.
-      tolerance: a return so near to a predicted quantile is equal to it, in the returns' units.
+      mask: [B, T] bool; values where it is False are never read.
+      levels: quantile levels tau [M] of the atoms.
+      alpha, beta: fractions of the lower and upper tail.
+      tolerance: how close to a predicted quantile a return counts as equal to it, in the units of the returns.
 
     Returns:
-      float64 scalars: "count", "value", "return", "return_sq", "error", "error_sq"; with M > 1 "pairs",
-      "crossings", "lower_tail", "upper_tail", "covered/<level>" and "below/<level>"; with M > 1 and H > 1
-      "disagreement". Additive. (One atom is a scalar critic: it has no quantiles, and its coverage would mean nothing.)
+      Additive float64 scalars: "count", "value", "return", "return_sq", "error" and "error_sq"; with M > 1 also
+      "pairs", "crossings", "lower_tail", "upper_tail", "covered/<level>" and "below/<level>"; with M > 1 and H > 1 also
+      "disagreement". (A critic with one atom is scalar: it has no quantiles, and its coverage would mean nothing.)
     """
     heads = zero_masked(float32_or_better(z), mask).sort(-1).values
     returns = zero_masked(float32_or_better(returns), mask)
@@ -56,7 +57,10 @@ def critic_sums(
     num_heads, num_atoms = z.shape[-2:]
     if num_atoms > 1:
         per_token |= {"lower_tail": lower_tail_mean(q, alpha), "upper_tail": upper_tail_mean(q, beta)}
-        at = {p: _quantile(q, levels, p) for p in COVERAGE_LEVELS}
+        # In float64, the precision of the coverage levels.
+        wanted = torch.tensor(COVERAGE_LEVELS, dtype=torch.float64)
+        predicted = interpolate_quantiles(q, levels.double().cpu(), wanted).unbind(-1)
+        at = dict(zip(COVERAGE_LEVELS, predicted, strict=True))
         per_token |= {f"covered/{p}": returns <= x + tolerance for p, x in at.items()}
         per_token |= {f"below/{p}": returns < x - tolerance for p, x in at.items()}
         sums |= {"pairs": count * (num_heads * (num_atoms - 1)), "crossings": crossing_count(z, mask)}
@@ -66,16 +70,22 @@ def critic_sums(
 
 
 def critic_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Named metrics from summed ``critic_sums``. With no valid token: NaN.
+    """Return the metrics ``critic/<name>`` from summed ``critic_sums``; they are NaN when no token is valid.
 
-    ``explained_variance`` = 1 - Var(return - value) / Var(return), NaN when all returns are equal;
-    ``return_mean``, ``return_sd`` are of the scalar returns, per token. With more than one atom also:
-    ``crossing_rate``, the share of neighbouring atoms out of order before sorting (atoms that the loss sorts
-    have no order to learn: 0.5 is what heads start with and may keep); ``coverage/p``, the share of returns at or
-    below the predicted p-quantile: p when calibrated, more where returns are equal to it; ``calibration_error``,
-    the mean over the levels of p's distance to [share below, share at or below], which is 0 for the right
-    quantiles of any law, of 0/1 rewards too; the tails' means; and with more than one head ``head_disagreement``, the
-    mean population sd over heads of the heads' means.
+    - ``quantile_mean``: the mean value. ``return_mean`` and ``return_sd`` are of the scalar returns, per token.
+    - ``explained_variance``: 1 - Var(return - value) / Var(return); NaN when all returns are equal.
+
+    With more than one atom also:
+
+    - ``crossing_rate``: the share of neighbouring atoms that are out of order before sorting. Where the loss sorts the
+      atoms they have no order to learn: heads start at 0.5 and may stay there.
+    - ``coverage/p``: the share of returns at or below the predicted p-quantile. It is p for a calibrated critic, and
+      more where returns are equal to the quantile.
+    - ``calibration_error``: the distance of p to the interval [share below, share at or below], averaged over the
+      levels p. It is 0 for the right quantiles of any distribution, 0/1 rewards included.
+    - ``lower_tail_mean`` and ``upper_tail_mean``.
+    - ``head_disagreement``, with more than one head: the population sd over heads of the heads' means, averaged over
+      tokens.
     """
     s = {name: float(x) for name, x in sums.items()}
     n = s["count"]
@@ -116,18 +126,19 @@ def policy_sums(
     ref_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Sums for how far an update has moved the policy, r = p / p_old.
+    """Return sums that measure how far an update has moved the policy; r = p / p_old.
 
     Args:
       logprobs, old_logprobs: [B, T] of the sampled tokens, now and before the update.
-      clipped: [B, T] bool from ``clipped_surrogate``.
-      mask: [B, T] bool; what stands where it is False is never read.
+      clipped: [B, T] bool, where the policy loss was clipped.
+      mask: [B, T] bool; values where it is False are never read.
       ref_logprobs: [B, T] under the reference policy, if there is one.
-      entropy: [B, T] of the policy's distributions in nats, if it is at hand.
+      entropy: [B, T] of the policy's distributions, in nats, if it was computed.
 
     Returns:
-      float64 scalars: "count", "clipped", "kl", "ratio", "ratio_sq", and "ref_kl", "entropy" where given. Additive.
-      (No greatest ratio: a maximum is no sum. ``ratio_ess`` sees one runaway token as well.)
+      Additive float64 scalars: "count", "clipped", "kl", "ratio" and "ratio_sq", and "ref_kl" and "entropy" where their
+      inputs are given. (The largest ratio is not among them, because a maximum is not a sum. ``ratio_ess`` shows a
+      single runaway token as well.)
     """
     logprobs = zero_masked(logprobs.double(), mask)
     log_ratio = logprobs - zero_masked(old_logprobs.double(), mask)
@@ -146,10 +157,13 @@ def policy_sums(
 
 
 def policy_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """``policy/clip_fraction``; ``policy/approx_kl`` = mean(r - 1 - log r), which for tokens that p_old sampled
-    estimates KL(p_old || p) without bias and is never negative (k3; Schulman 2020); ``policy/ratio_ess`` =
-    (sum r)^2 / (n sum r^2) in (0, 1]; ``policy/ref_kl`` (k3 of KL(p || reference)) and ``policy/entropy`` where
-    they were summed. With no valid token: NaN.
+    """Return the metrics from summed ``policy_sums``; they are NaN when no token is valid.
+
+    - ``policy/clip_fraction``.
+    - ``policy/approx_kl``: mean(r - 1 - log r). For tokens that p_old sampled it estimates KL(p_old || p) without bias,
+      and it is never negative (k3; Schulman 2020).
+    - ``policy/ratio_ess``: the effective sample size (sum r)^2 / (n sum r^2), in (0, 1].
+    - ``policy/ref_kl`` (the k3 estimate of KL(p || reference)) and ``policy/entropy``, where they were summed.
     """
     s = {name: float(x) for name, x in sums.items()}
     metrics = {
@@ -162,9 +176,15 @@ def policy_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def rollout_kl_sums(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Sums for KL(rollout engine || trainer) and the sample size that its importance weights leave.
+    """Return sums for KL(rollout engine || trainer) and for the effective sample size of the importance weights.
 
-    Both log-probs [B, T] are of the tokens that the engine sampled. Ratios are clamped at exp(+-20).
+    Args:
+      logprobs, rollout_logprobs: [B, T] of the tokens that the engine sampled, by the trainer and by the engine. Their
+        ratios are clamped to exp(+-20).
+      mask: [B, T] bool; values where it is False are never read.
+
+    Returns:
+      Additive float64 scalars: "count", "k1", "k3", "weight" and "weight_sq".
     """
     log_ratio = zero_masked(logprobs.double() - rollout_logprobs.double(), mask)
     weight = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -178,8 +198,11 @@ def rollout_kl_sums(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) ->
 
 
 def rollout_kl_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """``policy/rollout_kl`` (k3: never negative), ``policy/rollout_kl_k1`` (unbiased too, any sign) and
-    ``policy/rollout_ess`` = (sum w)^2 / (n sum w^2) in (0, 1]. With no valid token: NaN.
+    """Return the metrics from summed ``rollout_kl_sums``; they are NaN when no token is valid.
+
+    - ``policy/rollout_kl``: the k3 estimate of the KL, unbiased and never negative.
+    - ``policy/rollout_kl_k1``: the k1 estimate, unbiased too, of any sign.
+    - ``policy/rollout_ess``: the effective sample size (sum w)^2 / (n sum w^2), in (0, 1].
     """
     s = {name: float(x) for name, x in sums.items()}
     return {
@@ -193,26 +216,18 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
 
 
-def _quantile(q: Tensor, levels: Tensor, level: float) -> Tensor:
-    """The ``level``-quantile of the atoms, linear between their levels, flat beyond: [..., M] -> [...]."""
-    grid = levels.double().cpu()
-    right = int(torch.searchsorted(grid, torch.tensor(level, dtype=torch.float64)))
-    if right == 0 or right == grid.numel():
-        return q[..., min(right, grid.numel() - 1)]
-    share = float((level - grid[right - 1]) / (grid[right] - grid[right - 1]))
-    return torch.lerp(q[..., right - 1], q[..., right], share)
-
-
 def between_groups(scores: Tensor) -> float:
-    """The share of the scores' variance that lies between groups, of ``scores`` [groups, samples].
+    """Return the share of the scores' variance that lies between groups, from ``scores`` [groups, samples].
 
-    The one-way intraclass correlation, ICC(1) of Shrout and Fleiss (1979), of the groups without a failed (NaN) score:
-    what a critic that reads no more than the prompt can explain at best. Unbiased in numerator and denominator, so an
-    estimate below 0 means about 0. NaN for fewer than two groups or samples, and where all scores are equal.
+    It is the one-way intraclass correlation, ICC(1) of Shrout and Fleiss (1979), of the groups without a failed (NaN)
+    score. No critic that reads only the prompt can explain a larger share. The estimates in numerator and denominator
+    are unbiased, so a result below 0 means about 0. The result is NaN for fewer than two groups or samples, and where
+    all scores are equal.
     """
-    whole = scores[~scores.isnan().any(1)].double()
-    count, size = whole.shape
+    complete = scores[~scores.isnan().any(1)].double()
+    count, size = complete.shape
     if min(count, size) < 2:
         return math.nan
-    between, within = size * whole.mean(1).var(), whole.var(1).mean()
+    between = size * complete.mean(1).var()
+    within = complete.var(1).mean()
     return float((between - within) / (between + (size - 1) * within))

@@ -1,4 +1,7 @@
-"""What the critic's loss is made of. No torch here: a config is read without it."""
+"""The definition of the critic's loss: its terms, weights and settings.
+
+This module does not import torch, so that a config can be read without it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ class TermInfo:
     has_switch: bool = True
 
 
-# Every built-in term; ``critic_terms.PER_TOKEN`` has its function. Quantile regression (qr) is what the others shape,
-# so it has no switch.
+# Every built-in term; ``critic_terms.PER_TOKEN`` has its function. The other terms only shape what quantile regression
+# (qr) fits, so qr has no switch.
 TERMS: Mapping[str, TermInfo] = {
     "qr": TermInfo(1.0, 1.0, has_switch=False),
     "risk": TermInfo(1.0, 1.0),
@@ -34,15 +37,15 @@ TERMS: Mapping[str, TermInfo] = {
 
 @dataclass(frozen=True)
 class CriticLossSpec:
-    """Everything that defines the critic's loss but the Huber threshold; docs/algorithm.md has its two presets.
+    """Everything that defines the critic's loss except the Huber threshold; docs/algorithm.md has its two presets.
 
     Raises:
-      ValueError: a tail outside (0, 1], or weights that are not one finite number >= 0 for each of ``TERMS``
-        (a forgotten weight must not ablate a term).
+      ValueError: when a tail is outside (0, 1], or when the weights are not one finite number >= 0 for each of
+        ``TERMS``. (A forgotten weight must not ablate a term.)
     """
 
-    alpha: float  # lower tail, a fraction of the atoms
-    beta: float  # upper tail
+    alpha: float  # the lower tail, as a fraction of the atoms
+    beta: float  # the upper tail, likewise
     risk_eta: float
     quantile_levels: LevelKind
     huber_unit: bool

@@ -1,7 +1,7 @@
-"""The policy's loss, token by token: log-probs, clipped surrogate, KL, importance correction.
+"""The policy's loss, token by token: log-probs, surrogates, KL, importance correction.
 
-Every function returns [B, T]; reduce with ``aggregation.weighted_sum`` (or ``masks.masked_mean`` and the global
-token count). Log-probs on padding must be finite (``Rollouts`` keeps them 0; ``masks.zero_masked`` makes them so).
+The functions return [B, T]; reduce with ``aggregation.weighted_sum`` (or ``masks.masked_mean`` and the global token
+count). Log-probs on padding must be finite: ``Rollouts`` keeps them at 0, and ``masks.zero_masked`` sets them to 0.
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ from torch import Tensor
 from dvpo_service.algo.choices import BeyondCap, KlKind
 from dvpo_service.algo.masks import float32_or_better, zero_masked
 
-# exp(20) = 4.9e8: far beyond any ratio that means something, far below float32's overflow at 88.
+# exp(20) = 4.9e8 is far above any meaningful ratio, and 20 is far below the exponent where float32 overflows, 88.
 MAX_LOG_RATIO = 20.0
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """``log softmax(logits)[target]``: logits [B, T, V], targets [B, T] int64 -> [B, T], float32 or better.
+    """Return ``log softmax(logits)[target]``, [B, T], float32 or better.
 
-    The caller divides the logits by the sampling temperature.
+    Args:
+      logits: [B, T, V], which the caller has divided by the sampling temperature.
+      targets: [B, T] int64.
     """
     logprobs = torch.log_softmax(float32_or_better(logits), dim=-1)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """``-sum_v p_v log p_v`` in nats: [B, T, V] -> [B, T], float32 or better. Logits may hold -inf."""
+    """Return ``-sum_v p_v log p_v`` in nats, [B, T], float32 or better. ``logits`` [B, T, V] may contain -inf."""
     logprobs = torch.log_softmax(float32_or_better(logits), dim=-1)
-    # Below -1e4 the probability is exactly 0; the clamp makes its term 0 * -1e4, not 0 * -inf.
+    # Below -1e4 the probability is exactly 0; the clamp makes its term 0 * -1e4 instead of 0 * -inf, which is NaN.
     return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, [B, T].
+    """Return an estimate of KL(policy || reference) for each token that the policy sampled, [B, T].
 
     With ``d = log ref - log p`` (Schulman, "Approximating KL divergence", 2020):
-    k1 = -d (unbiased, any sign), k2 = d^2/2 (biased; its gradient is that of the KL on-policy),
-    k3 = exp(d) - 1 - d (unbiased, never negative). The exponential is clamped at exp(20).
+
+    - "k1": ``-d``, unbiased, of any sign.
+    - "k2": ``d^2 / 2``, biased; on-policy its gradient equals the KL's gradient.
+    - "k3": ``exp(d) - 1 - d``, unbiased and never negative. The exponential is clamped at exp(20).
+
+    Raises ValueError for another kind.
     """
     d = ref_logprobs - logprobs
     if kind == "k1":
@@ -58,14 +64,17 @@ def clipped_surrogate(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``, r = p / p_old (arXiv 1707.06347).
+    """Return PPO's ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``, r = p / p_old (arXiv 1707.06347).
 
-    Separate ranges as in DAPO (arXiv 2503.14476). ``dual_clip`` c bounds the loss of a token with A < 0 by
-    ``-c A`` (Ye et al. 2020, arXiv 1912.09729): PPO's own clip has no bound where r grows and A < 0.
-    The log-ratio is clamped to +-20 so that nothing overflows. All arguments [B, T].
+    The two clip ranges may differ, as in DAPO (arXiv 2503.14476). The log-ratio is clamped to +-20, so that nothing
+    overflows. All tensors are [B, T].
+
+    Args:
+      dual_clip: c, which bounds the loss of a token with A < 0 by ``-c A`` (Ye et al. 2020, arXiv 1912.09729); None for
+        no bound. PPO's own clip does not bound that loss when r grows.
 
     Returns:
-      (loss [B, T], clipped [B, T] bool: where either clip holds, so that the gradient is 0).
+      (loss [B, T], clipped [B, T] bool). ``clipped`` is True where either clip is active, so that the gradient is 0.
 
     Raises:
       ValueError: unless 0 <= clip_low <= 1, clip_high >= 0 and dual_clip > 1.
@@ -78,7 +87,8 @@ def clipped_surrogate(
     if dual_clip is not None:
         floor = dual_clip * advantages
         below = (advantages < 0) & (objective < floor)
-        objective, clipped = torch.where(below, floor, objective), clipped | below
+        objective = torch.where(below, floor, objective)
+        clipped = clipped | below
     return -objective, clipped.detach()
 
 
@@ -91,19 +101,19 @@ def sequence_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Tensor]:
-    """GSPO's ``-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)`` with one ratio a response (arXiv 2507.18071).
+    """Return GSPO's ``-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)`` (arXiv 2507.18071).
 
-    ``s = exp(mean over the response's valid tokens of log p - log p_old)``, so the whole response is kept or clipped,
-    and one token's ratio cannot run away. Aggregate with "seq_mean_token_mean": the mean of the tokens' losses is then
-    the response's, as in the paper's Eq. 5; advantages may still differ from token to token. The usual clip ranges are
-    of the order of 3e-4.
+    Each response has one ratio, ``s = exp(mean over the response's valid tokens of log p - log p_old)``. So the ratio
+    is clipped for the whole response or not at all, and the ratio of a single token cannot run away. Aggregate with
+    "seq_mean_token_mean": the mean of the tokens' losses is then the loss of the response, as in the paper's Eq. 5.
+    Advantages may still differ from token to token. Clip ranges are usually of the order of 3e-4.
 
     Args:
       logprobs, old_logprobs, advantages: [B, T].
-      mask: [B, T] bool, whole responses.
+      mask: [B, T] bool; rows are whole responses.
 
     Returns:
-      (loss [B, T], clipped [B, T] bool: where the clip holds, so that the gradient is 0).
+      (loss [B, T], clipped [B, T] bool). ``clipped`` is True where the clip is active, so that the gradient is 0.
 
     Raises:
       ValueError: unless 0 <= clip_low <= 1 and clip_high >= 0.
@@ -124,13 +134,14 @@ def clipped_weight_loss(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Tensor]:
-    """CISPO's ``-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p``, r = p / p_old (arXiv 2506.13585, Eq. 4).
+    """Return CISPO's ``-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p``, r = p / p_old (arXiv 2506.13585, Eq. 4).
 
-    The clip is on the weight alone, so every token keeps a gradient, the rare ones that PPO's clip would silence too.
-    All arguments [B, T].
+    ``sg`` stops the gradient. Only the weight is clipped, so every token keeps a gradient, including rare tokens whose
+    gradient PPO's clip would set to 0. All tensors are [B, T].
 
     Returns:
-      (loss [B, T], clipped [B, T] bool: where the weight is clipped; the gradient there is bounded, not 0).
+      (loss [B, T], clipped [B, T] bool). ``clipped`` is True where the weight is clipped; the gradient there is
+      bounded, not 0.
 
     Raises:
       ValueError: unless 0 <= clip_low <= 1 and clip_high >= 0.
@@ -151,10 +162,10 @@ def _ratio(log_ratio: Tensor) -> Tensor:
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Return ``min(r A, clip(r) A)`` and where the clip decides."""
-    free = ratio * advantages
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    return torch.minimum(free, bounded), bounded < free
+    """Return ``min(r A, clip(r) A)`` and where the clipped product is the smaller one."""
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    return torch.minimum(unclipped, clipped), clipped < unclipped
 
 
 @torch.no_grad()
@@ -166,15 +177,16 @@ def importance_weights(
     beyond: BeyondCap = "truncate",
     floor: float = 0.0,
 ) -> Tensor:
-    """Weights from ``r = p_proximal / p_rollout`` for tokens that the rollout engine sampled, [B, T], detached.
+    """Return weights from ``r = p_proximal / p_rollout`` for tokens that the rollout engine sampled, [B, T], detached.
 
-    "truncate": ``min(r, cap)``; ``cap`` bounds the variance at the price of a bias (Ionides 2008; IMPALA, arXiv
-    1802.01561; for rollout engines Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
-    RL training"). ``floor`` plays no part.
-    "mask": ``r`` where ``floor <= r <= cap``, else 0, so that a token the two disagree on is left out (IcePop:
-    Ring-1T, arXiv 2510.18855).
+    - "truncate": ``min(r, cap)``. The cap bounds the variance at the price of a bias (Ionides 2008; IMPALA, arXiv
+      1802.01561; for rollout engines Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+      training"). ``floor`` is not used.
+    - "mask": ``r`` where ``floor <= r <= cap``, else 0, so that a token on which engine and trainer disagree is left
+      out (IcePop: Ring-1T, arXiv 2510.18855).
 
-    Raises ValueError unless cap > 0 and 0 <= floor <= cap, and for another ``beyond``.
+    Raises:
+      ValueError: unless cap > 0 and 0 <= floor <= cap, and for another ``beyond``.
     """
     if not cap > 0:
         raise ValueError(f"the importance cap must be positive, got {cap}")

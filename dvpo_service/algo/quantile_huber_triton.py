@@ -1,9 +1,9 @@
 """Quantile-Huber losses and slopes of every atom in one GPU kernel.
 
-Every pair (atom, target) is visited, in registers: HBM sees the inputs once and the two outputs once. A
-search in sorted targets as on the CPU would do fewer operations, but it needs a sort, float64 prefix sums
-and some thirty scattered reads an atom; a pair costs ten plain instructions. And nothing can cancel here:
-``y - z`` is formed directly and only terms of one sign are added. The kernel is bound by arithmetic.
+The kernel visits every pair (atom, target) in registers, so that HBM traffic is one read of the inputs and one write of
+the two outputs. A search in sorted targets, as on the CPU, would do fewer operations, but it needs a sort, float64
+prefix sums and some thirty scattered reads per atom; a pair costs ten plain instructions. Nothing can cancel here
+either, because ``y - z`` is formed directly and only terms of one sign are added. The kernel is bound by arithmetic.
 
 Importing this module needs Triton. With TRITON_INTERPRET=1 the kernel runs on CPU tensors.
 """
@@ -15,24 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Four atoms a lane give each instruction independent neighbours; small blocks waste few lanes at the end.
+# With four atoms per lane consecutive instructions are independent; small blocks waste few lanes at the end.
 _BLOCK, _WARPS = 128, 1
 
 
 def losses_and_slopes(z: Tensor, y: Tensor, levels: Tensor, delta: float, unit: bool) -> tuple[Tensor, Tensor]:
-    """Losses of Eq. 3 (arXiv 2512.03847) and their derivatives in z, both like z.
+    """Return the losses of Eq. 3 (arXiv 2512.03847) and their derivatives with respect to z, both like z.
 
     Args:
       z: atoms [N, H * M], float32 or float64.
       y: targets [N, K], float32 or float64.
       levels: tau [M].
-      delta: where h turns linear; it and its products with ``|y - z|`` must be in the range of the dtype.
+      delta: the distance at which h turns linear. It and its products with ``|y - z|`` must be in the dtype's range.
       unit: divide by ``delta``.
     """
     dtype = torch.promote_types(z.dtype, y.dtype)
     atoms, targets, tau = (x.to(device=z.device, dtype=dtype).contiguous() for x in (z, y, levels))
     losses, slopes = torch.empty_like(atoms), torch.empty_like(atoms)
-    # A tensor, not a Python float: Triton would pass that in float32.
+    # A tensor, because Triton would pass a Python float in float32.
     threshold = torch.full((), delta, dtype=dtype, device=z.device)
     if atoms.numel():
         grid = (atoms.shape[0], triton.cdiv(atoms.shape[1], _BLOCK))
@@ -49,7 +49,7 @@ def losses_and_slopes(z: Tensor, y: Tensor, levels: Tensor, delta: float, unit: 
 
 @triton.jit
 def _kernel(z, y, tau, delta, losses, slopes, atoms, levels, targets, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: BLOCK atoms of one token, of any head, against all targets of the token."""
+    """Evaluate BLOCK atoms of one token, of any head, against all targets of the token."""
     token = tl.program_id(0).to(tl.int64)
     atom = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = atom < atoms

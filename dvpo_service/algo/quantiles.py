@@ -1,7 +1,7 @@
-"""Quantile levels, and means and variances of the tails of a set of atoms.
+"""Quantile levels, quantiles between atoms, and means and variances of the tails of a set of atoms.
 
-Tails are cut with fractional edge weights, so a tail of 0.29 x 100 atoms has 29 and the tail's mean is
-continuous in its fraction.
+The atom at the edge of a tail counts with a fractional weight. So a tail of 0.29 x 100 atoms has 29 atoms, and the
+tail's mean is continuous in its fraction.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ def quantile_levels(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Levels tau_j, j = 1..M: ``j/M`` ("endpoint") or ``(2j-1)/2M`` ("midpoint"), shape [M].
+    """Return the levels tau_j, j = 1..M: ``j/M`` ("endpoint") or ``(2j-1)/2M`` ("midpoint"), shape [M].
 
-    Keep ``dtype`` at float32 or better: a bf16 grid loses a quarter of 200 levels.
-
-    Raises ValueError for m < 1 or an unknown kind.
+    Keep ``dtype`` at float32 or better: in bf16 a quarter of 200 levels coincide with others. Raises ValueError for
+    m < 1 or an unknown kind.
     """
     if m < 1:
         raise ValueError(f"need at least one quantile, got {m}")
@@ -40,8 +39,28 @@ def quantile_levels(
     return levels.to(dtype)
 
 
+def interpolate_quantiles(atoms: Tensor, at: Tensor, levels: Tensor) -> Tensor:
+    """Return the quantiles at ``levels``, linear between the atoms and constant beyond the outermost atoms.
+
+    Args:
+      atoms: [..., M], ascending.
+      at: [M], the ascending levels of the atoms. Positions between atoms are computed in the dtype of ``at`` and
+        ``levels``; give both in float64 where a float32 level might round to the wrong side of an atom.
+      levels: [L], the levels asked for.
+
+    Returns:
+      [..., L], in the dtype of ``atoms`` and on their device.
+    """
+    if atoms.shape[-1] == 1:
+        return atoms.expand(*atoms.shape[:-1], len(levels))
+    right = torch.searchsorted(at, levels.to(at)).clamp(1, len(at) - 1)
+    share = ((levels - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    below, above = atoms[..., right - 1], atoms[..., right]
+    return torch.lerp(below, above, share.to(atoms).expand_as(below))
+
+
 def tail_size(m: int, fraction: float) -> float:
-    """``k = min(max(fraction * m, 1), m)``: atoms in the tail, not necessarily a whole number.
+    """Return ``k = min(max(fraction * m, 1), m)``, the number of atoms in the tail, not necessarily a whole number.
 
     Raises ValueError unless 0 < fraction <= 1.
     """
@@ -57,55 +76,55 @@ def tail_weights(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weights ``clamp(k - i, 0, 1) / k`` for i = 0..M-1 counted from the tail's end, shape [M], sum 1."""
+    """Return the weights ``clamp(k - i, 0, 1) / k``, shape [M], sum 1, where i = 0..M-1 counts from the outermost atom.
+
+    Raises ValueError unless 0 < fraction <= 1.
+    """
     k = tail_size(m, fraction)
     i = torch.arange(m, device=device, dtype=torch.float64)
     return ((k - i).clamp(0.0, 1.0) / k).to(dtype)
 
 
 def lower_tail_mean(sorted_atoms: Tensor, alpha: float) -> Tensor:
-    """Mean of the lowest ``alpha`` of the atoms (CVaR_alpha): [..., M] ascending -> [...]."""
+    """Return the mean of the lowest fraction ``alpha`` of the atoms (CVaR_alpha): [..., M] ascending -> [...]."""
     atoms, weights = _lower_tail(sorted_atoms, alpha)
     return (atoms * weights).sum(-1)
 
 
 def upper_tail_mean(sorted_atoms: Tensor, beta: float) -> Tensor:
-    """Mean of the highest ``beta`` of the atoms: [..., M] ascending -> [...]."""
+    """Return the mean of the highest fraction ``beta`` of the atoms: [..., M] ascending -> [...]."""
     return lower_tail_mean(sorted_atoms.flip(-1), beta)
 
 
 def lower_tail_variance(sorted_atoms: Tensor, alpha: float) -> Tensor:
-    """Population variance of the lowest ``alpha`` of the atoms; 0, not NaN, for one atom."""
+    """Return the population variance of the lowest fraction ``alpha`` of the atoms: [..., M] ascending -> [...].
+
+    It is 0, not NaN, for a tail of one atom.
+    """
     atoms, weights = _lower_tail(sorted_atoms, alpha)
     mean = (atoms * weights).sum(-1, keepdim=True)
     return ((atoms - mean).square() * weights).sum(-1)
 
 
 def upper_tail_variance(sorted_atoms: Tensor, beta: float) -> Tensor:
-    """Population variance of the highest ``beta`` of the atoms."""
+    """Return the population variance of the highest fraction ``beta`` of the atoms: [..., M] ascending -> [...]."""
     return lower_tail_variance(sorted_atoms.flip(-1), beta)
 
 
-def crossing_rate(z: Tensor, mask: Tensor) -> Tensor:
-    """Share of adjacent atom pairs that decrease, ``z [..., M]`` *before* sorting, scalar in [0, 1].
-
-    ``mask`` has the leading axes of ``z`` ([B,T] for [B,T,M] or [B,T,H,M]). 0 for M = 1 or no valid token.
-    """
-    if z.shape[-1] < 2:
-        return torch.zeros((), dtype=torch.float32, device=z.device)
-    pairs = mask.sum() * math.prod(z.shape[mask.dim() : -1]) * (z.shape[-1] - 1)
-    return (crossing_count(z, mask) / pairs.clamp(min=1)).float()
-
-
 def crossing_count(z: Tensor, mask: Tensor) -> Tensor:
-    """Number of adjacent atom pairs that decrease over the valid tokens, scalar float64."""
+    """Return the number of adjacent atom pairs that decrease, over the valid tokens, a float64 scalar.
+
+    Args:
+      z: atoms [..., M] *before* sorting.
+      mask: bool, with the leading axes of ``z``: [B, T] for ``z`` [B, T, M] or [B, T, H, M].
+    """
     falls = (zero_masked(z, mask).diff(dim=-1) < 0).to(torch.float64)
     per_token = falls.sum(dim=tuple(range(mask.dim(), z.dim())))
     return masked_sum(per_token, mask)
 
 
 def _lower_tail(sorted_atoms: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """The atoms inside the tail and their weights; what lies outside is never touched (inf * 0)."""
+    """Return the atoms inside the tail and their weights. Atoms outside are left out, because inf * 0 is NaN."""
     m = sorted_atoms.shape[-1]
     inside = math.ceil(tail_size(m, fraction))
     weights = tail_weights(m, fraction, device=sorted_atoms.device, dtype=sorted_atoms.dtype)

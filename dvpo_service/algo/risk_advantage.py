@@ -1,8 +1,9 @@
-"""Advantages that see more of the law than its mean (LOSSES section 4).
+"""Advantages that use more of the value distribution than its mean (docs/algorithm.md, "The advantage").
 
-Scalar GAE on the mean atom is PPO with another baseline: risk reaches the policy only through the three
-functions here. Each is the plain difference of means, ``mean_j y_tj - mean_j Z_tj``, at one value of its
-parameter. Masked tokens get 0, whatever stands on them. Results are detached, float32 or better.
+Scalar GAE on the mean atom is PPO with another baseline, so risk reaches the policy only through the three functions
+here. ``cvar_advantages`` and ``entropic_advantages`` reduce to the plain difference of means, ``mean_j y_tj - mean_j
+Z_tj``, at one value of their parameter; ``head_trust`` then leaves the advantages as they are. Masked tokens get 0
+whatever they contain. Results are detached and float32 or better.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ LARGEST_EXPONENT = 20.0
 
 @torch.no_grad()
 def cvar_advantages(values: Tensor, targets: Tensor, mask: Tensor, a: float) -> Tensor:
-    """``(1/a) [ mean_j (v - Z_tj)_+ - mean_j (v - y_tj)_+ ]``: what a token adds to the CVaR_a of the answer.
+    """Return ``(1/a) [ mean_j (v - Z_tj)_+ - mean_j (v - y_tj)_+ ]``: what a token adds to the CVaR_a of the answer.
 
-    ``v`` is VaR_a of the prompt's law (the atoms of the first valid token) and held along the answer: an
-    outcome above it counts as ``v``. So a policy that follows this gradient maximises the CVaR of the
-    return as seen from the prompt (Rockafellar and Uryasev 2000), rather than a nested one per token. Held
-    means not lowered by rewards already received, nor discounted: made for an outcome at the end, gamma 1.
+    ``v`` is the VaR_a of the distribution at the prompt (the atoms of the first valid token). It stays the same along
+    the answer, and an outcome above ``v`` counts as ``v``. So a policy that follows this gradient maximises the CVaR of
+    the return as seen from the prompt (Rockafellar and Uryasev 2000), rather than a nested CVaR per token. ``v`` is
+    neither lowered by rewards already received nor discounted: the function is meant for an outcome at the end and
+    gamma 1.
 
-    As in Eq. 5, the tail has ``k = round(a M)`` atoms, at least 1, ``v`` lies half-way between atoms k and
-    k + 1, and ``a`` becomes ``k / M``. Where k = M (a = 1) ``v`` is above all atoms and the result is the
-    difference of means itself, to the last bit.
+    As in Eq. 5, the tail has ``k = round(a M)`` atoms, at least 1; ``v`` lies half-way between atoms k and k + 1, and
+    ``a`` becomes ``k / M``. Where k = M (a = 1) ``v`` is above all atoms, and the result is exactly the difference of
+    means, to the last bit.
 
     Args:
       values: atoms Z [B, T, M], ascending.
@@ -37,7 +39,11 @@ def cvar_advantages(values: Tensor, targets: Tensor, mask: Tensor, a: float) -> 
       mask: [B, T] bool.
       a: the tail's fraction, in (0, 1].
 
-    Returns [B, T]. Raises ValueError for shapes that do not fit or another ``a``.
+    Returns:
+      [B, T], 0 where masked.
+
+    Raises:
+      ValueError: when the shapes do not fit, or ``a`` is outside (0, 1].
     """
     values, targets = _checked(values, targets, mask)
     m = values.shape[-1]
@@ -53,11 +59,11 @@ def cvar_advantages(values: Tensor, targets: Tensor, mask: Tensor, a: float) -> 
 
 @torch.no_grad()
 def entropic_advantages(values: Tensor, targets: Tensor, mask: Tensor, b: float) -> Tensor:
-    """``{ mean_j e^{b (y_tj - c)} - mean_j e^{b (Z_tj - c)} } / b``, c = mean_j Z_tj.
+    """Return ``{ mean_j e^{b (y_tj - c)} - mean_j e^{b (Z_tj - c)} } / b``, c = mean_j Z_tj.
 
-    b < 0 shuns risk, b > 0 seeks it, b = 0 is the difference of means to the last bit. An exponent x above
-    20 continues as the tangent ``e^20 (1 + x - 20)``: then no b or reward overflows, and a better target
-    still has the greater advantage. For returns in [0, 1] that is never met while |b| <= 20.
+    b < 0 avoids risk, b > 0 seeks it, and b = 0 is the difference of means to the last bit. For an exponent x above 20
+    the exponential continues as its tangent ``e^20 (1 + x - 20)``. So no b or reward overflows, and a better target
+    still has the larger advantage. Returns in [0, 1] never reach the tangent while |b| <= 20.
 
     Args:
       values: atoms Z [B, T, M].
@@ -65,7 +71,11 @@ def entropic_advantages(values: Tensor, targets: Tensor, mask: Tensor, b: float)
       mask: [B, T] bool.
       b: finite, in units of 1 / return.
 
-    Returns [B, T]. Raises ValueError for shapes that do not fit or a ``b`` that is not finite.
+    Returns:
+      [B, T], 0 where masked.
+
+    Raises:
+      ValueError: when the shapes do not fit, or ``b`` is not finite.
     """
     values, targets = _checked(values, targets, mask)
     if not math.isfinite(b):
@@ -79,19 +89,23 @@ def entropic_advantages(values: Tensor, targets: Tensor, mask: Tensor, b: float)
 
 @torch.no_grad()
 def head_trust(advantages: Tensor, heads: Tensor, mask: Tensor, kappa: float) -> Tensor:
-    """``A_t / (1 + kappa s_t / sigma_t)``: a smaller step where the critic's heads disagree.
+    """Return ``A_t / (1 + kappa s_t / sigma_t)``: a smaller advantage where the critic's heads disagree.
 
-    ``s`` is the population sd over heads of the head means, ``sigma`` that of the ensemble's atoms ``q``:
-    disagreement in units of the law's own width. Where the heads agree (one head, or sigma and s both 0)
-    the advantage stays as it is; where they disagree about a law without width it becomes 0, the limit.
+    ``s`` is the population sd over heads of the heads' means, and ``sigma`` is the population sd of the ensemble's
+    atoms ``q``. Their ratio is the disagreement in units of the distribution's own width. Where the heads agree (one
+    head, or sigma and s both 0) the advantage stays as it is. Where s > 0 and sigma = 0 it becomes 0, the limit.
 
     Args:
       advantages: [B, T].
       heads: atoms [B, T, H, M], each head ascending.
       mask: [B, T] bool.
-      kappa: >= 0; 0 returns the advantages unchanged.
+      kappa: >= 0; with 0 the advantages are unchanged on valid tokens.
 
-    Returns [B, T]. Raises ValueError for shapes that do not fit or a negative ``kappa``.
+    Returns:
+      [B, T], 0 where masked.
+
+    Raises:
+      ValueError: when the shapes do not fit, or ``kappa`` is negative or not finite.
     """
     if advantages.shape != mask.shape or heads.dim() != 4 or heads.shape[:2] != mask.shape:
         shapes = f"{tuple(advantages.shape)}, {tuple(heads.shape)}, {tuple(mask.shape)}"
@@ -102,7 +116,7 @@ def head_trust(advantages: Tensor, heads: Tensor, mask: Tensor, kappa: float) ->
     if kappa == 0:
         return advantages
     heads = float32_or_better(heads)
-    heads = heads - heads[..., :1, :1]  # no digits lost to a common offset
+    heads = heads - heads[..., :1, :1]  # so that a common offset costs no digits
     q = heads.mean(-2)
     disagreement = heads.mean(-1).std(-1, correction=0)
     width = (q - q[..., :1]).std(-1, correction=0)  # exactly 0 where all atoms are equal
@@ -118,6 +132,6 @@ def _checked(values: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Ten
 
 
 def _utility(x: Tensor) -> Tensor:
-    """``e^x - 1`` (no digits lost for small x), linear above ``LARGEST_EXPONENT``."""
+    """Return ``e^x - 1`` without loss of digits for small x, continued linearly above ``LARGEST_EXPONENT``."""
     beyond = (x - LARGEST_EXPONENT).relu()
     return x.clamp(max=LARGEST_EXPONENT).expm1() + math.exp(LARGEST_EXPONENT) * beyond

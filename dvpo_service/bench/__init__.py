@@ -1,4 +1,4 @@
 """Measurements that the documentation quotes; each module has ``run() -> dict``."""
 
-# As ``dvpo bench`` takes them; the module's name has underscores.
+# The names that ``dvpo bench`` takes; the modules' names have underscores instead of hyphens.
 NAMES = ("quantile-huber", "advantages", "critic-step")

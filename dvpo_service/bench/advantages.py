@@ -1,6 +1,6 @@
-"""Targets and advantages: the chunked scan against the loop over T that it replaced, on one CPU thread.
+"""Time of targets and advantages: the chunked scan against the loop over T that it replaced, on one CPU thread.
 
-The loop is kept here alone. Both sides do all of the work, checks, coins and sort included.
+The loop exists only in this module. Both sides are timed with all of their work, checks, coins and sort included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ REPEATS = 5
 
 
 def run() -> dict[str, Any]:
-    """Median milliseconds of loop and scan in alternation and their ratio, per function. JSON-able; seconds."""
+    """Return, for each function, the median milliseconds of loop and scan and their ratio, ready for JSON.
+
+    Loop and scan run in alternation. The measurement takes seconds.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -36,7 +39,8 @@ def _measure() -> dict[str, Any]:
     rewards, values, mask, z_end, seeds = _batch()
     gae = rewards, values, mask, z_end, GAMMA, LAM
     scalar = rewards, values.mean(-1), mask, z_end.mean(-1), GAMMA, LAM
-    targets, loop_targets = distributional_gae(*gae), _loop_gae(*gae)
+    targets = distributional_gae(*gae)
+    loop_targets = _loop_gae(*gae)
     return {
         "distributional_gae": _compare(lambda: _loop_gae(*gae), lambda: distributional_gae(*gae)),
         "mixture_targets": _compare(lambda: _loop_mixture(*gae, seeds), lambda: mixture_targets(*gae, seeds)),
@@ -47,7 +51,7 @@ def _measure() -> dict[str, Any]:
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Answers of unlike length with a tool call inside and the outcome on the last valid token."""
+    """Return answers of different lengths, with a tool call inside and the outcome on the last valid token."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(B, T, M, generator=generator).sort(-1).values
     length = torch.tensor([T, T - 1, 3 * T // 4, T // 2])
@@ -59,7 +63,9 @@ def _batch() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _compare(loop: Callable[[], object], scan: Callable[[], object]) -> dict[str, float]:
-    loop(), scan()  # warm up
+    # Warm up.
+    loop()
+    scan()
     pairs = [(_milliseconds(loop), _milliseconds(scan)) for _ in range(REPEATS)]
     loops, scans = (statistics.median(column) for column in zip(*pairs, strict=True))
     return {"loop_ms": round(loops, 2), "scan_ms": round(scans, 2), "ratio": round(loops / scans, 1)}

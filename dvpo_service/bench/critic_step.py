@@ -1,4 +1,4 @@
-"""What a distributional critic adds to a scalar one's whole step, on a backbone of 50M parameters and more."""
+"""How much time a distributional critic adds to a scalar critic's whole step, on a backbone of over 50M parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ VOCABULARY = 8192
 
 
 def run(sequences: int = 4, prompt: int = 32, response: int = 96, repeats: int = 3) -> dict[str, Any]:
-    """Seconds of a step (evaluate, targets, loss, backward, AdamW) of each kind, alternating, and their ratio."""
+    """Return the seconds of a step (evaluate, targets, loss, backward, AdamW) of each kind of critic, and their ratios.
+
+    The kinds run in alternation, ``repeats`` times after one step of warm-up.
+
+    Args:
+      sequences: sequences in the batch.
+      prompt, response: tokens of each prompt and of each response.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     part = _rollouts(sequences, prompt, response)
@@ -37,8 +44,8 @@ def run(sequences: int = 4, prompt: int = 32, response: int = 96, repeats: int =
         for name, step in steps.items():
             runs[name].append(step())
     seconds = {
-        name: {stage: statistics.median(r[stage] for r in found[1:]) for stage in found[0]}  # the first warms up
-        for name, found in runs.items()
+        name: {stage: statistics.median(r[stage] for r in laps[1:]) for stage in laps[0]}  # the first step warms up
+        for name, laps in runs.items()
     }
     totals = {name: sum(stages.values()) for name, stages in seconds.items()}
     return {
@@ -58,7 +65,7 @@ def run(sequences: int = 4, prompt: int = 32, response: int = 96, repeats: int =
 
 
 class _Step:
-    """One critic with its optimizer on a fixed batch; calling it takes a step and returns seconds by stage."""
+    """One critic with its optimizer on a fixed batch. A call takes a step and returns the seconds of each stage."""
 
     def __init__(self, algorithm: AlgorithmConfig, part: Rollouts):
         self.part = part
@@ -73,7 +80,8 @@ class _Step:
         self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=1e-5)
 
     def __call__(self) -> dict[str, float]:
-        clock, mask = _Laps(), self.part.response_mask
+        clock = _StageTimer()
+        mask = self.part.response_mask
         with torch.no_grad():
             z, z_end = self._atoms()
             clock("evaluate: forward")
@@ -97,7 +105,9 @@ class _Step:
         return clock.seconds
 
     def _atoms(self) -> tuple[Tensor, Tensor]:
-        part, t = self.part, self.part.response_mask.shape[1]
+        """Return the atoms before each response token, and after the last token of each response."""
+        part = self.part
+        t = part.response_mask.shape[1]
         positions = response_positions(part.prompt_lens, t + 1, part.tokens.shape[1])
         z = split_heads(
             self.critic(part.tokens, part.prompt_lens + part.response_lens, positions), self.objective.heads
@@ -105,8 +115,8 @@ class _Step:
         return z[:, :-1], z[torch.arange(len(part)), part.response_lens]
 
 
-class _Laps:
-    """Seconds since the last lap, by name."""
+class _StageTimer:
+    """Seconds of each stage, by name. A call ends a stage; the next one starts at once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

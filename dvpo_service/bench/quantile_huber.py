@@ -1,4 +1,4 @@
-"""What the exact quantile Huber costs: time against a pairwise loop, memory, growth, and the GPU kernel.
+"""The cost of the exact quantile-Huber loss: time against a pairwise loop, memory, growth, and the GPU kernel.
 
 ``python -m dvpo_service.bench.quantile_huber`` prints the figures of ``run`` as JSON in about half a minute.
 """
@@ -27,7 +27,10 @@ MIB = 2**20
 
 
 def run() -> dict[str, Any]:
-    """Every figure, ready for JSON. CPU times are CPU seconds of one thread, so that other load counts little."""
+    """Return every figure, ready for JSON.
+
+    CPU times are CPU seconds of one thread, so that other load on the machine matters little.
+    """
     with _one_thread():
         return {
             "torch": torch.__version__,
@@ -44,9 +47,10 @@ def run() -> dict[str, Any]:
 
 
 def speedup(quantiles: int, tokens: int, pairwise_tokens: int) -> dict[str, Any]:
-    """The fast path on ``tokens`` against a chunked pairwise loop on the first ``pairwise_tokens``, scaled.
+    """Compare the fast path on ``tokens`` tokens with a chunked pairwise loop.
 
-    The loop is given its best case among the chunk sizes: small ones keep its temporaries in cache.
+    The loop runs on the first ``pairwise_tokens`` tokens, and its time is scaled. It is timed with several chunk sizes,
+    and the fastest counts: small chunks keep its temporaries in cache.
     """
     z, y, tau = _inputs(tokens, quantiles)
     fast_s, gradient = _timed(partial(fast, y=y, tau=tau), z, repeats=3)
@@ -68,7 +72,7 @@ def speedup(quantiles: int, tokens: int, pairwise_tokens: int) -> dict[str, Any]
 
 
 def pairwise_loop(z: Tensor, y: Tensor, tau: Tensor, rows: int) -> None:
-    """The textbook loss on [rows, H, M, K] temporaries, its gradient gathered chunk by chunk."""
+    """Compute the textbook loss with [rows, H, M, K] temporaries and add up its gradient chunk by chunk."""
     for z_part, y_part in zip(z.split(rows), y.split(rows), strict=True):
         u = y_part[:, None, None, :] - z_part[..., None]
         weight = (tau[:, None] - (u < 0).to(z.dtype)).abs()
@@ -77,14 +81,19 @@ def pairwise_loop(z: Tensor, y: Tensor, tau: Tensor, rows: int) -> None:
 
 
 def fast(z: Tensor, y: Tensor, tau: Tensor) -> None:
+    """Compute loss and gradient with ``quantile_huber``."""
     quantile_huber(z, y, tau, DELTA).sum().backward()
 
 
 def memory(tokens: int, quantiles: int) -> dict[str, Any]:
-    """Peak resident memory that forward and backward add, in a fresh process; losses and gradient included."""
+    """Measure the peak resident memory that forward and backward add in a fresh process.
+
+    Losses and gradient are included.
+    """
     command = [sys.executable, "-m", "dvpo_service.bench.quantile_huber", "--peak", str(tokens), str(quantiles)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    extra, table = int(done.stdout), tokens * HEADS * quantiles * quantiles * 4
+    process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    extra = int(process.stdout)
+    table = tokens * HEADS * quantiles * quantiles * 4
     return {
         "quantiles": quantiles,
         "tokens": tokens,
@@ -96,18 +105,24 @@ def memory(tokens: int, quantiles: int) -> dict[str, Any]:
 
 
 def peak_in_this_process(tokens: int, quantiles: int) -> int:
-    """Bytes by which one call raises this process's peak resident memory over what it holds before."""
+    """Return by how many bytes one call's peak exceeds the resident memory of this process before the call."""
     torch.set_num_threads(1)
     z, y, tau = _inputs(tokens, quantiles)
     leaf = z.requires_grad_()
-    fast(z[:1].detach().requires_grad_(), y[:1], tau)  # what is loaded on first use does not count
+    fast(z[:1].detach().requires_grad_(), y[:1], tau)  # so that libraries loaded on first use do not count
     before = _status("VmRSS")
     fast(leaf, y, tau)
     return _status("VmHWM") - before
 
 
 def growth(sizes: list[tuple[int, int]], axis: int) -> dict[str, Any]:
-    """Seconds of each (tokens, quantiles) and the exponent between the ends of one axis: 1 is linear."""
+    """Measure the seconds for each (tokens, quantiles), and the growth exponent along one axis.
+
+    Args:
+      sizes: at least two pairs, ascending along ``axis``.
+      axis: 0 for growth with tokens, 1 for growth with quantiles. The exponent is between the first and the last size;
+        1 is linear.
+    """
     seconds = {}
     for size in sizes:
         z, y, tau = _inputs(*size)
@@ -120,13 +135,14 @@ def growth(sizes: list[tuple[int, int]], axis: int) -> dict[str, Any]:
 
 
 def kernel(tokens: int, quantiles: int, device: torch.device) -> dict[str, Any]:
-    """The Triton kernel against the torch path and against the time that its HBM traffic alone takes."""
+    """Compare the Triton kernel with the torch path, and with the time that its HBM traffic alone takes."""
     z, y, tau = (x.to(device) for x in _inputs(tokens, quantiles))
     z = z.flatten(1)
     fused = _kernel_for(z, DELTA)
     if fused is None:
         return {"note": "Triton is not installed"}
-    # Read z and y, write losses and slopes; a copy of the device reads and writes each byte.
+    # The kernel reads z and y and writes losses and slopes. A copy reads and writes each byte, so half as many bytes
+    # make the same traffic.
     traffic = 4 * (3 * z.numel() + y.numel())
     source = torch.empty(traffic // 2, dtype=torch.uint8, device=device)
     floor_s = _median_seconds(lambda: source.clone())
@@ -147,14 +163,14 @@ def kernel(tokens: int, quantiles: int, device: torch.device) -> dict[str, Any]:
 
 
 def _inputs(tokens: int, quantiles: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted atoms [N, H, M], unsorted targets [N, K], levels [M]."""
+    """Return sorted atoms [N, H, M], unsorted targets [N, K] and levels [M]."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(tokens, HEADS, quantiles, generator=generator).sort(-1).values
     return z, torch.randn(tokens, quantiles, generator=generator), quantile_levels(quantiles, "endpoint")
 
 
 def _timed(call: Callable[[Tensor], None], z: Tensor, repeats: int) -> tuple[float, Tensor]:
-    """Best CPU seconds of the repeats and the gradient."""
+    """Return the CPU seconds of the fastest repeat, and the gradient."""
     best, gradient = math.inf, z
     for _ in range(repeats):
         leaf = z.clone().requires_grad_()
@@ -167,7 +183,7 @@ def _timed(call: Callable[[Tensor], None], z: Tensor, repeats: int) -> tuple[flo
 
 
 def _median_seconds(call: Callable[[], Any]) -> float:
-    """Of a call on a device; waits for the device."""
+    """Return the median seconds of a call on a device, including the wait for the device."""
     from torch.utils.benchmark import Timer
 
     return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.3).median
@@ -184,7 +200,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _status(field: str) -> int:
-    """Bytes of a field of /proc/self/status. Unlike getrusage, VmHWM knows nothing of the parent process."""
+    """Return a field of /proc/self/status in bytes. Unlike getrusage, VmHWM does not include the parent process."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 

@@ -1,1 +1,1 @@
-"""What each ``dvpo`` command does. These modules alone, with tune_sweeps, know the actors."""
+"""The ``dvpo`` commands, one module each. Only these modules and tune_sweeps import the actors."""

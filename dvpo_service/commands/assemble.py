@@ -1,4 +1,4 @@
-"""Pools and roles of a run: every actor started, and each in the role that the loop talks to."""
+"""Start the actors of a run, and assign them to the roles that the loop talks to."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ Note = Callable[[str], None]
 
 @dataclass
 class Pools:
-    """Every actor of a run."""
+    """Every actor of a run.
+
+    Attributes:
+      restarts: counts the restarts of trainer groups, and bounds them.
+      keep_engines: leave the engines running at ``shutdown``, for the next run in this process.
+    """
 
     placement: Placement
     policy: PolicyRanks
@@ -55,7 +60,7 @@ class Pools:
         return trainer_groups(self.policy, self.critic)
 
     def shutdown(self) -> None:
-        """End every process that this run started; one that fails to end does not keep the others."""
+        """End every process that this run started. If one pool fails to shut down, the others still do."""
         with ExitStack() as stack:
             stack.callback(self.placement.release)
             stack.callback(self.rewards.shutdown)
@@ -74,16 +79,16 @@ def start_pools(
     warm: WarmEngines | None = None,
     run_dir: StoragePath | None = None,
 ) -> Pools:
-    """Start every actor, and return when all are ready.
+    """Start every actor of a run, and return when all of them are ready.
 
     Args:
-      stack: ends the actors when it unwinds, also where one does not start.
-      note: told a line of every restart.
-      warm: engines that are kept from run to run.
+      stack: shuts the actors down when it closes, also after a failed start.
+      note: called with one line of text for each restart.
+      warm: provides the engines and keeps them running for the next run.
       run_dir: checked to be visible from every node.
 
     Raises:
-      ClusterError: no room, or a node does not see the model or the run directory.
+      ClusterError: the cluster has no room for the plan, or a node does not see the model or the run directory.
       PoolError: an actor does not start.
     """
     placement = Placement(plan_bundles(config), timeout_s=config.cluster.placement_timeout_s)
@@ -91,7 +96,8 @@ def start_pools(
         check_shared(run_dir, placement.nodes())
     broadcast_model(model_path, placement.nodes())
     broadcast_to_spares(model_path, placement.nodes())
-    backend, batch = weight_backend(config), SharedBatch()
+    backend = weight_backend(config)
+    batch = SharedBatch()
     policy = PolicyRanks(config, model_path, placement, batch)
     critic = CriticEstimator(config, model_path, placement, batch) if config.algorithm.has_critic else None
     engines = (warm.acquire if warm else EnginePool.spawn)(config, model_path, backend, placement, note)
@@ -144,7 +150,10 @@ def assemble(
 
 
 def recovery_of(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Checkpoints, note: Note) -> Recovery:
-    """Return what brings the run back when trainer ranks are lost; for a run that is about to begin."""
+    """Return the recovery of a run that is about to begin.
+
+    When trainer ranks are lost, it restores the run from the last checkpoint, or from the start if there is none.
+    """
     start = roles.stream.state_dict()
 
     def last_checkpoint() -> tuple[int | None, Callable[[], loop.TrainState]]:

@@ -1,5 +1,7 @@
-"""Every ``module:name`` of a config, tried on a tiny batch before anything starts: is it there, does it take and return
-what its kind has to?"""
+"""Try every ``module:name`` of a config on a tiny batch before anything starts.
+
+Each plugin must load, take the arguments of its kind, and return tensors of the right shape.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _LENGTHS = ((3, 5), (2, 4))  # response tokens by prompt and sample
 
 
 def check_plugins(config: Config) -> None:
-    """Raise ConfigError naming the first plugin that cannot be used, with what was expected of it."""
+    """Raise ConfigError for the first plugin of the config that cannot be used, saying what was expected of it."""
     if is_reference(config.algorithm.adv_estimator):
         _check_estimator(config)
     if is_reference(config.policy.loss):
@@ -33,12 +35,13 @@ def check_plugins(config: Config) -> None:
 
 
 def _check_estimator(config: Config) -> None:
-    name, rollouts = config.algorithm.adv_estimator, _batch()
+    name = config.algorithm.adv_estimator
+    rollouts = _batch()
     shape = tuple(rollouts.response_mask.shape)
     estimator = estimators.load(name)
     if not config.algorithm.has_critic:
         check_arguments(estimators.KEY, name, estimator, ("rollouts", "algorithm"))
-        advantages = _tried(estimators.KEY, name, estimator, rollouts, config.algorithm)
+        advantages = _call(estimators.KEY, name, estimator, rollouts, config.algorithm)
         _expect(estimators.KEY, name, "advantages [B, T]", advantages, shape)
         return
     if not (isinstance(estimator, type) and issubclass(estimator, CriticObjective)):
@@ -47,40 +50,42 @@ def _check_estimator(config: Config) -> None:
             "dvpo_service.estimators.base.CriticObjective, or from a built-in such as DvpoObjective"
         )
     check_arguments(estimators.KEY, name, estimator, ("algorithm", "critic"))
-    objective = _tried(estimators.KEY, name, critic_objective, config.algorithm, config.critic)
-    stats, (b, t) = RunningStats(return_sd=0.5, worst_value=0.0), shape
+    objective = _call(estimators.KEY, name, critic_objective, config.algorithm, config.critic)
+    stats = RunningStats(return_sd=0.5, worst_value=0.0)
+    b, t = shape
     z = torch.randn(b, t, objective.heads, objective.quantiles, requires_grad=True)
 
-    def estimate() -> Any:
+    def run_estimate() -> Any:
         with torch.no_grad():
             return objective.estimate(z, z[:, -1], rollouts, seeds=torch.arange(b), pretraining=False, stats=stats)
 
-    made = _tried(estimators.KEY, name, estimate)
-    _expect(estimators.KEY, name, "estimate().advantages [b, T]", made.advantages, shape)
-    _expect(estimators.KEY, name, "estimate().values [b, T]", made.values, shape)
+    estimate = _call(estimators.KEY, name, run_estimate)
+    _expect(estimators.KEY, name, "estimate().advantages [b, T]", estimate.advantages, shape)
+    _expect(estimators.KEY, name, "estimate().values [b, T]", estimate.values, shape)
 
-    def loss() -> Any:
+    def run_loss() -> Any:
         return objective.loss(
             z,
-            made,
+            estimate,
             rollouts.response_mask,
             denominator=rollouts.num_tokens,
             stats=stats,
             batch_mean_shift=0.1,
         )[0]
 
-    _expect(estimators.KEY, name, "the loss, a scalar", _tried(estimators.KEY, name, loss), ())
+    _expect(estimators.KEY, name, "the loss, a scalar", _call(estimators.KEY, name, run_loss), ())
 
 
 def _check_policy_loss(config: Config) -> None:
-    key, name, rollouts = policy_losses.KEY, config.policy.loss, _batch()
+    key, name = policy_losses.KEY, config.policy.loss
+    rollouts = _batch()
     loss = policy_losses.load(name)
     check_arguments(key, name, loss, ("logprobs", "old_logprobs", "advantages", "mask", "policy"))
     mask, shape = rollouts.response_mask, tuple(rollouts.response_mask.shape)
     old = rollouts.rollout_logprobs
     logprobs = (old + 0.1).requires_grad_()
-    made = _tried(key, name, loss, logprobs, old, torch.ones(shape), mask, config.policy)
-    surrogate, clipped = made if isinstance(made, tuple) and len(made) == 2 else (made, mask)
+    result = _call(key, name, loss, logprobs, old, torch.ones(shape), mask, config.policy)
+    surrogate, clipped = result if isinstance(result, tuple) and len(result) == 2 else (result, mask)
     _expect(key, name, "the loss of each token [b, T]", surrogate, shape)
     _expect(key, name, "where it was clipped [b, T]", clipped, shape)
     if not surrogate.requires_grad:
@@ -90,14 +95,15 @@ def _check_policy_loss(config: Config) -> None:
 def _check_critic_terms(config: Config) -> None:
     a = config.algorithm
     heads = torch.randn(2, 5, a.n_heads, a.n_quantiles).sort(-1).values.requires_grad_()
-    targets, levels = torch.randn(2, 5, a.n_quantiles).sort(-1).values, torch.linspace(0, 1, a.n_quantiles)
+    targets = torch.randn(2, 5, a.n_quantiles).sort(-1).values
+    levels = torch.linspace(0, 1, a.n_quantiles)
     for reference, term in zip(a.critic_terms, load_terms(a.critic_terms).values(), strict=True):
-        made = _tried(TERMS_KEY, reference, term.function, heads, targets, levels)
-        _expect(TERMS_KEY, reference, "a number for each token [B, T]", made, (2, 5))
+        values = _call(TERMS_KEY, reference, term.function, heads, targets, levels)
+        _expect(TERMS_KEY, reference, "a number for each token [B, T]", values, (2, 5))
 
 
-def _tried(key: str, name: str, function: Any, *arguments: Any) -> Any:
-    """Return ``function(*arguments)``. Whatever a user's code raises becomes a ConfigError."""
+def _call(key: str, name: str, function: Any, *arguments: Any) -> Any:
+    """Return ``function(*arguments)``. Turn any error of the user's code into a ConfigError."""
     try:
         return function(*arguments)
     except UserError:
@@ -107,6 +113,7 @@ def _tried(key: str, name: str, function: Any, *arguments: Any) -> Any:
 
 
 def _expect(key: str, name: str, what: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError unless ``value`` is a tensor of ``shape``. ``what`` names it in the message."""
     if not isinstance(value, Tensor):
         raise ConfigError(f"{key} {name!r}: expected {what} as a tensor, got {type(value).__name__}")
     if tuple(value.shape) != shape:
@@ -114,7 +121,7 @@ def _expect(key: str, name: str, what: str, value: Any, shape: tuple[int, ...]) 
 
 
 def _batch() -> Rollouts:
-    """Two prompts with two responses each, of unlike length."""
+    """Return two prompts with two responses each, all of different lengths."""
     prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "check", (5, 6, 7)) for i in range(2)]
     groups = [
         [Sample(i, j, (8,) * n, (-1.0,) * n, "1", "stop", 0) for j, n in enumerate(lengths)]

@@ -1,4 +1,4 @@
-"""``dvpo doctor``: is this machine ready, and does the run fit, before the money is spent."""
+"""``dvpo doctor``: check that this machine is ready and that the run fits, before money is spent on it."""
 
 from __future__ import annotations
 
@@ -24,29 +24,36 @@ PACKAGES = ("torch", "ray", "transformers", "mlflow")
 
 @dataclass(frozen=True)
 class Finding:
+    """One row of the table: whether the check passed, what was checked, and what was found."""
+
     ok: bool
     what: str
     found: str
 
 
 def examine(config: Config | None) -> bool:
-    """Print what was found; True when nothing stands in the way of a run."""
+    """Check the machine, and the config if one is given. Print a table of the findings.
+
+    Returns:
+      True if every check passed, so that a run can start.
+    """
     checks: list[Callable[[], Iterator[Finding]]] = [_machine, _packages, _vllm]
     if config is not None:
         checks += [lambda: _plugins(config), lambda: _data(config), lambda: _model(config), lambda: _plan(config)]
-    table, good = Table(title="dvpo doctor"), True
+    table = Table(title="dvpo doctor")
+    all_ok = True
     for column in ("", "check", "found"):
         table.add_column(column, overflow="fold")
     for check in checks:
         for finding in _guarded(check):
-            good &= finding.ok
+            all_ok &= finding.ok
             table.add_row("[green]ok[/]" if finding.ok else "[bold red]no[/]", finding.what, finding.found)
     Console().print(table)
-    return good
+    return all_ok
 
 
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check that raises what a person can mend is a finding, and the other checks go on."""
+    """Yield the findings of a check. A UserError becomes a finding, so that the other checks still run."""
     try:
         yield from check()
     except UserError as error:
@@ -77,7 +84,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _vllm() -> Iterator[Finding]:
-    """In a process of its own: a broken build can take the interpreter down with it."""
+    """Import vLLM in a process of its own: a broken build can take the interpreter down with it."""
     code = "import vllm; from vllm.v1.engine.async_llm import AsyncLLM; print(vllm.__version__)"
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
@@ -87,8 +94,8 @@ def _vllm() -> Iterator[Finding]:
     last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or [""]
     yield Finding(done.returncode == 0, "vLLM imports", last[0])
     plugins = {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}
-    ours = "dvpo_cpu_weight_transfer" in plugins
-    yield Finding(ours, "weight transfer on CPU", "registered" if ours else "missing: pip install -e .")
+    registered = "dvpo_cpu_weight_transfer" in plugins
+    yield Finding(registered, "weight transfer on CPU", "registered" if registered else "missing: pip install -e .")
 
 
 def _plugins(config: Config) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""``dvpo eval``: how well a model answers, with the engines and rewards of a run."""
+"""``dvpo eval``: measure how well a model answers, with the engines and rewards of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ from dvpo_service.terminal import make_console, progress, warn_of
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and how: ``step`` is the number of updates it has seen, None where nothing says."""
+    """The model to evaluate, and the config to evaluate it with.
+
+    Attributes:
+      model: Hugging Face folder or hub name.
+      name: what tables and results call the model.
+      step: number of updates that the policy has been trained for; None if unknown.
+    """
 
     config: Config
     model: str
@@ -39,9 +45,15 @@ class Subject:
 
 @contextmanager
 def from_run(source: Path, name: str, overrides: Sequence[str]) -> Iterator[Subject]:
-    """The newest state of a run, a checkpoint or an export, with its run's config; ``name`` is what tables call it.
+    """Yield the newest state of a run, a checkpoint or an export, with the config of its run.
 
-    A checkpoint is exported beside itself, where every node sees it, for as long as it takes.
+    A checkpoint is first exported to a temporary folder beside it, where every node sees the export. The folder is
+    removed at the end of the block.
+
+    Args:
+      source: folder of the run, checkpoint or export.
+      name: what tables and results call the model.
+      overrides: changes to the run's config.
     """
     step, state = newest(source)
     with ExitStack() as stack:
@@ -53,10 +65,13 @@ def from_run(source: Path, name: str, overrides: Sequence[str]) -> Iterator[Subj
 
 
 def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None) -> dict[str, Any]:
-    """Sample every prompt n times and once greedily; print tables, and write JSON to ``output`` if given.
+    """Sample every prompt n times and once greedily. Print tables, and write JSON to ``output`` if it is given.
 
     Args:
-        files: evaluated in place of the config's splits, each a split of its own name.
+      files: data files to evaluate in place of the config's splits; each is a split named after the file.
+
+    Returns:
+      The results, as in the JSON file.
     """
     config = subject.config
     warn_of(config)
@@ -65,19 +80,22 @@ def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None
     with progress(f"evaluating {subject.name}", sum(map(len, data.values()))) as bar:
         scores = measure(config, subject.model, data, n, bar.update)
     sampling = {"n": n, "temperature": config.rollout.temperature, "seed": config.trainer.seed}
-    found = {"model": subject.name, "step": subject.step, **sampling, **by_group(scores, n)}
+    results = {"model": subject.name, "step": subject.step, **sampling, **by_group(scores, n)}
     if output:
-        output.write_text(json.dumps(found, indent=2) + "\n")
-    show(found)
-    return found
+        output.write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+    return results
 
 
 def measure(
     config: Config, model: str, data: Mapping[str, Dataset], n: int, on_progress: Callable[[int], None]
 ) -> list[PromptScores]:
-    """Return the scores of ``model`` on ``data``, splits by name: engines and rewards only.
+    """Return the scores of ``model`` on ``data``. Only engines and reward workers are started for it.
 
-    See ``HeldOutEvaluator.measure``.
+    Args:
+      data: splits by name.
+      n: samples for each prompt.
+      on_progress: called with the number of prompts done, see ``HeldOutEvaluator.measure``.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     splits = {name: encode(config.data, split, tokenizer) for name, split in data.items()}
@@ -85,7 +103,7 @@ def measure(
         bundles = [b for b in plan_bundles(config) if b.pool in ("rollout", "reward")]
         placement = Placement(bundles, timeout_s=config.cluster.placement_timeout_s)
         stack.callback(placement.release)
-        folder = str(Path(model).absolute()) if Path(model).exists() else model  # as actors elsewhere find it
+        folder = str(Path(model).absolute()) if Path(model).exists() else model  # actors have other working directories
         engines = EnginePool.spawn(config, folder, weight_backend(config), placement)
         stack.callback(engines.shutdown)
         rewards = RewardPool(config.reward, placement)
@@ -96,7 +114,7 @@ def measure(
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """A table by split, and one by data source where that says more."""
+    """Print a table by split, and one by data source if the sources differ from the splits."""
     console = make_console()
     after = "" if found["step"] is None else f" after {found['step']} updates"
     console.print(f"{found['model']}{after}: {found['n']} samples a prompt at temperature {found['temperature']:g}")

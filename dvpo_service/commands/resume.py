@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint it continues from, and everything brought back to it."""
+"""Continue a run: find the checkpoint to continue from, and restore everything from it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from dvpo_service.tracking.tracker import Tracker
 
 
 def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
+    """Return the checkpoint to continue from, or None for a run that starts anew.
+
+    With ``trainer.resume=never``, older checkpoints are set aside.
+
+    Raises:
+      CheckpointError: the checkpoint is beyond ``trainer.num_steps``, or was trained with another kind of critic.
+    """
     if config.trainer.resume == "never":
         checkpoints.set_aside()
         return None
-    found = checkpoints.latest()
-    if found and found.record["state"]["step"] > config.trainer.num_steps:
+    checkpoint = checkpoints.latest()
+    if checkpoint and checkpoint.record["state"]["step"] > config.trainer.num_steps:
         raise CheckpointError(
-            f"{found.folder} is at step {found.record['state']['step']}, beyond trainer.num_steps = "
+            f"{checkpoint.folder} is at step {checkpoint.record['state']['step']}, beyond trainer.num_steps = "
             f"{config.trainer.num_steps}; raise num_steps, choose another --run-dir, or give trainer.resume=never"
         )
-    if found:
+    if checkpoint:
         _check_same_critic(config, checkpoints.run_dir)
-    return found
+    return checkpoint
 
 
 def _check_same_critic(config: Config, run_dir: Path) -> None:
@@ -42,6 +49,7 @@ def _check_same_critic(config: Config, run_dir: Path) -> None:
 
 
 def restore(roles: loop.Roles, resume: Checkpoint | None) -> loop.TrainState:
+    """Load policy, estimator and stream from the checkpoint, and return the loop's state; a new state for None."""
     if resume is None:
         return loop.TrainState()
     roles.policy.load(resume.folder / "policy")
@@ -51,6 +59,7 @@ def restore(roles: loop.Roles, resume: Checkpoint | None) -> loop.TrainState:
 
 
 def open_tracker(config: Config, run_dir: Path, resume: Checkpoint | None, display: Display) -> Tracker:
+    """Return a tracker that starts a new MLflow run, or continues the run of the checkpoint."""
     if resume is None:
         return Tracker(run_dir, config, display=display)
     step = resume.record["state"]["step"]

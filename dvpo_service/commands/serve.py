@@ -25,11 +25,12 @@ from dvpo_service.serving.http import ListenAddress
 
 
 def servable(source: Path) -> Exported:
-    """The newest state of a run, a checkpoint or an export, as a folder to serve from.
+    """Return the newest state of a run, a checkpoint or an export, as an export to serve from.
 
-    A checkpoint is exported to ``RUN/serving/``, which every node of a cluster sees when it sees the run.
+    A checkpoint is exported to ``RUN/serving/``: every node of the cluster that sees the run sees this folder.
 
-    Raises CheckpointError.
+    Raises:
+      CheckpointError: ``source`` holds nothing to serve.
     """
     _, folder = newest(source)
     if is_export(folder):
@@ -39,12 +40,20 @@ def servable(source: Path) -> Exported:
 
 
 def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
-    """Serve until interrupted. Where our application runs on the cluster already, give it these weights and return:
-    it stays at its address, and asks for the key that it asked for.
+    """Serve a policy until interrupted.
 
-    With ``follow``, newer checkpoints of the run are served as they appear.
+    If our application already runs on the cluster, give it these weights and return. Its address and its API key
+    stay the same.
 
-    Raises CheckpointError, ConfigError, ClusterError.
+    Args:
+      source: folder of a run, a checkpoint or an export.
+      overrides: changes to the run's config.
+      follow: also serve newer checkpoints of the run as they appear.
+
+    Raises:
+      CheckpointError: ``source`` holds nothing to serve.
+      ConfigError: an override is wrong, or the address cannot be listened on.
+      ClusterError: the application does not start, or one that runs already does not answer.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     exported = servable(source)
@@ -53,8 +62,9 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
     served = Served.of(exported)
     cluster = config.cluster.model_copy(update={"num_cpus": config.cluster.num_cpus or math.ceil(cpus_needed(config))})
     with connected(config.model_copy(update={"cluster": cluster})):
-        if found := running():
-            before, address = found
+        deployed = running()
+        if deployed:
+            before, address = deployed
             deploy(config, served, address)
             terminal.say(f"updated: {before} -> {served.version}")
             return
@@ -70,8 +80,8 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
 
 
 def _wait(config: Config, source: Path, served: Served, address: ListenAddress, follow: bool) -> None:
-    """Until interrupted. A newer state that cannot be exported or served is said, once, and serving goes on."""
-    said = ""
+    """Wait until interrupted. Report a newer state that cannot be exported or served once, and keep serving."""
+    last_error = ""
     while True:
         time.sleep(config.serve.follow_every_s)
         if not follow:
@@ -83,9 +93,9 @@ def _wait(config: Config, source: Path, served: Served, address: ListenAddress, 
                 terminal.say(f"updated: {served.version} -> {newer.version}")
                 served = newer
         except (CheckpointError, ClusterError) as error:
-            if str(error) != said:
+            if str(error) != last_error:
                 terminal.say(f"no newer weights than {served.version}: {error}")
-            said = str(error)
+            last_error = str(error)
 
 
 @contextmanager
@@ -95,7 +105,7 @@ def stopped_after() -> Iterator[None]:
     def stop(signum: int, frame: Any) -> None:
         raise Stopped("stopped serving", signum)
 
-    for signum in SIGNALS:  # Ray put its own there when it connected
+    for signum in SIGNALS:  # Ray installed its own handlers when it connected
         signal.signal(signum, stop)
     try:
         yield

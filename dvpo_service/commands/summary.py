@@ -1,4 +1,4 @@
-"""What a run says of itself: the facts of its plan, and ``summary.json`` at its end."""
+"""What a run reports: the facts shown before training, and ``summary.json`` at the end."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dvpo_service.tracking.tracker import Tracker
 
 
 def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkpoint | None) -> dict[str, Any]:
+    """Return what the terminal shows of a run before training, by name."""
     facts: dict[str, Any] = {
         "model": model_path,
         "train_prompts": len(data.train),
@@ -30,7 +31,13 @@ def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkp
 
 
 def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, seconds: float) -> dict[str, Any]:
-    """``summary.json``: accuracy by split before and after, and where everything is."""
+    """Write ``summary.json`` to the run's local folder, and return its content.
+
+    It has the accuracy by split before and after training, and the paths of the results.
+
+    Args:
+      seconds: duration of this start of the run; ``training_seconds`` counts all of its starts.
+    """
 
     def by_split(metrics: dict[str, float], name: str) -> dict[str, float]:
         return {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith(f"/{name}")}
@@ -54,7 +61,7 @@ def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, 
             "mlflow_run_id": tracker.run_id or "",
         },
     }
-    beside = run.local / "summary.json.tmp"
-    beside.write_text(json.dumps(summary, indent=2) + "\n")
-    beside.replace(run.local / "summary.json")  # whole or absent: a sweep's report reads it at any time
+    temporary = run.local / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(run.local / "summary.json")  # complete or absent: a sweep's report may read it at any time
     return summary

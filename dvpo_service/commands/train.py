@@ -1,4 +1,4 @@
-"""``dvpo train``: a config becomes a run, from the base model to the summary."""
+"""``dvpo train``: run a config, from the base model to the summary."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def train(
 ) -> dict[str, Any]:
     """Run a config to its end, from the newest checkpoint in ``run_dir`` if there is one.
 
-    What a person may have got wrong is found before anything costs time: plugins, data, model, plan, checkpoint,
-    tracking store.
+    The user's mistakes are found before anything takes time: plugins, data, model, plan, checkpoint and tracking
+    store are checked first.
 
     Args:
-      watch: told what happens, in place of the terminal; for a trial of a sweep.
-      warm: keeps the engines for the next run in this process; likewise.
+      watch: shows the progress in place of the terminal; a trial of a sweep gives one.
+      warm: keeps the engines running for the next run in this process; a trial of a sweep gives one.
 
     Returns:
       The summary that is also in ``run_dir/summary.json``.
 
     Raises:
-      UserError: what a person can mend, in one line.
+      UserError: something that the user can fix, in one line.
       PoolError: a pool failed for good.
-      Stopped: on a request to stop, with a checkpoint written.
+      Stopped: the run was asked to stop; its checkpoint is written.
     """
     run = RunDir(run_dir)
     with locked(run.local), on_cluster(config), ExitStack() as on_error:
@@ -71,14 +71,14 @@ def train(
         except BaseException:
             tracker.finish("FAILED", None)
             raise
-        on_error.pop_all()  # the engines stay warm after a run that ended well
+        on_error.pop_all()  # keep the engines warm after a run that ended well
     if watch is None:
         terminal.closing(summary, run.location, tracker.tracking_uri)
     return summary
 
 
 def _check(config: Config, *, quiet: bool) -> Data:
-    """Find what is wrong before anything starts, and return the data."""
+    """Check everything that can be checked before actors start, and return the data."""
     if not quiet:
         terminal.warn_of(config)
     resolve(config.reward.function)
@@ -100,8 +100,9 @@ def _run(
     tracker: Tracker,
     warm: WarmEngines | None,
 ) -> dict[str, Any]:
-    """Start the pools, train, export; return the summary."""
-    started, trust = time.time(), config.model.trust_remote_code
+    """Start the pools, train and export. Return the summary."""
+    started = time.time()
+    trust = config.model.trust_remote_code
     (run.local / "config.yaml").write_text(to_yaml(config))
     with Stopping(display.status).listening() as stopping, connected(config), ExitStack() as stack:
         model_path = base_model(config, raw.train, run.local.parent)
@@ -138,7 +139,7 @@ def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> N
             roles.estimator.export(folder / CRITIC)
             describe(folder, run.local, config, step, roles.tracker.run_id)
         return
-    (target / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export, until the new one is whole
+    (target / EXPORT_FILE).unlink(missing_ok=True)  # without this file the folder is no export; it is written last
     roles.policy.export(target)
     roles.estimator.export(target / CRITIC)
     with written_locally(str(target)) as local:

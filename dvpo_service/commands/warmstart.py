@@ -1,7 +1,7 @@
-"""A base model where none can be downloaded: a small LM, trained supervised on the training answers.
+"""Warm start: train a small LM with supervision on the training answers, where no base model can be downloaded.
 
-Runs on Ray Train's TorchTrainer with FSDP2. The result is a Hugging Face folder, cached by
-everything that went into it.
+Runs on Ray Train's TorchTrainer with FSDP2. The result is a Hugging Face folder, cached under a hash of the settings
+and the data that it was made from.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ DATA_KEYS = ("row_format", "gsm8k_mode", "operators", "max_operands", "max_digit
 
 
 def base_model(config: Config, train: Dataset, runs: Path) -> str:
-    """Path of the model to start from; made here, and cached, when the config asks for a warm start."""
+    """Return the path of the model to start from. Make and cache it if the config has a warm start.
+
+    Args:
+      train: demonstrations for the warm start, unless it names files of its own.
+      runs: folder of the runs; the cache is ``base-models`` in it.
+    """
     if config.model.path is not None:
         return config.model.path
     warm = config.model.warmstart
@@ -58,7 +63,7 @@ def base_model(config: Config, train: Dataset, runs: Path) -> str:
 
 
 def base_model_folder(config: Config, cache: Path) -> Path:
-    """Where the base model of this config is cached: named by its settings and the data's content."""
+    """Return the folder in ``cache`` for this config's base model, named by a hash of its settings and its data."""
     assert config.model.warmstart is not None
     digest = hashlib.sha256(config.model.warmstart.model_dump_json().encode())
     data = config.data.model_dump(include=set(DATA_KEYS))
@@ -75,11 +80,11 @@ def make_base_model(
     tokenize: Callable[[PreTrainedTokenizerBase], Sequence[Prompt]],
     on_progress: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Make and train the model in ``folder``; it appears there only when it is whole.
+    """Make a small model, train it, and write it to ``folder``. The folder appears only when it is complete.
 
     Args:
-        tokenize: encodes the demonstrations with the new model's tokenizer.
-        on_progress: called with the steps done and the loss and accuracy as training goes.
+      tokenize: encodes the demonstrations with the new model's tokenizer.
+      on_progress: called during training with the steps done, and with loss and accuracy by name.
     """
     warm = config.model.warmstart
     assert warm is not None
@@ -109,23 +114,26 @@ def make_base_model(
 
 
 class Mailbox:
-    """A Ray actor: what rank 0 tells, on whatever node it runs, for the driver to collect."""
+    """A Ray actor that carries progress and weights from rank 0, on any node, to the driver."""
 
     def __init__(self) -> None:
         self.progress: list[dict[str, Any]] = []
         self.weights = b""
 
     def tell(self, entry: dict[str, Any]) -> None:
+        """Add a report of progress."""
         self.progress.append(entry)
 
     def hand_in(self, weights: bytes) -> None:
-        """The trained parameters, as a safetensors file."""
+        """Take the trained parameters, the bytes of a safetensors file."""
         self.weights = weights
 
     def told(self, seen: int) -> list[dict[str, Any]]:
+        """Return the reports after the first ``seen``."""
         return self.progress[seen:]
 
     def collect(self) -> bytes:
+        """Return the trained parameters."""
         return self.weights
 
 
@@ -136,13 +144,13 @@ def _fit(
     examples: list[Any],
     on_progress: Callable[[int, dict[str, float]], None],
 ) -> bytes:
-    """Train on the cluster; the trained parameters, as a safetensors file."""
+    """Train on the cluster. Return the trained parameters, the bytes of a safetensors file."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     use_gpu = config.cluster.gpus_per_trainer > 0
-    # Ranks may run on machines that do not see the driver's folder: files go there, and back, through Ray.
+    # Ranks may run on machines that do not see the driver's folder, so files travel through Ray both ways.
     model = ray.put({f.name: f.read_bytes() for f in (work / "model").iterdir()})
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
     trainer = TorchTrainer(
@@ -162,7 +170,7 @@ def _fit(
 
 
 def _torch_config(use_gpu: bool) -> Any:
-    """Ray Train's own; with gloo on the interface by which Ray's nodes reach each other."""
+    """Return Ray Train's config. Its gloo uses the network interface by which Ray's nodes reach each other."""
     import ray.util
     from ray.train.torch import TorchConfig
 
@@ -184,12 +192,18 @@ def _torch_config(use_gpu: bool) -> Any:
 
 
 def train_loop(args: dict[str, Any]) -> None:
-    """One rank: cross-entropy on the answer tokens, seeded batches, a cool-down at the end."""
+    """Train one rank: cross-entropy on the answer tokens, seeded batches, a warm-up and a cool-down of the rate.
+
+    Args:
+      args: ``warm`` (the settings), ``mailbox``, ``examples`` (pairs of prompt and answer tokens) and ``model`` (the
+        files of the untrained model by name).
+    """
     import ray
     import ray.train
     import ray.train.torch
 
-    warm, mailbox = WarmstartConfig(**args["warm"]), args["mailbox"]
+    warm = WarmstartConfig(**args["warm"])
+    mailbox = args["mailbox"]
     rank, world = dist.get_rank(), dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
         for name, content in ray.get(args["model"], timeout=MAILBOX_S).items():
@@ -198,7 +212,9 @@ def train_loop(args: dict[str, Any]) -> None:
     shard(model, ray.train.torch.get_device(), bfloat16=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(warm.seed)
-    cooldown, recent, last, step = max(1, warm.steps // 10), 0.0, warm.steps, 0
+    cooldown = max(1, warm.steps // 10)
+    recent = 0.0  # running mean of the accuracy
+    step, last = 0, warm.steps
     while step < last:
         step += 1
         for group in optimizer.param_groups:
@@ -207,7 +223,7 @@ def train_loop(args: dict[str, Any]) -> None:
         batch = [args["examples"][i] for i in rows.tolist()]
         loss, reproduced = _loss(model, batch[rank::world], warm.label_smoothing)
         loss = loss / sum(len(answer) for _, answer in batch)
-        (loss * world).backward()  # FSDP averages over ranks; the sum is wanted
+        (loss * world).backward()  # FSDP averages over ranks, but the loss is a sum
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -225,9 +241,9 @@ def train_loop(args: dict[str, Any]) -> None:
 
 
 def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]], smoothing: float) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of the answer tokens, and how many answers greedy decoding would reproduce."""
+    """Return the summed cross-entropy of the answer tokens, and how many answers greedy decoding reproduces."""
     if not batch:
-        batch = [([0], [IGNORE])]  # keeps in step with the other ranks' collectives
+        batch = [([0], [IGNORE])]  # an empty share still takes part in the other ranks' collectives
     device = next(model.parameters()).device
     tokens = [torch.tensor(prompt + answer).clamp(min=0) for prompt, answer in batch]
     labels = [torch.tensor([IGNORE] * len(prompt) + answer) for prompt, answer in batch]
@@ -237,13 +253,13 @@ def _loss(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]], smoo
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
     )
-    # With the right tokens before it, the argmax at every place is what greedy decoding would give.
+    # Where all tokens before are right, the argmax at a position is what greedy decoding gives.
     right = ((logits.argmax(-1) == wanted) | (wanted == IGNORE)).all(1) & (wanted != IGNORE).any(1)
     return loss, right.sum().to(loss.dtype)
 
 
 class _Follow:
-    """Passes on what the mailbox is told, while training goes on."""
+    """A thread that passes the mailbox's reports to ``on_progress`` while training runs."""
 
     def __init__(self, mailbox: Any, on_progress: Callable[[int, dict[str, float]], None]):
         self.mailbox, self.on_progress = mailbox, on_progress

@@ -1,4 +1,4 @@
-"""The configuration: a strict pydantic tree, read from YAML with dotted overrides."""
+"""The configuration: a pydantic tree that refuses unknown keys, read from YAML with dotted overrides."""
 
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.load import load_config, shipped_configs, to_yaml

@@ -1,4 +1,4 @@
-"""``algorithm``: what DVPO computes. Names follow the paper's recipe."""
+"""``algorithm``: how advantages and the critic's loss are computed. Keys have the paper's names (arXiv 2512.03847)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _tail(fraction: float) -> float:
 
 Tail = Annotated[float, AfterValidator(_tail)]
 
-# ``form`` is a preset over these keys; a key that is given wins.
+# ``form`` sets the defaults of these keys; a value that the config gives overrides its default.
 FORMS: dict[str, dict[str, Any]] = {
     "paper": dict(
         quantile_levels="endpoint",
@@ -75,13 +75,13 @@ FORM_WEIGHTS: dict[str, dict[str, float]] = {
 
 
 class _LossWeights(Section):
-    """Weight of each critic loss term (Eq. 11), and the ``ablate_*`` switches that remove one exactly.
+    """Weight of each critic loss term (Eq. 11), and ``ablate_<term>`` switches; a removed term has no effect at all.
 
     The fields are made from ``loss_spec.TERMS``.
     """
 
     def effective(self) -> dict[str, float]:
-        """Return the weight of every term, with the ablated ones at 0."""
+        """Return the weight of every term; ablated terms have weight 0."""
         return {t: 0.0 if getattr(self, f"ablate_{t}", False) else getattr(self, t) for t in TERMS}
 
 
@@ -105,7 +105,7 @@ def _are_references(terms: dict[str, float]) -> dict[str, float]:
 
 
 def _whitening(estimator: object) -> dict[str, bool]:
-    """Return the default of ``whiten_advantages``; for a name that is none, any: the name is the error to report."""
+    """Return the default of ``whiten_advantages``; False for an unknown name, which is reported elsewhere."""
     try:
         return {"whiten_advantages": estimators.traits_of(estimators.check_name(str(estimator))).whitens}
     except ValueError:
@@ -113,12 +113,18 @@ def _whitening(estimator: object) -> dict[str, bool]:
 
 
 class AlgorithmConfig(Section):
-    """``adv_estimator`` chooses where advantages come from; docs/algorithm.md has each of them. It is a built-in's name
-    or ``module:name`` of your own (docs/extending.md), as are the keys of ``critic_terms``, whose values are weights.
+    """The advantage estimator and the critic's loss; docs/algorithm.md explains every key.
 
-    ``lam`` is GAE's trace for the policy, ``critic_lam`` that of the critic's targets (the same when
-    absent); ``length_adaptive_alpha`` replaces ``lam`` by 1 - 1/(alpha x length). ``advantage`` puts risk
-    into DVPO's advantage. ``robust_rho`` is robust_gae's contamination per token."""
+    Attributes:
+      adv_estimator: a built-in estimator, or ``module:name`` of your own (docs/extending.md).
+      critic_terms: loss terms of your own, ``module:name`` to weight.
+      lam: GAE's trace for the policy's advantages.
+      critic_lam: the trace of the critic's targets; ``lam`` when absent.
+      length_adaptive_alpha: replaces ``lam`` by 1 - 1/(alpha x length).
+      advantage: the functional of the value distribution that DVPO's advantage compares (mean, or a risk measure).
+      robust_rho: contamination per token of robust_gae.
+      form: the preset for the keys in ``FORMS`` and for the loss weights.
+    """
 
     adv_estimator: Annotated[str, AfterValidator(_is_estimator)] = "dvpo"
     gamma: Probability = 1.0
@@ -160,9 +166,9 @@ class AlgorithmConfig(Section):
     def _fill_from_form(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        form = str(given.get("form", "paper"))  # whatever was given: it is checked later
+        form = str(given.get("form", "paper"))  # may be of any type here: it is checked later
         if form not in FORMS:
-            form = "paper"  # fill in the rest, so that the wrong form is the one error reported
+            form = "paper"  # fill in the other keys, so that the wrong form is the one error reported
         weights = given.get("dvpo_loss_weights", {})
         if isinstance(weights, dict):
             weights = FORM_WEIGHTS[form] | weights
@@ -190,15 +196,16 @@ class AlgorithmConfig(Section):
 
     @property
     def traits(self) -> EstimatorTraits:
-        """The properties of the estimator."""
+        """Properties of the chosen estimator."""
         return estimators.traits_of(self.adv_estimator)
 
     @property
     def has_critic(self) -> bool:
-        """Whether the estimator learns values; the others need no critic pool."""
+        """Whether the estimator learns values, and so needs a critic pool."""
         return self.traits.needs_critic
 
     def critic_loss_spec(self) -> CriticLossSpec:
+        """Return the settings of the critic's loss, in the form that ``dvpo_service.algo`` takes."""
         return CriticLossSpec(
             alpha=self.dvpo_alpha,
             beta=self.dvpo_beta,

@@ -1,4 +1,4 @@
-"""What every section of the configuration shares."""
+"""The base class of the configuration's sections, and their number types."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Immutable, and an unknown key is an error rather than a silent no-op."""
+    """A part of the configuration. It is immutable, and an unknown key is an error rather than ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -1,4 +1,4 @@
-"""What a config opens to others, in words: each is a choice that a person should know they made."""
+"""Warnings about choices in a config that let others run code, read secrets or use a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MLFLOW_LOGINS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def warnings_of(config: Config) -> list[str]:
-    """A line each; none for the defaults."""
+    """Return one line for each risky setting; the defaults give none."""
     lines = []
     if config.model.trust_remote_code:
         model = config.model.path or "the model's folder"
@@ -25,7 +25,7 @@ def warnings_of(config: Config) -> list[str]:
 
 
 def serving_warning(host: str, *, with_key: bool) -> str | None:
-    """For an address that is not loopback."""
+    """Return a warning for a server that listens beyond loopback, or None for a loopback address."""
     if host in LOOPBACK:
         return None
     if not with_key:
@@ -34,7 +34,11 @@ def serving_warning(host: str, *, with_key: bool) -> str | None:
 
 
 def dashboard_warning(url: str | None) -> str | None:
-    """For a Ray dashboard at ``host:port`` beyond loopback, on a cluster that asks for no token."""
+    """Return a warning for a Ray dashboard beyond loopback on a cluster without tokens, or None.
+
+    Args:
+      url: ``host:port`` of the dashboard; None or empty when there is none.
+    """
     host = (url or "").rpartition(":")[0].strip("[]")
     if not host or host in LOOPBACK or os.environ.get("RAY_AUTH_MODE") == "token":
         return None
@@ -47,7 +51,7 @@ def dashboard_warning(url: str | None) -> str | None:
 def _sends_login_in_the_clear(uri: str) -> bool:
     try:
         parts = urlsplit(uri)
-    except ValueError:  # no URI; MLflow itself will say so
+    except ValueError:  # not a URI; MLflow itself reports that
         return False
     login = parts.password or any(os.environ.get(name) for name in _MLFLOW_LOGINS)
     return parts.scheme == "http" and bool(login) and parts.hostname not in LOOPBACK

@@ -1,4 +1,4 @@
-"""YAML + dotted overrides -> ``Config``, with errors a person can act on."""
+"""Read a ``Config`` from YAML and dotted overrides, with errors that say what to change."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from dvpo_service.host.secrets import mask, mask_override, names_secret
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name to file of every config that comes with the package."""
+    """Return the file of every config that comes with the package, by name."""
     folder = Path(str(resources.files("dvpo_service"))) / "configs"
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """A shipped name or a YAML path, then ``key.sub=value`` overrides (values are YAML).
+    """Return the validated config.
 
-    A file may start from another one with ``extends: NAME``.
+    Args:
+      name_or_path: a shipped config's name, or the path of a YAML file. A file may start from another config with
+        ``extends: NAME``.
+      overrides: ``key.sub=value`` each, with the value in YAML; a later one wins.
 
-    Raises ConfigError: no such config, bad YAML, unknown key (with the nearest known one),
-    ill-typed value. All problems are listed, one line each.
+    Raises:
+      ConfigError: there is no such config, the YAML is not valid, a key is unknown (the message names the nearest known
+        one), or a value has the wrong type. The message lists every problem that validation reports.
     """
     path = _find(name_or_path)
     tree = {"name": path.stem} | _read(path)
@@ -44,12 +48,12 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config: feeding it back gives the same run. A password in it is ``***`` (masking.py)."""
+    """Return the resolved config as YAML, which gives the same run again. Secrets are ``***`` (host/secrets.py)."""
     return yaml.safe_dump(mask(config.model_dump(mode="json")), sort_keys=False)
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's tree, over that of the config it ``extends`` (a shipped name, or a path beside it)."""
+    """Return the file's tree, merged over the config that it ``extends`` (a shipped name, or a path beside it)."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -69,7 +73,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections merge key by key; anything else is replaced."""
+    """Return ``base`` with ``over`` merged in: sections key by key, any other value replaced."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -82,7 +86,7 @@ def _find(name_or_path: str) -> Path:
     if name_or_path in shipped:
         return shipped[name_or_path]
     path = Path(name_or_path)
-    if os.path.isfile(path):  # False too for what no file can be called
+    if os.path.isfile(path):  # also False for a string that cannot be a file name
         return path
     close = difflib.get_close_matches(name_or_path, shipped, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -111,14 +115,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
-    dotted = ".".join(loc)
+    location = [str(part) for part in error["loc"]]
+    dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         known = list(known_keys())
-        siblings = [k for k in known if k.rpartition(".")[0] == ".".join(loc[:-1])]
+        siblings = [k for k in known if k.rpartition(".")[0] == ".".join(location[:-1])]
         close = (
             difflib.get_close_matches(dotted, siblings, n=1)
-            or [k for k in known if k.rpartition(".")[2] == loc[-1]]
+            or [k for k in known if k.rpartition(".")[2] == location[-1]]
             or difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
         )
         return f"unknown key {dotted!r}" + (f"; did you mean {close[0]!r}?" if close else "")
@@ -131,7 +135,7 @@ def _explain(error: Any) -> str:
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterable[str]:
-    """Every dotted key of the tree."""
+    """Yield every dotted key of the configuration, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for kind in (field.annotation, *get_args(field.annotation)):

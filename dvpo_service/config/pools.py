@@ -1,4 +1,4 @@
-"""``critic`` and ``policy``: the two pools that train."""
+"""``critic`` and ``policy``: the two groups of training processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from dvpo_service.registry import policy_losses
 
 
 class OptimConfig(Section):
+    """AdamW and its learning-rate schedule; ``max_grad_norm`` clips the gradient's norm."""
+
     lr: PositiveFloat
     betas: tuple[Probability, Probability] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
@@ -30,9 +32,13 @@ class OptimConfig(Section):
 
 
 class TrainerPool(Section):
-    """What critic and policy pools share. Batch sizes count sequences: ``mini_batch_size`` per
-    optimizer step over all ranks (the whole batch when absent), ``micro_batch_size`` per forward
-    pass of one rank. ``packing`` lays a micro-batch's sequences end to end instead of padding them."""
+    """Settings that the critic's and the policy's pool share. Batch sizes count sequences.
+
+    Attributes:
+      mini_batch_size: sequences per optimizer step over all ranks; the whole batch when absent.
+      micro_batch_size: sequences per forward pass of one rank.
+      packing: lay a micro-batch's sequences end to end instead of padding them.
+    """
 
     world_size: Positive = 1
     epochs: Positive = 1
@@ -44,7 +50,7 @@ class TrainerPool(Section):
 
 
 class CriticConfig(TrainerPool):
-    """``value_clip``: how far a scalar critic (gae, robust_gae) may move from its old value in one step."""
+    """``value_clip`` bounds how far a scalar critic (gae, robust_gae) may move from its old value in one step."""
 
     optim: OptimConfig = OptimConfig(lr=5e-4)
     init_from_policy: bool = True
@@ -52,7 +58,7 @@ class CriticConfig(TrainerPool):
 
 
 class KLConfig(Section):
-    """KL to the frozen reference policy; ``coef`` 0 turns it off and loads no reference."""
+    """KL penalty to the frozen reference policy. With ``coef`` 0 there is none, and no reference is loaded."""
 
     coef: NonNegativeFloat = 0.0
     kind: KlKind = "k3"
@@ -60,9 +66,13 @@ class KLConfig(Section):
 
 
 class PolicyConfig(TrainerPool):
-    """``loss``: ppo, gspo, cispo or ``module:name`` of your own (docs/extending.md). ``dual_clip`` bounds PPO's loss of
-    a bad token whose ratio ran away (> 1, or null for off); ``loss_agg`` is how tokens and sequences share the loss
-    (docs/algorithm.md)."""
+    """The policy's loss; docs/algorithm.md explains every key.
+
+    Attributes:
+      loss: ppo, gspo, cispo, or ``module:name`` of your own (docs/extending.md).
+      dual_clip: bounds PPO's loss of a token with negative advantage and a very large ratio; above 1, or null for off.
+      loss_agg: how tokens and sequences share the loss.
+    """
 
     optim: OptimConfig = OptimConfig(lr=1e-4)
     loss: Annotated[str, AfterValidator(policy_losses.check_name)] = "ppo"

@@ -18,19 +18,24 @@ from dvpo_service.config.base import (
 )
 from dvpo_service.registry import engines
 
-Backend = Literal["safetensors", "nccl", "ipc"]  # of weight transfer
+Backend = Literal["safetensors", "nccl", "ipc"]  # how weights are sent to the engines
 
 
 class RolloutConfig(Section):
-    """``engine``: vllm, or ``module:name`` of your own (docs/extending.md).
+    """How responses are sampled.
 
-    ``heartbeat_s``: how often an engine is asked; one silent for ``heartbeat_timeout_s`` is replaced. ``reuse_gib``:
-    memory for scored rollouts, which steps done again after a fault take from there. ``dynamic_sampling``: groups
-    whose rewards are all equal teach nothing; draw more prompts in their place, up to ``max_draws`` batches.
-    ``max_staleness``: a batch is generated while up to that many updates before its own are made, and no token of it is
-    from older weights; 0 is on-policy, the stages one after the other. ``importance_correction`` weighs tokens by
-    trainer / engine probability: ``truncated`` at ``importance_cap``, or ``masked`` (0) above it and below
-    ``importance_floor``; ``auto`` is ``truncated`` where ``max_staleness`` is above 0.
+    Attributes:
+      engine: vllm, or ``module:name`` of your own (docs/extending.md).
+      n: responses per prompt.
+      max_staleness: how many updates the weights that sample a token may be behind the update that uses it. Batches are
+        generated up to that many steps ahead; 0 is on-policy, with the stages one after the other.
+      importance_correction: weighs each token by trainer / engine probability. ``truncated`` caps the weight at
+        ``importance_cap``; ``masked`` sets it to 0 above the cap and below ``importance_floor``; ``auto`` is
+        ``truncated`` where ``max_staleness`` is above 0.
+      dynamic_sampling: groups whose rewards are all equal teach nothing, so more prompts are drawn in their place, up
+        to ``max_draws`` batches.
+      heartbeat_s: how often an engine is asked whether it is alive; one silent for ``heartbeat_timeout_s`` is replaced.
+      reuse_gib: memory for scored rollouts, which are used again when steps are repeated after a fault.
     """
 
     engine: Annotated[str, AfterValidator(engines.check_name)] = "vllm"
@@ -62,15 +67,18 @@ class RolloutConfig(Section):
 
     @property
     def correction(self) -> Literal["none", "truncated", "masked"]:
-        """``auto``: stale tokens are weighed, fresh ones are taken as they are."""
+        """The correction with ``auto`` resolved: ``truncated`` for stale tokens, ``none`` for on-policy ones."""
         if self.importance_correction != "auto":
             return self.importance_correction
         return "truncated" if self.max_staleness else "none"
 
 
 class NoiseConfig(Section):
-    """``flip`` turns an outcome r in [0, 1] into 1 - r with probability ``p``; ``gaussian`` adds
-    N(0, ``sd``); ``majority_vote`` scores against the group's most frequent answer."""
+    """Noise on rewards, for experiments.
+
+    ``flip`` turns an outcome r in [0, 1] into 1 - r with probability ``p``. ``gaussian`` adds a draw from N(0, sd^2).
+    ``majority_vote`` scores against the group's most frequent answer.
+    """
 
     kind: NoiseKind = "none"
     p: Probability = 0.0
@@ -78,11 +86,17 @@ class NoiseConfig(Section):
 
 
 class RewardConfig(Section):
-    """``function``: exact_match, gsm8k, math_verify or ``module:function``. ``overlong_buffer``: over the
-    last that many tokens before the length limit the reward falls by up to ``overlong_penalty``; 0 is off.
-    A call that takes more than ``max_memory_gib`` beyond what its worker holds is a failed sample; null: no bound.
-    A worker with nothing to do is asked every ``heartbeat_s`` whether it is there. ``noise_by_source`` replaces
-    ``noise`` for the prompts of a ``data_source``: graders are not all equally reliable."""
+    """How responses are scored.
+
+    Attributes:
+      function: exact_match, gsm8k, math_verify, or ``module:function`` of your own.
+      heartbeat_s: how often an idle worker is asked whether it is alive.
+      max_memory_gib: a call that takes more memory than this beyond what its worker holds is a failed sample; null
+        sets no bound.
+      overlong_buffer: tokens before the length limit over which the reward falls by up to ``overlong_penalty``; 0 is
+        off.
+      noise_by_source: replaces ``noise`` for the prompts of a ``data_source``, as graders differ in reliability.
+    """
 
     function: str = "exact_match"
     num_workers: Positive = 1
@@ -98,5 +112,5 @@ class RewardConfig(Section):
 
     @property
     def noise_words(self) -> str:
-        """The kinds of noise, for a person."""
+        """The kinds of noise in words, for display."""
         return "; ".join([self.noise.kind, *(f"{source}: {n.kind}" for source, n in self.noise_by_source.items())])

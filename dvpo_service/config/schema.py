@@ -1,4 +1,4 @@
-"""The whole configuration tree; algorithm.py, rollouts.py, pools.py and serve.py have its larger sections."""
+"""The whole configuration tree. Its larger sections are in algorithm.py, rollouts.py, pools.py and serve.py."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def _is_row_format(name: str) -> str:
 
 
 class WarmstartConfig(Section):
-    """A small causal LM made and trained supervised, where no pretrained model is at hand.
+    """A small causal LM, trained supervised here, for use where no pretrained model is at hand.
 
-    ``files``: demonstrations, rows like the training data's; the training data itself by default.
-    ``stop_at_accuracy``: once this share of the demonstrations in a batch is reproduced greedily, the
-    learning rate falls to 0 over the next tenth of ``steps`` and training ends; by default at ``steps``.
-    ``label_smoothing`` leaves the policy room to explore, and its samples something to gain."""
+    Attributes:
+      files: demonstrations, in rows like those of the training data; the training data itself by default.
+      stop_at_accuracy: once greedy decoding reproduces this share of a batch's demonstrations, the learning rate falls
+        to 0 over the next tenth of ``steps`` and training ends. When absent, training takes all ``steps``.
+      label_smoothing: keeps the policy from being certain, so that its samples differ and RL can improve it.
+    """
 
     files: list[str] | None = None
     hidden_size: Positive = 128
@@ -61,7 +63,7 @@ class WarmstartConfig(Section):
 
 
 class ModelConfig(Section):
-    """``path``: a Hugging Face folder or hub name. Without it, ``warmstart`` makes the model."""
+    """The model to train: a Hugging Face folder or hub name (``path``), or one that ``warmstart`` makes."""
 
     path: str | None = None
     warmstart: WarmstartConfig | None = None
@@ -76,9 +78,17 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Files are JSONL or Parquet. ``row_format``: auto, or a function of your own, ``module:name``, that turns a row
-    into rows in a known format (docs/extending.md). ``val_files``: split name to files; a bare path names its own
-    split. ``val_fraction`` instead holds that share of the training rows out, as the split ``held_out``."""
+    """The prompts. Files are JSONL or Parquet; ``shipped:NAME`` is a file of the package.
+
+    Attributes:
+      val_files: files to evaluate on, by split name; a bare path is a split named after the file.
+      val_fraction: instead of ``val_files``, the share of training rows held out as the split ``held_out``.
+      row_format: auto, or ``module:name`` of a function that turns a row into rows in a known format
+        (docs/extending.md).
+      gsm8k_mode: whether a GSM8K row gives its question, or the calculations in its solution; ``operators``,
+        ``max_operands`` and ``max_digits`` choose among the calculations.
+      val_limit: prompts per validation split; null for all.
+    """
 
     train_files: list[str] = Field(min_length=1)
     val_files: dict[str, list[str]] = Field(default_factory=dict)
@@ -116,6 +126,16 @@ class DataConfig(Section):
 
 
 class TrainerConfig(Section):
+    """The training loop.
+
+    Attributes:
+      critic_warmup: steps at the start that train the critic alone.
+      eval_every, save_every: steps between evaluations and between checkpoints; 0 means at the end only.
+      resume: auto continues from the newest checkpoint of the run directory; never starts over.
+      eval_samples: samples per prompt in an evaluation.
+      max_bad_steps: after this many steps in a row with a loss or gradient that is not finite, the run stops.
+    """
+
     num_steps: Positive = 100
     seed: int = 0
     run_dir: str | None = None
@@ -129,7 +149,7 @@ class TrainerConfig(Section):
 
 
 class TrackingConfig(Section):
-    """``mlflow_uri``: any MLflow tracking URI; by default a SQLite file beside the runs."""
+    """Where metrics go. ``mlflow_uri`` is any MLflow tracking URI; the default is a SQLite file beside the runs."""
 
     mlflow: bool = True
     mlflow_uri: str | None = None
@@ -141,9 +161,14 @@ class TrackingConfig(Section):
 
 
 class ClusterConfig(Section):
-    """``address`` of a running Ray cluster, or null to start one here. Resources are per actor.
-    A pool may restart actors ``max_restarts`` times within ``restart_window_s``; the k-th death in a row
-    of one waits ``restart_backoff_s`` x 2^(k-1), at most ``restart_backoff_max_s``."""
+    """The Ray cluster, and the resources of each actor.
+
+    A pool may restart actors ``max_restarts`` times within ``restart_window_s``. After an actor's k-th death in a row
+    the restart waits ``restart_backoff_s`` x 2^(k-1), at most ``restart_backoff_max_s``.
+
+    Attributes:
+      address: of a running cluster; null starts one on this machine.
+    """
 
     address: str | None = None
     num_cpus: Positive | None = None
@@ -160,6 +185,8 @@ class ClusterConfig(Section):
 
 
 class Config(Section):
+    """Everything that defines a run."""
+
     name: str = "run"
     model: ModelConfig
     data: DataConfig
@@ -180,6 +207,7 @@ class Config(Section):
 
     @property
     def max_model_len(self) -> int:
+        """Tokens of the longest sequence, prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     @model_validator(mode="after")
@@ -195,7 +223,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _estimators_have_what_they_need(self) -> Self:
-        name, n = self.algorithm.adv_estimator, self.rollout.n
+        name = self.algorithm.adv_estimator
+        n = self.rollout.n
         if n == 1 and self.algorithm.traits.needs_groups:
             raise ValueError(f"algorithm.adv_estimator={name} compares a prompt's samples: rollout.n must be 2 or more")
         if n == 1 and self.rollout.dynamic_sampling:
@@ -211,9 +240,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _engines_have_their_gpus(self) -> Self:
-        gpus, wanted = self.cluster.gpus_per_engine, self.rollout.tensor_parallel_size
-        if 0 < gpus < wanted:
-            raise ValueError(f"rollout.tensor_parallel_size = {wanted} needs cluster.gpus_per_engine = {wanted}")
+        size = self.rollout.tensor_parallel_size
+        if 0 < self.cluster.gpus_per_engine < size:
+            raise ValueError(f"rollout.tensor_parallel_size = {size} needs cluster.gpus_per_engine = {size}")
         return self
 
     @model_validator(mode="after")

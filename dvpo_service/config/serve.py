@@ -10,15 +10,22 @@ from dvpo_service.config.base import NonNegativeFloat, Positive, PositiveFloat, 
 
 
 class ServeConfig(Section):
-    """Engines have ``rollout``'s settings (``max_num_seqs``, ``kv_cache_gib``, ...) and ``cluster``'s resources.
+    """The HTTP server.
 
-    ``min_replicas`` to ``max_replicas`` engines, so many that each has about ``target_requests`` under way.
-    ``max_requests`` under way at a gateway; more are answered 429 at once. ``max_model_len`` is what the model reads by
-    default; ``max_new_tokens`` caps a request's ``max_tokens``, ``max_n`` its samples (prompts x n). ``value_batch``
-    value requests share a forward pass, waited for ``value_wait_s``. An update of the weights waits
-    ``drain_timeout_s`` for responses under way; longer ones go on with the new weights.
+    Engines take the settings in ``rollout`` (``max_num_seqs``, ``kv_cache_gib``, ...) and the resources in ``cluster``.
+    The API key is not a setting: it is read from the environment variable DVPO_API_KEY.
 
-    The API key is no setting: it is read from the environment, DVPO_API_KEY."""
+    Attributes:
+      min_replicas, max_replicas: the range for the number of engines.
+      target_requests: requests under way per engine that scaling aims at.
+      max_requests: requests under way at a gateway; further ones are answered 429 at once.
+      max_model_len: tokens of prompt and response; by default as many as the model takes.
+      max_new_tokens: upper bound of a request's ``max_tokens``.
+      max_n: samples per request (prompts x n).
+      value_batch: value requests that share a forward pass; it waits for them for ``value_wait_s``.
+      drain_timeout_s: how long an update of the weights waits for responses under way; longer responses go on with the
+        new weights.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

@@ -1,1 +1,1 @@
-"""Prompts: JSONL or Parquet rows to ``Prompt`` objects, and a cursor that can be saved."""
+"""Prompts: reading JSONL or Parquet rows into ``Prompt`` objects, and a cursor whose position can be saved."""

@@ -1,15 +1,16 @@
-"""The demo's own data: additions, and demonstrations of them that forget the carry half the time.
+"""The demo's data: additions, and demonstrations of them that forget the carry half the time.
 
-Answers are written from the ones up, as one adds on paper: ``37+48=`` is ``58``. A small
+Answers are written from the ones upward, as one adds on paper: the answer to ``37+48=`` is ``58``. A small
 model learns the rule in that order within minutes.
 
-``python -m dvpo_service.data.arithmetic --out dvpo_service/data/shipped`` writes what is
-shipped: ``demo-train.jsonl``, ``demo-val.jsonl`` (the same distribution, unseen),
-``demo-ood.jsonl`` (out of distribution: an operand from a band that training never shows), and
-``calc-ood.jsonl`` (out of distribution for ``gsm8k-calc``: operands drawn evenly, where people write
-round ones), ``demo-graders.jsonl`` (training prompts of two graders), and ``demo-warmstart.jsonl``, the training
-prompts as a careless person answered them. A model that has read those knows both the rule and the slip;
-the reward tells them apart.
+``python -m dvpo_service.data.arithmetic --out dvpo_service/data/shipped`` writes the shipped files:
+
+- ``demo-train.jsonl``, and ``demo-val.jsonl`` (the same distribution, unseen problems).
+- ``demo-ood.jsonl``, out of distribution: one operand is from a band that training never shows.
+- ``demo-warmstart.jsonl``, the training prompts as a careless person answered them. A model trained on these knows both
+  the rule and the slip; the reward tells them apart.
+- ``demo-graders.jsonl``, training prompts of two graders.
+- ``calc-ood.jsonl``, out of distribution for ``gsm8k-calc``: operands are drawn evenly, while people write round ones.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-GRADED = 2000  # training prompts that demo-graders has
+GRADED = 2000  # prompts in demo-graders
 
 
 @dataclass(frozen=True)
 class DemoTask:
-    """Whole operands, uniform in ``lo..hi`` without the band ``ood_lo..ood_hi``; out of distribution
-    one of them is from the band. A demonstration forgets the carry with probability ``slip``."""
+    """How the demo's problems are drawn.
+
+    Operands are whole numbers, uniform in ``lo..hi`` without the band ``ood_lo..ood_hi``; out of distribution, one
+    operand is from the band. A demonstration forgets the carry with probability ``slip``.
+    """
 
     lo: int = 10
     hi: int = 99
@@ -41,16 +45,18 @@ class DemoTask:
 
 
 def add_without_carry(a: int, b: int) -> int:
-    """The sum without the carry from the ones into the tens: 37 + 48 = 75."""
+    """Return the sum without the carry from the ones into the tens: 37 + 48 gives 75."""
     return (a // 10 + b // 10) * 10 + (a + b) % 10
 
 
 def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
-    """Rows of ``train``, ``val``, ``ood`` and ``warmstart``; no prompt occurs in two of the first three.
+    """Return the rows of ``train``, ``val``, ``ood`` and ``warmstart``; no prompt occurs in two of the first three.
 
-    Raises ``ValueError`` when the task has too few distinct problems.
+    Raises:
+      ValueError: the task has too few distinct problems.
     """
-    rng, seen = random.Random(task.seed), set[tuple[int, int]]()
+    rng = random.Random(task.seed)
+    seen: set[tuple[int, int]] = set()
     band = range(task.ood_lo, task.ood_hi + 1)
     known = [n for n in range(task.lo, task.hi + 1) if n not in band]
     problems = {
@@ -66,16 +72,20 @@ def make_demo(task: DemoTask) -> dict[str, list[dict[str, str]]]:
 
 
 def graded(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The same rows from two graders: ``careful`` has those whose first operand is even, ``careless`` the others."""
+    """Return the rows with a grader as source: ``careful`` if the first operand is even, ``careless`` otherwise."""
     return [
         row | {"data_source": "careless" if int(row["prompt"].partition("+")[0]) % 2 else "careful"} for row in rows
     ]
 
 
 def make_calculations(count: int, seed: int) -> list[dict[str, str]]:
-    """``count`` distinct additions and subtractions of numbers of one to three digits, each length as often;
-    no result is negative. Answers are written as people write them."""
-    rng, rows = random.Random(seed), dict[str, dict[str, str]]()
+    """Return ``count`` distinct additions and subtractions of numbers of up to three digits.
+
+    A number is drawn below 10, 100 or 1000, equally often. No result is negative. Answers are written as people write
+    them, most significant digit first.
+    """
+    rng = random.Random(seed)
+    rows: dict[str, dict[str, str]] = {}
     while len(rows) < count:
         a, b = sorted((rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2)), reverse=True)
         sign, answer = rng.choice((("+", a + b), ("-", a - b)))
@@ -90,7 +100,7 @@ def _row(a: int, b: int, answer: int) -> dict[str, str]:
 def _distinct(
     count: int, first: Sequence[int], second: Sequence[int], rng: random.Random, seen: set[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """``count`` new pairs, one operand from ``first`` and one from ``second``, in either order."""
+    """Return ``count`` new pairs: an operand from ``first`` and one from ``second``, in either order."""
     pairs: list[tuple[int, int]] = []
     for _ in range(100 * count):
         if len(pairs) == count:
@@ -106,14 +116,15 @@ def _distinct(
 
 
 def write_demo(task: DemoTask, out: Path) -> list[Path]:
-    """Writes ``demo-<split>.jsonl`` for each split into the folder ``out``, made if missing."""
+    """Write the shipped files into the folder ``out``, which is made if missing, and return their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    paths, found = [], make_demo(task)
-    for split, rows in found.items():
+    paths = []
+    splits = make_demo(task)
+    for split, rows in splits.items():
         paths.append(out / f"demo-{split}.jsonl")
         _write(paths[-1], rows)
     for name, rows in (
-        ("demo-graders", graded(found["train"][:GRADED])),
+        ("demo-graders", graded(splits["train"][:GRADED])),
         ("calc-ood", make_calculations(200, task.seed)),
     ):
         paths.append(out / f"{name}.jsonl")
@@ -126,7 +137,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: ``--out`` and one option for each field of ``DemoTask``."""
+    """Run the command line, which takes ``--out`` and one option for each field of ``DemoTask``."""
     parser = argparse.ArgumentParser(description="Make the demo's data.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     for f in fields(DemoTask):

@@ -1,10 +1,10 @@
-"""What is wrong with one row, before it is known whether to stop or to skip it."""
+"""The error for one bad row, raised before it is decided whether to stop or to skip the row."""
 
 from __future__ import annotations
 
 
 class BadRow(Exception):
-    """``reason`` is short and the same for like rows, so that it can be counted; ``what`` is for a person."""
+    """A row cannot be used. ``reason`` is a short category to count rows by; ``what`` is the message."""
 
     def __init__(self, reason: str, what: str) -> None:
         super().__init__(what)
@@ -13,6 +13,6 @@ class BadRow(Exception):
 
 
 def show(value: object, limit: int = 40) -> str:
-    """The value on one line of at most ``limit`` characters."""
+    """Return the value's repr, on one line and cut to at most ``limit`` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,4 +1,4 @@
-"""Scored samples -> the padded tensors that trainers take, and their measurements."""
+"""Turn scored samples into the padded tensors that trainers take, and measure them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from dvpo_service.types import Metrics, Prompt, Rollouts, Sample, Score
 def collate(
     prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]], scores: Sequence[Sequence[Score]]
 ) -> Rollouts:
-    """``groups[i]`` are the samples of ``prompts[i]``, ``scores[i]`` their scores.
+    """Return the batch, with a row per sample.
 
-    The outcome reward stands on the last response token. A sample whose scoring failed keeps its
-    row, with nothing valid in its mask: batch shapes stay, and it reaches no loss and no mean.
+    The outcome reward is put on the last response token. A sample whose scoring failed keeps its row, but no token of
+    it is valid in the mask: batch shapes stay the same, and the sample enters no loss and no mean.
+
+    Args:
+      groups: ``groups[i]`` are the samples of ``prompts[i]``.
+      scores: ``scores[i]`` are the scores of ``groups[i]``.
     """
     pairs = [(p, s) for p, group in zip(prompts, groups, strict=True) for s in group]
     flat = [score for group in scores for score in group]
@@ -45,7 +49,12 @@ def collate(
 
 
 def rollout_metrics(rollouts: Rollouts, group_size: int, version: int) -> Metrics:
-    """Rewards over scored samples, lengths over all of them."""
+    """Return metrics of a batch. Rewards are averaged over scored samples, lengths over all samples.
+
+    Args:
+      group_size: samples per prompt.
+      version: the number of updates of the policy's weights, from which staleness is counted.
+    """
     groups = rollouts.scores.view(-1, group_size)
     return {
         "reward/mean": float(rollouts.scores.nanmean()),
@@ -63,7 +72,7 @@ def rollout_metrics(rollouts: Rollouts, group_size: int, version: int) -> Metric
 def readable_rows(
     prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]], scores: Sequence[Sequence[Score]]
 ) -> list[dict[str, Any]]:
-    """One dict a sample, as a person wants to read it."""
+    """Return one dict per sample with its texts and scores, for people to read."""
     return [
         {
             "prompt": prompt.messages[-1]["content"],

@@ -1,4 +1,4 @@
-"""Where a run is in its data: each epoch a seeded permutation, each prompt once."""
+"""A run's position in its data: each epoch is a seeded permutation in which every prompt occurs once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dvpo_service.errors import CheckpointError
 
 
 class CursorState(TypedDict):
-    """``offset`` prompts of epoch ``epoch`` have been given, 0 <= offset < num_prompts."""
+    """A cursor's position: ``offset`` prompts of epoch ``epoch`` were taken, 0 <= offset < num_prompts."""
 
     seed: int
     num_prompts: int
@@ -20,7 +20,7 @@ class CursorState(TypedDict):
 
 
 class PromptCursor:
-    """Gives prompt indices in an order that depends on ``seed`` and the epoch alone."""
+    """Gives prompt indices in an order that depends only on ``num_prompts``, ``seed`` and the epoch."""
 
     def __init__(self, num_prompts: int, seed: int) -> None:
         if num_prompts < 1:
@@ -31,11 +31,11 @@ class PromptCursor:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed: every index was given this many times, or once more."""
+        """The number of completed epochs: every index was given this many times, or once more."""
         return self._epoch
 
     def take(self, n: int) -> list[int]:
-        """The next ``n`` indices. A batch may span epochs, and then may hold an index twice."""
+        """Return the next ``n`` indices. They may span epochs, and then the same index may occur twice."""
         if n < 0:
             raise ValueError(f"n must not be negative, is {n}")
         taken: list[int] = []
@@ -48,11 +48,15 @@ class PromptCursor:
         return taken
 
     def state_dict(self) -> CursorState:
-        """JSON-able."""
+        """Return the position as plain values, ready for JSON."""
         return CursorState(seed=self.seed, num_prompts=self.num_prompts, epoch=self._epoch, offset=self._offset)
 
     def load_state_dict(self, state: CursorState) -> None:
-        """Raises ``CheckpointError`` for a state of other data, of another seed, or that is no state."""
+        """Go to a saved position.
+
+        Raises:
+          CheckpointError: the state is of other data or another seed, or is malformed.
+        """
         keys = CursorState.__annotations__
         if set(state) != set(keys) or not all(type(v) is int for v in state.values()):
             raise CheckpointError(f"cursor state {dict(state)}: expected whole numbers {', '.join(keys)}")

@@ -1,4 +1,4 @@
-"""Data files to a ``Dataset`` of prompts."""
+"""Read data files into a ``Dataset`` of prompts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OnBadRow = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """``prompts[i].index == i``; ``origins[i]`` says which file and row prompt ``i`` was made from."""
+    """Prompts with ``prompts[i].index == i``; ``origins[i]`` names the file and row that prompt ``i`` was made from."""
 
     name: str
     prompts: tuple[Prompt, ...]
     origins: tuple[str, ...]
-    skipped_by_reason: Mapping[str, int] = field(default_factory=dict)  # bad rows
+    skipped_by_reason: Mapping[str, int] = field(default_factory=dict)  # number of bad rows
     excluded: int = 0  # rows (or calculations) left out because another split has their prompt
 
     def __len__(self) -> int:
@@ -34,16 +34,16 @@ class Dataset:
 
     @property
     def skipped(self) -> int:
-        """Bad rows that were passed over."""
+        """The number of bad rows that were skipped."""
         return sum(self.skipped_by_reason.values())
 
     def keys(self) -> frozenset[str]:
-        """The prompts' texts: what ``load_prompts(exclude=...)`` of another split takes."""
+        """Return the prompts' texts, which another split's ``load_prompts`` takes as ``exclude``."""
         return frozenset(prompt_key(p) for p in self.prompts)
 
 
 def prompt_key(prompt: Prompt | Example) -> str:
-    """The text by which prompts count as the same."""
+    """Return the text by which two prompts count as the same."""
     return "\n".join(message["content"] for message in prompt.messages)
 
 
@@ -60,12 +60,22 @@ def load_prompts(
     limit: int | None = None,
     exclude: Set[str] | None = None,
 ) -> Dataset:
-    """The prompts of the files (globs allowed), in file order.
+    """Return the prompts of the files, in file order.
 
-    ``row_format`` names the user's own format of rows, see ``row_format.load_row_format``. ``operators``,
-    ``max_operands`` and ``max_digits`` choose GSM8K calculations, which are deduplicated; in other modes a repeated row is kept, as a row can be repeated on purpose.
-    ``limit`` counts prompts kept. Prompts whose ``prompt_key`` is in ``exclude`` are left out.
-    Raises ``DataError`` for files that cannot be used, a bad row under ``stop``, or no prompt at all.
+    GSM8K calculations are deduplicated. In other modes a repeated row is kept, as it may be repeated on purpose.
+
+    Args:
+      files: paths or globs.
+      name: the dataset's name, and the source of prompts whose row names none.
+      row_format: auto, or the user's own format of rows (see ``row_format.load_row_format``).
+      operators, max_operands, max_digits: which GSM8K calculations to take (see ``gsm8k.Options``).
+      on_bad_row: stop at the first bad row, or skip bad rows and count them.
+      limit: the greatest number of prompts to return; None for all.
+      exclude: prompts whose ``prompt_key`` is in this set are left out.
+
+    Raises:
+      DataError: a file cannot be used, a row is bad under ``stop``, or no prompt is left.
+      ConfigError: the limit, the row format or an option is wrong.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit of prompts for {name!r} is {limit}; set at least 1, or null for all")
@@ -103,7 +113,7 @@ def _examples(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                examples = [e for own in convert(row) for e in parse_row(own, source=name, options=options)]
+                examples = [e for known in convert(row) for e in parse_row(known, source=name, options=options)]
             except BadRow as problem:
                 bad.add(where, problem)
                 continue
@@ -113,7 +123,7 @@ def _examples(
 
 
 class BadRows:
-    """Stops at the first bad row, or counts them by reason."""
+    """Raises at the first bad row (``stop``), or counts bad rows by reason (``skip``)."""
 
     def __init__(self, on_bad_row: OnBadRow, counts: Mapping[str, int] | None = None) -> None:
         self.on_bad_row = on_bad_row
@@ -124,7 +134,7 @@ class BadRows:
         return self.counts.total()
 
     def add(self, where: str, problem: BadRow) -> None:
-        """Raises ``DataError`` under ``stop``."""
+        """Count a bad row; raise ``DataError`` under ``stop``. ``where`` is its file and line."""
         if self.on_bad_row == "stop":
             raise DataError(
                 f"{where}: {problem.what}. Mend the row, or pass over such rows with data.on_bad_row=skip"

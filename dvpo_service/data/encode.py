@@ -1,4 +1,4 @@
-"""Prompts to token ids."""
+"""Turn prompts into token ids."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ def encode_prompts(
     max_prompt_tokens: int,
     on_bad_row: OnBadRow = "stop",
 ) -> Dataset:
-    """The dataset with ``token_ids`` filled; under ``skip`` without the prompts that do not fit, renumbered.
+    """Return the dataset with ``token_ids`` filled.
 
-    With ``chat_template`` the ids end in the template's generation prompt; without it the
-    messages' texts are joined as they stand. Raises ``DataError`` for a prompt of no tokens or
-    of more than ``max_prompt_tokens`` under ``stop``, or when none is left; ``ConfigError`` for
-    a tokenizer without a template.
+    Args:
+      chat_template: apply the tokenizer's template, so that the ids end in its generation prompt; otherwise the
+        messages' texts are joined as they are.
+      max_prompt_tokens: the longest prompt, in tokens.
+      on_bad_row: under ``skip``, prompts that cannot be encoded or are too long are left out and the rest renumbered.
+
+    Raises:
+      DataError: under ``stop``, a prompt cannot be encoded, has no tokens or has too many; or no prompt is left.
+      ConfigError: ``chat_template`` is set and the tokenizer has no template.
     """
     if chat_template and not tokenizer.chat_template:
         raise ConfigError(

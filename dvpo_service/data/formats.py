@@ -1,4 +1,4 @@
-"""One row of a data file, in any of the three accepted schemas, to its prompts and answers."""
+"""Turn one row of a data file, in any of the three accepted schemas, into prompts and answers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ ACCEPTED = (
 
 
 class Example(NamedTuple):
+    """A prompt with its answer; ``source`` names the data set or grader that it is from."""
+
     messages: tuple[Message, ...]
     answer: str
     source: str
 
 
 def parse_row(row: object, *, source: str, options: gsm8k.Options) -> list[Example]:
-    """The examples of one row; more or less than one only for GSM8K calculations.
+    """Return the examples of one row: exactly one, except for GSM8K calculations, which can be any number.
 
-    ``source`` names examples whose row has no ``data_source``. Raises ``BadRow``.
+    Args:
+      source: the source of examples whose row has no ``data_source``.
+
+    Raises:
+      BadRow: the row cannot be used.
     """
     if not isinstance(row, Mapping):
         raise BadRow("wrong type", f"the row is {_kind(row)}, not an object with named fields")
@@ -91,7 +97,9 @@ def _answer(value: object, where: str) -> str:
     if value is None:
         raise BadRow("missing answer", f"`{where}` is missing")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(value):  # an int of 400 digits fits no float
+        if isinstance(value, float) and not math.isfinite(
+            value
+        ):  # only a float: an int of 400 digits would not fit one
             raise BadRow("wrong type", f"`{where}` is {value}, not a finite number")
         return str(value)
     text = _text(value, where).strip()
@@ -110,7 +118,7 @@ def _text(value: object, where: str) -> str:
         raise BadRow("wrong type", f"`{where}` is {_kind(value)}, not text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which no tokenizer takes
         raise BadRow("not UTF-8", f"`{where}` has a lone surrogate at character {error.start}") from error
     return value
 

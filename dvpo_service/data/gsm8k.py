@@ -1,4 +1,4 @@
-"""GSM8K as published: the final answer, and the calculator annotations ``<<48/2=24>>``."""
+"""GSM8K as published: read the final answer, and the calculator annotations ``<<48/2=24>>``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 
 @dataclass(frozen=True)
 class Options:
-    """``operators`` is a set of characters from ``+-*/``; the other fields bound one calculation."""
+    """What to take from a solution. ``operators`` holds characters of ``+-*/``; the ``max_*`` bound a calculation."""
 
     mode: Mode = "question"
     operators: str = "+-"
@@ -44,7 +44,7 @@ class Options:
 
 
 def final_answer(solution: str) -> str:
-    """The number after the last ``####``, without thousands commas. Raises ``BadRow``."""
+    """Return the number after the last ``####``, without thousands commas. Raises ``BadRow`` if there is none."""
     _, marker, tail = solution.rpartition("####")
     number = tail.strip().replace(",", "")
     if not marker or not _FINAL.fullmatch(number):
@@ -53,15 +53,15 @@ def final_answer(solution: str) -> str:
 
 
 def calculations(solution: str, options: Options) -> list[tuple[str, str]]:
-    """Prompt ``48/2=`` and answer ``24`` of each annotation that is a plain, right, integer calculation.
+    """Return prompt (``48/2=``) and answer (``24``) for each annotation that is a plain, right, integer calculation.
 
-    Left out: brackets, signs or decimals in operands, other operators, results that are
-    not whole or not what the expression gives. Both sides are normalised (``05`` is ``5``,
+    Annotations are left out when an operand has brackets, a sign or decimals, when an operator is not in ``options``,
+    or when the result is not whole or not what the expression gives. Both sides are normalised (``05`` is ``5``,
     ``27.00`` is ``27``).
     """
-    found = ((_normalise(left, options), right) for left, right in _ANNOTATION.findall(solution))
     kept = []
-    for expression, stated in found:
+    for left, stated in _ANNOTATION.findall(solution):
+        expression = _normalise(left, options)
         result = _evaluate(expression) if expression else None
         if result is not None and result.denominator == 1 and result == _number(stated):
             kept.append((f"{expression}=", str(result)))
@@ -83,7 +83,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def _evaluate(expression: str) -> Fraction | None:
-    """The exact value with the usual precedence; None where it divides by zero."""
+    """Return the exact value with the usual precedence, or None where it divides by zero."""
 
     def value(node: ast.expr) -> Fraction:
         if isinstance(node, ast.BinOp):

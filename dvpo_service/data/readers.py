@@ -1,4 +1,4 @@
-"""Which files are meant, and their rows one by one with their numbers."""
+"""Find the data files, and read their rows one by one with their line numbers."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ PARQUET = (".parquet",)
 
 
 def expand_files(files: Sequence[str | Path]) -> list[Path]:
-    """Existing files in the given order, a glob's matches sorted, none twice.
+    """Return the files in the given order, with globs expanded and sorted, and none twice.
 
-    Raises ``DataError`` for a missing file, a folder, a glob without a match, no files at all.
+    Raises:
+      DataError: a file is missing or is a folder, a glob has no match, or no files are given.
     """
     if isinstance(files, str | Path):
         raise TypeError("files is a sequence of paths, not one path")
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}  # a dict keeps the order
     for name in files:
         try:
-            found.update(dict.fromkeys(_expand(Path(name).expanduser())))
-        except (OSError, RuntimeError) as error:  # a name too long for a file; `~who` of nobody here
+            paths.update(dict.fromkeys(_expand(Path(name).expanduser())))
+        except (OSError, RuntimeError) as error:  # a name too long for a file, or `~user` of an unknown user
             raise DataError(
                 f"{show(str(name), 200)}: no such data file: {_first_line(error)}; check the path"
             ) from error
-    if not found:
+    if not paths:
         raise DataError("no data files are given; name at least one .jsonl or .parquet file")
-    return list(found)
+    return list(paths)
 
 
 def _expand(path: Path) -> list[Path]:
@@ -61,9 +62,9 @@ def _missing(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Where each row stands (``file:line``, or ``file row N``), and the row, or a ``BadRow`` in its place.
+    """Yield each row with its place (``file:line``, or ``file row N``); for a row that cannot be read, a ``BadRow``.
 
-    Streamed; blank JSONL lines are passed over. Raises ``DataError`` for a file that cannot be read.
+    Files are streamed. Blank JSONL lines are skipped. Raises ``DataError`` for a file that cannot be read.
     """
     try:
         if path.suffix.lower() in JSONL:
@@ -79,7 +80,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:  # bytes: one line that is not UTF-8 must not hide its number
+    with path.open("rb") as lines:  # as bytes, so that the number of a line that is not UTF-8 is known
         for number, line in enumerate(lines, start=1):
             line = line.removeprefix(codecs.BOM_UTF8)  # some editors put a byte order mark first
             if line.strip():
@@ -93,7 +94,7 @@ def _parse_line(line: bytes) -> object:
         return BadRow("not UTF-8", f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return BadRow("malformed JSON", f"malformed JSON: {error.msg} (column {error.colno})")
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; endless nesting
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or very deep nesting
         return BadRow("malformed JSON", f"malformed JSON: {_first_line(error)}")
 
 
@@ -112,7 +113,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
 def _to_python(batch: pa.RecordBatch) -> Iterator[object]:
     try:
         yield from batch.to_pylist()
-    # Text that is not UTF-8, a date beyond the year 9999: one such cell fails the batch, so find whose it is.
+    # One cell fails the whole batch, such as text that is not UTF-8 or a date beyond the year 9999. Find its row.
     except (pa.ArrowException, ValueError, OverflowError):
         yield from (_one_row(batch.slice(i, 1)) for i in range(len(batch)))
 
@@ -128,4 +129,4 @@ def _one_row(batch: pa.RecordBatch) -> object:
 
 def _first_line(error: Exception) -> str:
     line = str(error).partition("\n")[0] or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in line)  # a damaged file's bytes, told by Arrow
+    return "".join(c if c.isprintable() else "?" for c in line)  # Arrow quotes a damaged file's bytes

@@ -1,4 +1,4 @@
-"""``data.row_format``: the user's own function from a row to rows in a known format."""
+"""``data.row_format``: load the user's function that turns a row into rows in a known format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ RowFormat = Callable[[object], list[object]]
 
 
 def load_row_format(name: str) -> RowFormat:
-    """Return a function from a file's row to rows for ``formats.parse_row``; ``auto`` gives each row as it is.
+    """Return a function that turns a file's row into rows for ``formats.parse_row``; ``auto`` leaves each row as it is.
 
-    The function raises BadRow where the user's own raises, or returns no row.
+    The returned function raises BadRow when the user's function raises, or returns something that is not a row.
 
     Raises:
-      ConfigError: the user's function is not there, or takes other arguments.
+      ConfigError: the user's function cannot be loaded, or takes other arguments.
     """
     if name == AUTO:
         return lambda row: [row]
@@ -29,15 +29,15 @@ def load_row_format(name: str) -> RowFormat:
 
     def convert(row: object) -> list[object]:
         try:
-            made = function(row)
+            result = function(row)
         except Exception as error:
             raise BadRow("row format", f"{KEY} {name!r} raised {describe_error(error)}") from error
-        rows = made if isinstance(made, list) else [] if made is None else [made]
-        for one in rows:
-            if not isinstance(one, Mapping):
+        rows = result if isinstance(result, list) else [] if result is None else [result]
+        for converted in rows:
+            if not isinstance(converted, Mapping):
                 raise BadRow(
                     "row format",
-                    f"{KEY} {name!r} returned {type(one).__name__}; expected a dict, a list of them or None",
+                    f"{KEY} {name!r} returned {type(converted).__name__}; expected a dict, a list of them or None",
                 )
         return rows
 

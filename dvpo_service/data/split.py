@@ -1,4 +1,4 @@
-"""One dataset to a training and a validation part."""
+"""Split one dataset into a training and a validation part."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from dvpo_service.errors import DataError
 
 
 def split_dataset(dataset: Dataset, *, val_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Seeded split by row, so that all calculations of one problem stay together.
+    """Return the training and the validation part, split by row so that all calculations of one problem stay together.
 
-    ``val_fraction`` (0..1) is of rows. Validation prompts that also occur in training are
-    left out. Raises ``DataError`` when a part would be empty.
+    Validation prompts that also occur in training are left out.
+
+    Args:
+      val_fraction: share of rows, 0 to 1, that go to validation.
+      seed: of the shuffle.
+
+    Raises:
+      DataError: a part would be empty.
     """
     rows = sorted(set(dataset.origins))
     random.Random(seed).shuffle(rows)

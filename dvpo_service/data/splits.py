@@ -1,4 +1,4 @@
-"""The config's data: training prompts and held-out splits, tokenized."""
+"""Load the data that a config names: training prompts and held-out splits, tokenized."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Data:
     held_out: dict[str, Dataset]
 
     def encoded(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-        """The same with token ids."""
+        """Return the data with token ids filled. Raises DataError or ConfigError as ``encode_prompts`` does."""
         return Data(
             encode(config, self.train, tokenizer),
             {name: encode(config, split, tokenizer) for name, split in self.held_out.items()},
@@ -34,14 +34,14 @@ class Data:
 
 
 def load_data(config: DataConfig) -> Data:
-    """Raises DataError for a file or row that cannot be used."""
+    """Return the data that ``config`` names, without token ids. Raises DataError if a file or row cannot be used."""
     train = _load(config, config.train_files, "train")
     if config.val_fraction is not None:
-        # The same rows are held out whatever the run's seed, so that runs can be compared.
+        # A fixed seed: the same rows are held out for every trainer.seed, so that runs can be compared.
         train, held_out = split_dataset(train, val_fraction=config.val_fraction, seed=0)
         return Data(train, {"held_out": held_out})
     splits = {
-        # Prompts of the training data are left out.
+        # Prompts that are also in the training data are left out.
         name: _load(config, files, name, exclude=train.keys(), limit=config.val_limit)
         for name, files in config.val_files.items()
     }
@@ -49,7 +49,7 @@ def load_data(config: DataConfig) -> Data:
 
 
 def check_sources(config: RewardConfig, train: Dataset) -> None:
-    """Raises ConfigError where ``reward.noise_by_source`` names a source that no training prompt has."""
+    """Raise ConfigError if ``reward.noise_by_source`` names a source that no training prompt has."""
     known = sorted({p.source for p in train.prompts})
     if unknown := sorted(set(config.noise_by_source) - set(known)):
         raise ConfigError(
@@ -59,26 +59,27 @@ def check_sources(config: RewardConfig, train: Dataset) -> None:
 
 
 def load_files(config: DataConfig, files: Sequence[str]) -> dict[str, Dataset]:
-    """All prompts of files that a person asks for, each file a split of its own name; nothing is left out."""
+    """Return all prompts of the files; files of the same name form a split. No prompt is left out."""
     splits: dict[str, list[str]] = {}
     for file in files:
         splits.setdefault(Path(file.removeprefix(SHIPPED)).stem, []).append(file)
-    return {name: _load(config, together, name) for name, together in splits.items()}
+    return {name: _load(config, group, name) for name, group in splits.items()}
 
 
 def resolve_file(file: str) -> str:
-    """``shipped:NAME`` is a file that comes with the package; anything else is a path or glob."""
+    """Return the path of ``shipped:NAME``, a file of the package; any other path or glob is returned as it is."""
     if not file.startswith(SHIPPED):
         return file
     return str(resources.files("dvpo_service") / "data" / "shipped" / file.removeprefix(SHIPPED))
 
 
 def load_demonstrations(config: DataConfig, files: list[str]) -> Dataset:
-    """What a warm start learns from: ``files``, read like the training data."""
+    """Return the demonstrations that a warm start learns from, read like the training data."""
     return _load(config, files, "warmstart")
 
 
 def encode(config: DataConfig, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return ``data`` with token ids, by the config's settings (see ``encode_prompts``)."""
     return encode_prompts(
         data,
         tokenizer,

@@ -13,10 +13,13 @@ KEY = "algorithm.critic_terms"
 
 
 def load_terms(references: Mapping[str, float]) -> dict[str, OwnTerm]:
-    """Return the terms by the name they are reported under (``critic/loss/<name>``), which is the function's.
+    """Return the terms by name. The name is the function's; the term is reported as ``critic/loss/<name>``.
+
+    Args:
+      references: the weight of each term, by ``module:function``.
 
     Raises:
-      ConfigError: a function is not there or takes other arguments, or a name is taken.
+      ConfigError: when a function cannot be loaded or takes other arguments, or a name is in use already.
     """
     terms: dict[str, OwnTerm] = {}
     for reference, weight in references.items():

@@ -23,7 +23,7 @@ from dvpo_service.types import Rollouts
 
 
 class DvpoObjective(CriticObjective):
-    """Targets of M atoms, the eight loss terms and the user's own, and an advantage that may carry risk."""
+    """DVPO: targets of M atoms, the eight loss terms and the user's own, an advantage that may be risk-sensitive."""
 
     traits = ESTIMATORS["dvpo"].traits
     loss_name = "dvpo_loss"
@@ -40,7 +40,8 @@ class DvpoObjective(CriticObjective):
     ) -> Estimate:
         rewards, mask = part.rewards.to(z.device), part.response_mask.to(z.device)
         heads = z.sort(dim=-1).values
-        atoms, end = heads.mean(-2), bootstrap(self.algorithm, part, z_end.sort(dim=-1).values.mean(-2))
+        atoms = heads.mean(-2)
+        end = bootstrap(self.algorithm, part, z_end.sort(dim=-1).values.mean(-2))
         lam = critic_lambda(self.algorithm, pretraining)
         targets = self._targets(rewards, atoms, mask, end, lam, seeds)
         value = atoms.mean(-1)
@@ -71,12 +72,12 @@ class DvpoObjective(CriticObjective):
             own_terms=self.own_terms,
         )
         parts = {f"loss/{t}": v for t, v in loss.raw.items()} | {f"weighted/{t}": v for t, v in loss.weighted.items()}
-        # A share each, so that the parts of the batch add up to delta itself.
+        # Each part reports its share, so that the parts of the batch add up to delta itself.
         parts["huber_delta"] = delta * mask.sum() / denominator
         return loss.total, parts
 
     def shift_sum(self, z: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """Eq. 7 over a batch has its relu around the mean over all tokens of all ranks."""
+        """Return the sum for Eq. 7 where its relu is around the mean over all tokens of all ranks, else 0."""
         if self.spec.shift_over == "token":
             return super().shift_sum(z, targets, mask)
         return shift_sum(z, targets, mask)
@@ -92,10 +93,11 @@ class DvpoObjective(CriticObjective):
     def _advantages(
         self, rewards: Tensor, atoms: Tensor, value: Tensor, mask: Tensor, end: Tensor, seeds: Tensor
     ) -> Tensor:
-        a, lam = self.algorithm, policy_lambda(self.algorithm, mask)
+        a = self.algorithm
+        lam = policy_lambda(a, mask)
         cvar = a.advantage == "cvar" and a.advantage_alpha < 1
         entropic = a.advantage == "entropic" and a.advantage_beta != 0
-        if not (cvar or entropic):  # any fixed weighting of atoms is scalar GAE with another baseline
+        if not (cvar or entropic):  # the mean, like any fixed weighting of atoms, is scalar GAE with another baseline
             return scalar_gae(rewards, value, mask, end.mean(-1), a.gamma, lam)[0]
         targets = self._targets(rewards, atoms, mask, end, lam, seeds)
         if cvar:
@@ -103,5 +105,6 @@ class DvpoObjective(CriticObjective):
         return entropic_advantages(atoms, targets, mask, a.advantage_beta)
 
     def _delta(self, stats: RunningStats) -> float:
+        """Return the Huber threshold in the units of the returns."""
         absolute = self.algorithm.huber_scale == "absolute"
         return self.algorithm.huber_delta * (1.0 if absolute else stats.return_sd or 1.0)

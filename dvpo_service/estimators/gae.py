@@ -1,4 +1,4 @@
-"""``adv_estimator: gae`` (PPO's scalar critic) and ``robust_gae`` (its backup made pessimistic)."""
+"""``adv_estimator: gae`` (PPO's scalar critic) and ``robust_gae`` (the same with a pessimistic backup)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dvpo_service.types import Rollouts
 
 
 class GaeObjective(CriticObjective):
-    """One head of one atom: the value (GAE, arXiv 1506.02438)."""
+    """PPO's scalar critic with GAE (arXiv 1506.02438): one head with one atom, which is the value."""
 
     traits = ESTIMATORS["gae"].traits
     heads = quantiles = 1
@@ -36,7 +36,8 @@ class GaeObjective(CriticObjective):
         self, z: Tensor, z_end: Tensor, part: Rollouts, *, seeds: Tensor, pretraining: bool, stats: RunningStats
     ) -> Estimate:
         mask = part.response_mask.to(z.device)
-        value, end = z[..., 0, 0], bootstrap(self.algorithm, part, z_end[..., 0, 0])
+        value = z[..., 0, 0]
+        end = bootstrap(self.algorithm, part, z_end[..., 0, 0])
         advantages, _ = self._backup(value, end, part, policy_lambda(self.algorithm, mask), stats)
         _, targets = self._backup(value, end, part, critic_lambda(self.algorithm, pretraining), stats)
         return Estimate(targets.unsqueeze(-1), advantages, torch.where(mask, value, 0.0))
@@ -70,7 +71,7 @@ class GaeObjective(CriticObjective):
 
 
 class RobustGaeObjective(GaeObjective):
-    """GAE whose every backup is contaminated with the worst value, by ``algorithm.robust_rho``."""
+    """GAE that mixes the worst value into every backup, with weight ``algorithm.robust_rho``."""
 
     traits = ESTIMATORS["robust_gae"].traits
 

@@ -36,29 +36,35 @@ def reinforce_plus_plus_advantages(rollouts: Rollouts, algorithm: AlgorithmConfi
 
 
 class NothingToUpdate:
-    """The update of an estimator that learns nothing: a ``roles.Job`` that has ended."""
+    """The update of an estimator that learns nothing: a ``roles.Job`` that is done."""
 
     def result(self) -> Metrics:
+        """Return no measurements."""
         return {}
 
 
 class GroupEstimator:
-    """The loop's ``Estimator`` for a function of the rollouts. It runs in the driver, and has nothing to save."""
+    """A ``roles.Estimator`` around a ``GroupAdvantage``. It runs in the driver and has nothing to save."""
 
     def __init__(self, algorithm: AlgorithmConfig):
         self.algorithm = algorithm
         self.function = estimators.load(algorithm.adv_estimator)
 
     def advantages(self, rollouts: Rollouts, step: int) -> tuple[Advantages, Metrics]:
-        """Return the advantages [B, T] and their mean and standard deviation."""
+        """Return the advantages [B, T], not whitened, and their mean and standard deviation as metrics."""
         advantages = self.function(rollouts, self.algorithm)
         return Advantages(advantages), advantage_metrics(advantages, rollouts.response_mask)
 
     def update_async(self, rollouts: Rollouts, step: int) -> NothingToUpdate:
+        """Return a job that is done: there is no critic to update."""
         return NothingToUpdate()
 
     def save(self, folder: StoragePath) -> Written:
+        """Write nothing, and return a job that is done."""
         return Written({})
 
-    def load(self, folder: StoragePath) -> None: ...
-    def export(self, folder: StoragePath) -> None: ...
+    def load(self, folder: StoragePath) -> None:
+        """Do nothing: ``save`` wrote nothing."""
+
+    def export(self, folder: StoragePath) -> None:
+        """Do nothing: there is no critic to export."""

@@ -1,7 +1,7 @@
-"""A run's policy and critic as folders that others load: ``dvpo export``, and the end of training. No Ray.
+"""Export a run's policy and critic as folders that other programs load: ``dvpo export``, and the end of training.
 
 An export is a Hugging Face folder of the policy, with ``critic/`` (``DistributionalCritic.from_pretrained``),
-the run's ``config.yaml``, ``export.json`` (where it comes from) and ``README.md`` (the model card).
+the run's ``config.yaml``, ``export.json`` (where it comes from) and ``README.md`` (the model card). No Ray.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ CONFIG_FILE, EXPORT_FILE, CARD_FILE, CRITIC, POLICY = "config.yaml", "export.jso
 
 @dataclass(frozen=True)
 class Exported:
-    """``folder`` loads with transformers and vLLM; ``critic`` is None where the run has none.
+    """An export.
 
-    ``mlflow_run_id`` is that of the run, None when it had no MLflow.
+    Attributes:
+      folder: loads with transformers and vLLM.
+      critic: the critic's folder, or None when the run has no critic.
+      config: the run's config, with its secrets masked.
+      step: the number of updates done.
+      mlflow_run_id: the run's id in MLflow, or None when it had no MLflow.
     """
 
     folder: Path
@@ -49,7 +54,7 @@ class Exported:
 
 
 def open_export(folder: Path) -> Exported:
-    """An existing export. Raises CheckpointError when ``folder`` is none."""
+    """Return the export in ``folder``. Raises CheckpointError when the folder is not an export."""
     if not is_export(folder):
         raise CheckpointError(f"{folder} is no export: there is no {EXPORT_FILE} in it; make one with `dvpo export`")
     record = _read_json(folder / EXPORT_FILE)
@@ -64,25 +69,28 @@ def open_export(folder: Path) -> Exported:
 
 
 def newest(source: Path) -> tuple[int, Path]:
-    """The step and the folder (an export or a checkpoint) of the newest state that ``source`` holds.
+    """Return the step and the folder (an export or a checkpoint) of the newest state in ``source``.
 
-    Cheap: no weights are read, so a server can ask again and again while a run goes on.
+    No weights are read, so a server can call this often while a run goes on.
 
     Args:
-        source: a run directory, a checkpoint (``RUN/checkpoints/step-000050``), or an export.
+      source: a run directory, a checkpoint (``RUN/checkpoints/step-000050``), or an export.
 
-    Raises CheckpointError when there is none.
+    Raises:
+      CheckpointError: there is no state.
     """
-    if found := _state(source):
-        return found
-    run = [_state(f) for f in (*map(Path, map(str, Checkpoints(source, keep=1).whole()[-1:])), source / POLICY)]
-    states = [state for state in run if state]
+    if state := _state_in(source):
+        return state
+    checkpoints = Checkpoints(source, keep=1).whole()[-1:]
+    folders = [*(Path(str(checkpoint)) for checkpoint in checkpoints), source / POLICY]
+    states = [state for folder in folders if (state := _state_in(folder))]
     if not states:
         raise nothing_in(source)
-    return max(reversed(states), key=lambda state: state[0])  # of equals policy/, which is exported already
+    return max(reversed(states), key=lambda state: state[0])  # at equal steps policy/: it is exported already
 
 
 def nothing_in(source: StoragePath) -> CheckpointError:
+    """Return the error that says that ``source`` holds no state to export."""
     return CheckpointError(
         f"{source} holds nothing to export: no whole checkpoint in checkpoints/, no finished {POLICY}/, and no "
         f"{EXPORT_FILE}; give a run directory, a checkpoint of it (RUN/checkpoints/step-000050), or an export"
@@ -90,13 +98,18 @@ def nothing_in(source: StoragePath) -> CheckpointError:
 
 
 def is_export(folder: Path) -> bool:
+    """Return whether the folder is an export."""
     return (folder / EXPORT_FILE).is_file()
 
 
 def export(source: Path, output: Path) -> Exported:
-    """Export the newest state of ``source`` (see ``newest``) to ``output``, which is then whole or as it was.
+    """Export the newest state of ``source`` (see ``newest``) to ``output``.
 
-    Raises CheckpointError: nothing to export, a torn, damaged or pruned checkpoint, or ``output`` is some other folder.
+    After an error, ``output`` is as it was before.
+
+    Raises:
+      CheckpointError: there is nothing to export; the checkpoint is torn, damaged or pruned; or ``output`` is a folder
+        that is neither empty nor an export.
     """
     step, state = newest(source)
     if is_export(state):
@@ -122,9 +135,16 @@ def export(source: Path, output: Path) -> Exported:
 
 
 def export_and_register(source: Path, output: Path, name: str | None) -> tuple[Exported, str | None]:
-    """``export``, and with a ``name`` a version of that model in the run's MLflow, which is tried first.
+    """Export, and register the export as a new version of the model ``name`` in the run's MLflow.
 
-    Returns the version's number, None without a name. Raises TrackingError when MLflow cannot be used.
+    MLflow is contacted before the export, so that an unreachable server is reported at once.
+
+    Returns:
+      (the export, the version's number); the number is None without a ``name``, since nothing is registered then.
+
+    Raises:
+      CheckpointError: as ``export`` does.
+      TrackingError: MLflow cannot be used.
     """
     if name is None:
         return export(source, output), None
@@ -136,14 +156,17 @@ def export_and_register(source: Path, output: Path, name: str | None) -> tuple[E
 
 
 def run_of(state: Path) -> Path:
-    """The run directory that a checkpoint or its ``policy/`` stands in; an export elsewhere stands for its run."""
+    """Return the run directory of a checkpoint or of a run's ``policy/``; for an export elsewhere, the export itself.
+
+    An export has its own config.yaml, so it can stand for its run.
+    """
     if not is_export(state):
         return state.absolute().parent.parent
     return state.absolute().parent if (state.parent / CONFIG_FILE).is_file() else state
 
 
 def run_config(folder: Path) -> Config:
-    """The config of a run directory or an export; raises CheckpointError where there is none."""
+    """Return the config of a run directory or an export. Raises CheckpointError when the folder has none."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder} is no run directory and no export: there is no {CONFIG_FILE} in it")
@@ -152,10 +175,16 @@ def run_config(folder: Path) -> Config:
 
 @contextmanager
 def writing(output: Path, *, own: bool = False) -> Iterator[Path]:
-    """An empty folder beside ``output`` that takes its place at the end; after an error ``output`` is as it was.
+    """Yield an empty folder, and rename it to ``output`` at the end of the block.
 
-    An older export there is replaced, and with ``own`` (a run's ``policy/``) whatever is there. Raises
-    CheckpointError when it is something else, or the disk refuses.
+    After an error in the block, ``output`` is as it was before. An older export or an empty folder is replaced.
+
+    Args:
+      output: where the export goes.
+      own: replace any folder; for a run's own ``policy/``.
+
+    Raises:
+      CheckpointError: ``output`` is another kind of folder, or the folder cannot be written.
     """
     if not (own or _replaceable(output)):
         raise CheckpointError(f"{output} exists and is no export; choose another folder, or remove it")
@@ -178,8 +207,16 @@ def writing(output: Path, *, own: bool = False) -> Iterator[Path]:
 def describe(
     folder: Path, run_dir: Path, config: Config, step: int, mlflow_run_id: str | None, *, critic: bool | None = None
 ) -> None:
-    """Add config, origin and model card to ``folder``, which has policy and critic already; ``critic``
-    says whether it has one, where they are elsewhere."""
+    """Write config.yaml, export.json and the model card to ``folder``.
+
+    Args:
+      folder: the export; the policy and the critic are in it already, unless ``critic`` is given.
+      run_dir: the run directory, whose metrics up to ``step`` go into the model card.
+      config: with its secrets masked.
+      step: the number of updates done.
+      mlflow_run_id: the run's id in MLflow, if it has one.
+      critic: whether the export has a critic; by default, whether ``folder`` holds one.
+    """
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= step]
     has_critic = (folder / CRITIC).is_dir() if critic is None else critic
@@ -197,7 +234,8 @@ def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     model: Any = empty_policy(base, trust_remote_code=config.model.trust_remote_code)
     unshard(checkpoint / "policy", model, "backbone.")
     model.save_pretrained(folder)
-    # Tokenizer and generation config as they came; the model's own config says what it is now (float32).
+    # The tokenizer and the generation config are those of the base model. The model's own config is not copied:
+    # save_pretrained has written what the model is now (float32).
     shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
 
 
@@ -209,8 +247,8 @@ def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     critic.save_pretrained(folder)
 
 
-def _state(folder: Path) -> tuple[int, Path] | None:
-    """The step of an export or a whole checkpoint, None for any other folder."""
+def _state_in(folder: Path) -> tuple[int, Path] | None:
+    """Return (step, folder) of an export or a whole checkpoint, or None for any other folder."""
     if is_export(folder):
         return _int(_read_json(folder / EXPORT_FILE), "step", folder / EXPORT_FILE), folder
     if (folder / STATE_FILE).is_file():

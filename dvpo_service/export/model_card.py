@@ -1,4 +1,7 @@
-"""``README.md`` of an export: what the model is, how it was trained and how well it does. Names no path here."""
+"""The model card, ``README.md`` of an export: what the model is, how it was trained, and how accurate it is.
+
+The card never contains a path of this machine.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,13 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, critic: bool) -> str:
-    """The card as Markdown with the Hub's front matter.
+    """Return the card as Markdown with the Hub's front matter.
 
     Args:
-        config: with its secrets masked.
-        rows: of ``metrics.jsonl``, up to ``step``.
-        critic: whether one is in the folder.
+      config: with its secrets masked.
+      step: the number of updates done.
+      rows: the lines of ``metrics.jsonl``, up to ``step``.
+      critic: whether the export has a critic.
     """
     algorithm = config.algorithm
     scalar = "the value, the mean of the return"
@@ -44,7 +48,7 @@ def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, 
 
 
 def hub_name(config: Config) -> str | None:
-    """The base model's name on the Hub; None for one made here, and for a folder."""
+    """Return the base model's name on the Hub, or None when it is a local folder or was made by the warm start."""
     path = config.model.path
     return path if path and _HUB_NAME.fullmatch(path) and not Path(path).exists() else None
 
@@ -58,7 +62,7 @@ def _front_matter(config: Config) -> dict[str, Any]:
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracies by split at the first and the newest evaluation."""
+    """Return one row per held-out split: its accuracies at the first and at the newest evaluation."""
     measured = [row for row in rows if any(key.startswith("eval/") for key in row)]
     if not measured:
         return []

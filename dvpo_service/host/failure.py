@@ -1,4 +1,4 @@
-"""Any exception as one line for a person, and an exit code: 2 when they can mend it, 1 otherwise."""
+"""Turn any exception into one line and an exit code: 2 when the user can fix the cause, 1 otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HINT = "run again with `dvpo --debug ...` for the stack trace"
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """The line, without secrets, and the exit code."""
+    """Return the line, with secrets masked, and the exit code."""
     line, code = _line(error)
     return mask_text(line), code
 

@@ -1,5 +1,8 @@
-"""This host's network interfaces: where sockets listen, and which one gloo uses. By itself gloo takes the one that the
-host's name stands for, often the loopback, where no other host reaches it."""
+"""This host's network interfaces: where sockets listen, and which interface gloo uses.
+
+By default gloo takes the interface that the host's name resolves to. That is often the loopback, which no other host
+reaches.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,21 @@ import psutil
 
 
 def use_interface_of(address: str) -> None:
-    """Have gloo in this process use the interface with this host's ``address``; GLOO_SOCKET_IFNAME of before wins."""
-    found = (name for name, its in psutil.net_if_addrs().items() if any(a.address == address for a in its))
-    if name := next(found, None):  # none: an address that is translated on its way; gloo's own choice then
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    """Make gloo in this process use the interface that has ``address``, unless GLOO_SOCKET_IFNAME is set already.
+
+    Where no interface has it (an address that is translated on its way), the choice is left to gloo.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return
 
 
 def own_address(towards: str, port: int) -> str:
-    """This host's address on the route to another host, or to itself."""
-    family, kind, protocol, _, where = socket.getaddrinfo(towards, port, type=socket.SOCK_DGRAM)[0]
+    """Return this host's address on the route to ``towards``, another host or this one."""
+    family, kind, protocol, _, target = socket.getaddrinfo(towards, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as route:
-        route.connect(where)  # sends nothing: a datagram socket
+        route.connect(target)  # a datagram socket sends nothing here
         return route.getsockname()[0]
 
 
@@ -32,7 +39,7 @@ def free_port() -> int:
 
 
 def listen(host: str, port: int, *, shared: bool) -> socket.socket:
-    """A socket bound to ``host:port``; a ``shared`` one leaves the port to further shared ones. Raises OSError."""
+    """Return a socket bound to ``host:port``; ``shared`` sockets can bind the same port. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Secrets out of what is shown: MLflow, logs and messages get the masked text only."""
+"""Masking of secrets, so that MLflow, logs and messages never show them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ MASK = "***"
 _SECRET_KEY = re.compile(
     r"token|passw(or)?d|passphrase|secret|(api|access|private)[_-]?key|credential|authorization|bearer", re.IGNORECASE
 )
-_SHORTEST = 8  # characters of an environment's secret: masking shorter ones would maim every text
-# user:password@ of a URI; the greedy last part takes a password that itself holds an @.
+# Shorter values of secret environment variables are not masked: they would match parts of ordinary words.
+_SHORTEST = 8
+# user:password@ of a URI. The greedy match covers a password that contains an @.
 _URI_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 _URI_QUERY = re.compile(r"([?&][^=&\s]*(?:token|password|secret|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 
 def mask(tree: Any, key: str = "") -> Any:
-    """A copy of a config tree in which no secret stands.
+    """Return a copy of a config tree without secrets.
 
-    A string under a key that names a secret is masked whole; ``max_new_tokens: 16`` is a number
-    and stays. Credentials inside URIs are masked under any key.
+    A string under a key that names a secret is masked whole. Numbers stay, so ``max_new_tokens: 16`` is kept.
+    Credentials inside URIs are masked under any key.
+
+    Args:
+      key: the dotted key of ``tree``.
     """
     if isinstance(tree, dict):
         return {k: mask(v, f"{key}.{k}") for k, v in tree.items()}
@@ -35,17 +39,18 @@ def mask(tree: Any, key: str = "") -> Any:
 
 
 def names_secret(key: str) -> bool:
+    """Return whether a config key or environment variable of this name holds a secret."""
     return bool(_SECRET_KEY.search(key))
 
 
 def mask_override(override: str) -> str:
-    """``tracking.tags.hf_token=***`` for a ``key.sub=value``."""
+    """Return a ``key.sub=value`` with secrets masked, as in ``tracking.tags.hf_token=***``."""
     key, equals, value = override.partition("=")
     return key + equals + str(mask(value, key))
 
 
 def mask_text(text: str) -> str:
-    """Any text for a person, a log or a file: no credentials of URIs, no secret of this process's environment."""
+    """Return any text with URI credentials, and the secrets in this process's environment, masked."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and names_secret(name):
             text = text.replace(value, MASK)
@@ -53,22 +58,22 @@ def mask_text(text: str) -> str:
 
 
 class MaskingFormatter(logging.Formatter):
-    """A log record without secrets, its stack trace too."""
+    """Formats log records with secrets masked, also in stack traces."""
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_text(super().format(record))
 
 
 def mask_uri(text: str) -> str:
-    """The text with ``user:password@`` and secret query parameters of its URIs replaced."""
+    """Return the text with ``user:password@`` and secret query parameters of its URIs masked."""
     return _URI_QUERY.sub(rf"\1{MASK}", _URI_LOGIN.sub(f"{MASK}@", text))
 
 
 def mask_message(text: str, uri: str) -> str:
-    """A library's error text about ``uri``, without its password, however the library wrote it."""
+    """Return a library's error text with the password of ``uri`` masked, whether it is percent-encoded or not."""
     try:
         password = urlsplit(uri).password
-    except ValueError:  # not a URI that has one
+    except ValueError:  # not a URI, so it has no password
         password = None
     for secret in {password, unquote(password)} if password else ():
         text = text.replace(secret, MASK)
@@ -76,7 +81,7 @@ def mask_message(text: str, uri: str) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys to text; lists as JSON."""
+    """Return the leaves of a tree as text by dotted key; lists are JSON."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

@@ -1,7 +1,7 @@
-"""A request to stop (SIGTERM, Ctrl-C): a checkpoint of a step boundary first, then a clean end.
+"""A request to stop (SIGTERM, Ctrl-C) saves a checkpoint at a step boundary and then ends the run.
 
-At once where nothing is lost by it; in the part of a step that changes the trainers, that step ends
-first. A second request ends the run without a checkpoint.
+The run stops at once where nothing is lost by that. In the part of a step that changes the trainers, the step is
+finished first. A second request ends the run without a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,28 +19,33 @@ INTERRUPTED = "interrupted; the same command continues from the last checkpoint"
 class Stopped(BaseException):
     """A person or a scheduler asked the run to end. The message says what was saved.
 
-    No Exception, as KeyboardInterrupt is none; and not that either, which typer takes for itself.
+    Like KeyboardInterrupt it is no Exception, so that ``except Exception`` lets it through. It does not derive from
+    KeyboardInterrupt, which typer handles itself.
     """
 
     def __init__(self, message: str, signum: int, *, at_once: bool = False):
         super().__init__(message)
-        self.signum, self.at_once = signum, at_once
+        self.signum = signum
+        self.at_once = at_once
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that the signal ended: 130 or 143."""
+        """The code that a shell reports for a process that the signal ended: 130 or 143."""
         return 128 + self.signum
 
 
 def raise_stopped(signum: int, frame: Any = None) -> None:
-    """A signal handler for where there is nothing to save."""
+    """Raise Stopped. A signal handler for code that has nothing to save."""
     raise Stopped(INTERRUPTED, signum)
 
 
 class Stopping:
-    """Requests to stop a training run. ``tell`` is given a line for the person who waits.
+    """Requests to stop a training run.
 
-    Without ``listening`` no request comes: a unit test, or a trial of a sweep.
+    Requests arrive only inside ``listening``. A unit test or a trial of a sweep goes without it.
+
+    Args:
+      tell: called with a line for the person who waits for the end.
     """
 
     def __init__(self, tell: Callable[[str], None] = lambda text: None):
@@ -50,26 +55,26 @@ class Stopping:
 
     @contextmanager
     def listening(self) -> Iterator[Self]:
-        """Take signals in this block; outside the main thread (a trial of a sweep) none come."""
+        """Handle signals in this block. Outside the main thread (a trial of a sweep) this does nothing."""
         global _listening
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {s: signal.signal(s, self.request) for s in SIGNALS}
+        previous = {s: signal.signal(s, self.request) for s in SIGNALS}
         _listening = self
         try:
             yield self
-        except SystemError as error:  # what becomes of an exception that a handler raises within Ray's C++ code
+        except SystemError as error:  # Ray's C++ code turns an exception of a handler into this
             if self.requested is None:
                 raise
             raise Stopped(INTERRUPTED, self.requested) from error
         finally:
             _listening = None
-            for signum, handler in before.items():
+            for signum, handler in previous.items():
                 signal.signal(signum, handler)
 
     def request(self, signum: int, frame: Any = None) -> None:
-        """Ask to stop. A signal handler: it runs in the middle of whatever the main thread does."""
+        """Ask the run to stop. As a signal handler this can run at any point of the main thread."""
         if self.requested is not None:
             text = "stopped at once; the same command continues from the last checkpoint"
             raise Stopped(text, signum, at_once=True)
@@ -80,7 +85,7 @@ class Stopping:
             self.tell("stopping after the step under way; once more ends at once, without a checkpoint")
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
-        """The training steps: a request waits for the next ``at_boundary``, or for the end of the last step."""
+        """Yield the training steps. A request waits for the next ``at_boundary``, or for the end of the last step."""
         self._mode = "after the step"
         yield from numbers
         self._mode = "raise"
@@ -89,9 +94,12 @@ class Stopping:
 
     @contextmanager
     def at_boundary(self, step: int, save: Callable[[], object]) -> Iterator[None]:
-        """Work that leaves the trainers as they were after ``step``: a request ends its waiting and saves.
+        """Run a block that leaves the trainers as they were after ``step``. A request ends its waiting and saves.
 
-        Raises Stopped once ``save`` has returned; for a request that came before, without starting the work.
+        If a request came before the block, the block is not started.
+
+        Raises:
+          Stopped: after a request, once ``save`` has returned.
         """
         self._mode = "when it waits"
         try:
@@ -111,7 +119,7 @@ class Stopping:
             self._mode = "after the step"
 
     def raise_if_asked(self) -> None:
-        """Raise Stopped where a request need not wait."""
+        """Raise Stopped if a request has come that need not wait for the end of the step."""
         if self.requested is not None and self._mode != "after the step":
             raise_stopped(self.requested)
 
@@ -121,9 +129,10 @@ _listening: Stopping | None = None
 
 
 def check() -> None:
-    """For code that waits, again and again: raises Stopped when a request has come that may end its waiting.
+    """Raise Stopped if a request has come that may end the caller's waiting. Code that waits calls this repeatedly.
 
-    Never raised from a handler there: a call that is half made (some ranks have it, others not) would hang them.
+    Waiting code stops here rather than in the signal handler: a handler could interrupt a call that only some ranks
+    have received, and they would hang.
     """
     if _listening is not None and threading.current_thread() is threading.main_thread():
         _listening.raise_if_asked()

@@ -1,6 +1,6 @@
-"""``RUN/base``: config and tokenizer of the model a run started from, without its weights.
+"""``RUN/base``: config and tokenizer of the model that a run started from, without its weights.
 
-With it a checkpoint, which holds weights only, becomes a model later and on another machine.
+A checkpoint holds weights only. With this folder it can be turned into a model later and on another machine.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ FOLDER = "base"
 
 
 def save_base(model_path: str, run_dir: Path, *, trust_remote_code: bool = False) -> None:
-    """Keep in ``run_dir/base`` what building the model and its tokenizer takes."""
+    """Write to ``run_dir/base`` the config and the tokenizer files from which the model can be built again.
+
+    Args:
+      model_path: a folder or hub name. Raises CheckpointError when it cannot be loaded.
+    """
     folder = run_dir / FOLDER
     load_model_config(model_path, trust_remote_code=trust_remote_code).save_pretrained(folder)
     load_tokenizer(model_path, trust_remote_code=trust_remote_code).save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(model_path)
-    except OSError:  # a model may come without one
+    except OSError:  # a model may come without a generation config
         return
     generation.save_pretrained(folder)
 
 
 def base_folder(run_dir: Path) -> Path:
-    """Raises CheckpointError where the run has kept none."""
+    """Return ``run_dir/base``. Raises CheckpointError when the run has not written it."""
     folder = run_dir / FOLDER
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -43,25 +47,35 @@ def base_folder(run_dir: Path) -> Path:
 
 
 def empty_policy(base: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM, its weights to be loaded. Raises CheckpointError when ``base`` describes none."""
+    """Return the causal LM that ``base`` describes, with weights still to be loaded.
+
+    Raises CheckpointError when no causal LM can be built from ``base``.
+    """
     return _empty(AutoModelForCausalLM, base, trust_remote_code)
 
 
 def empty_backbone(base: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The same without its language-model head, for a critic."""
+    """Return the model that ``base`` describes without its language-model head, for a critic.
+
+    The weights are still to be loaded. Raises CheckpointError when no model can be built from ``base``.
+    """
     return _empty(AutoModel, base, trust_remote_code)
 
 
 def build_empty(auto: Any, folder: Path, *, trust_remote_code: bool) -> nn.Module:
-    """The architecture of ``folder/config.json`` in float32 on the CPU, its weights left as memory has them.
+    """Return the architecture of ``folder/config.json`` in float32 on the CPU, with uninitialised weights.
 
-    Raises what transformers raises: OSError, ValueError, KeyError, TypeError or ImportError.
+    Args:
+      auto: the transformers class to build with, such as ``AutoModel``.
+
+    Raises:
+      OSError, ValueError, KeyError, TypeError, ImportError: as transformers raises them.
     """
     quiet()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with no_init_weights():
         model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    model.tie_weights()  # which initialisation would have done
+    model.tie_weights()  # the skipped initialisation would have tied them
     return model
 
 

@@ -17,10 +17,10 @@ from dvpo_service.models.packing import pack
 
 
 class QuantileHeads(nn.Module):
-    """Hidden states [..., D] -> atoms [..., H * M]: a shared two-layer encoder, then H linear heads.
+    """The critic's output layers: a shared two-layer encoder, then H linear heads of M atoms.
 
-    Computed in float32 whatever the backbone's precision: atoms are differences of returns,
-    and bfloat16 has no room for them.
+    They compute in float32 whatever the backbone's precision, because the differences between atoms are too small for
+    bfloat16.
     """
 
     def __init__(self, hidden_size: int, *, width: int, num_heads: int, num_quantiles: int):
@@ -29,17 +29,20 @@ class QuantileHeads(nn.Module):
         self.heads = nn.Linear(width, num_heads * num_quantiles)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Return the atoms [..., H * M] for hidden states [..., D]."""
         return self.heads(self.encoder(hidden))
 
 
 class DistributionalCritic(nn.Module):
-    """Per response token, the distribution of the return that follows it.
+    """A critic that predicts, for each response token, the distribution of the return that follows.
 
     Args:
-        backbone: a Hugging Face model that returns ``last_hidden_state``.
-        quantile_levels, alpha, beta, estimator: kept in ``spec`` for whoever reads the atoms (``CriticSpec``).
-        seed: of the heads' initialisation; heads differ only by it, so disagreement starts there.
-        packing: feed the backbone sequences end to end instead of padded.
+      backbone: a Hugging Face model that returns ``last_hidden_state``.
+      width: hidden units of the heads' encoder.
+      num_heads, num_quantiles: H and M.
+      seed: seed of the heads' initialisation, which is all that makes the heads differ at first.
+      packing: feed the backbone sequences end to end instead of padded.
+      quantile_levels, alpha, beta, estimator: stored in ``spec`` for code that interprets the atoms (``CriticSpec``).
     """
 
     def __init__(
@@ -70,18 +73,22 @@ class DistributionalCritic(nn.Module):
             )
 
     def save_pretrained(self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors``; ``state_dict`` in place of the module's own (sharded) one.
+        """Write ``config.json`` and ``model.safetensors``.
 
-        Raises CheckpointError when the disk refuses it.
+        Args:
+          state_dict: the weights to write; give them where the module's own are sharded. None writes the module's own.
+
+        Raises:
+          CheckpointError: when the files cannot be written.
         """
         state = self.state_dict() if state_dict is None else state_dict
         write_critic(Path(folder), self.spec, self.backbone.config, state)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, trust_remote_code: bool = False) -> Self:
-        """The critic that ``save_pretrained`` wrote: float32, on the CPU, in eval mode; no network is used.
+        """Return the critic that ``save_pretrained`` wrote, in float32, on the CPU and in eval mode.
 
-        Raises CheckpointError for a folder that holds no critic, or half of one.
+        No network connection is used. Raises CheckpointError when ``folder`` holds no critic, or only part of one.
         """
         spec, backbone, state = read_critic(Path(folder), trust_remote_code=trust_remote_code)
         critic = cls(backbone, **asdict(spec), seed=0)
@@ -93,16 +100,16 @@ class DistributionalCritic(nn.Module):
         return critic.eval()
 
     def forward(self, tokens: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
-        """Atoms at chosen positions.
+        """Return the atoms at the given positions.
 
         Args:
-            tokens: [B, S] right-padded.
-            lengths: [B] valid tokens.
-            positions: [B, T] indices into S.
+          tokens: [B, S], right-padded.
+          lengths: [B], valid tokens of each sequence.
+          positions: [B, T], indices into S.
 
         Returns:
-            [B, T, H * M], to be split by ``split_heads``: entry t is Z after reading
-            ``tokens[:, : positions[t] + 1]``. (FSDP wants no view from a forward pass.)
+          [B, T, H * M]; entry [b, t] is Z after reading ``tokens[b, : positions[b, t] + 1]``. Split it with
+          ``split_heads``. (The split is not done here because FSDP wants no view from a forward pass.)
         """
         if self.packing:
             row = pack(tokens, lengths)
@@ -117,25 +124,30 @@ class DistributionalCritic(nn.Module):
 
 
 def split_heads(flat: Tensor, num_heads: int) -> Tensor:
-    """[..., H * M] -> [..., H, M]."""
+    """Return ``flat`` [..., H * M] as [..., H, M]."""
     return flat.unflatten(-1, (num_heads, -1))
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
-    """[B] -> [B, size] int64, 1 on valid tokens."""
+    """Return the attention mask for ``lengths`` [B]: [B, size] int64, 1 on valid tokens, 0 on padding."""
     return (torch.arange(size, device=lengths.device) < lengths[:, None]).long()
 
 
 def response_positions(prompt_lens: Tensor, num_tokens: int, size: int) -> Tensor:
-    """[B, num_tokens]: where the state before response token t is read, ``prompt_len - 1 + t``.
+    """Return the positions at which to read the state before response token t: ``prompt_len - 1 + t``.
 
-    Column ``response_len`` is the state after the last token. Past the padded size it is clamped;
-    those entries are masked by the caller.
+    Args:
+      prompt_lens: [B].
+      num_tokens: number of columns. Column ``response_len`` is the state after the last token.
+      size: S, the padded length of the sequences.
+
+    Returns:
+      [B, num_tokens] int64, clamped to ``size - 1``. The caller masks the entries past a response's end.
     """
     steps = torch.arange(num_tokens, device=prompt_lens.device)
     return (prompt_lens[:, None] - 1 + steps).clamp(max=size - 1)
 
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """[B, S, D] at [B, T] -> [B, T, D]."""
+    """Return ``hidden`` [B, S, D] at ``positions`` [B, T], as [B, T, D]."""
     return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))

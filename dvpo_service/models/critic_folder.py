@@ -1,7 +1,7 @@
-"""A critic on disk: ``config.json`` and ``model.safetensors``, all that is needed to build it again.
+"""A critic on disk: ``config.json`` and ``model.safetensors`` hold everything that is needed to build it again.
 
-``config.json`` holds the ``CriticSpec`` and, under ``backbone``, the backbone's Hugging Face config, so that
-loading needs neither the base model nor a network.
+``config.json`` holds the ``CriticSpec`` and, under ``backbone``, the backbone's Hugging Face config, so that loading
+needs neither the base model nor a network connection.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ MODEL_TYPE = "dvpo_critic"
 
 @dataclass(frozen=True)
 class CriticSpec:
-    """What the numbers of a critic mean: H heads of M atoms, the levels they stand at, the tails it was trained for.
+    """What the numbers that a critic outputs mean.
 
-    ``estimator`` trained it (``algorithm.adv_estimator``); ``alpha`` and ``beta`` are ``dvpo_alpha`` and
-    ``dvpo_beta``. A scalar critic (gae, robust_gae) is one head of one atom: the value itself.
+    A scalar critic (gae, robust_gae) has one head with one atom: the value itself.
+
+    Attributes:
+      width: hidden units of the heads' encoder.
+      num_heads, num_quantiles: H heads with M atoms each.
+      quantile_levels: which levels the atoms are the quantiles of.
+      alpha, beta: fractions of the tails that the critic was trained for: ``dvpo_alpha`` and ``dvpo_beta``.
+      estimator: the estimator that trained the critic, ``algorithm.adv_estimator``.
     """
 
     width: int
@@ -45,15 +51,21 @@ class CriticSpec:
     estimator: str = "dvpo"
 
     def levels(self) -> Tensor:
-        """Quantile levels of the atoms, [M]."""
+        """Return the quantile levels of the atoms, [M] float32."""
         return quantile_levels(self.num_quantiles, self.quantile_levels)
 
 
 def write_critic(folder: Path, spec: CriticSpec, backbone: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError when the disk refuses it."""
-    architecture = {
-        k: v for k, v in backbone.to_dict().items() if k != "_name_or_path"
-    }  # a path of the machine it is on
+    """Write the critic to ``folder``.
+
+    Args:
+      state: the weights of backbone and heads, by their names in ``DistributionalCritic``.
+
+    Raises:
+      CheckpointError: when the files cannot be written.
+    """
+    # The name or path of the base model means nothing on another machine.
+    architecture = {k: v for k, v in backbone.to_dict().items() if k != "_name_or_path"}
     tree = {"model_type": MODEL_TYPE, **dataclasses.asdict(spec), "backbone": architecture}
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     try:
@@ -65,9 +77,10 @@ def write_critic(folder: Path, spec: CriticSpec, backbone: PretrainedConfig, sta
 
 
 def read_critic(folder: Path, *, trust_remote_code: bool = False) -> tuple[CriticSpec, nn.Module, dict[str, Tensor]]:
-    """The spec, the backbone with no weights in it yet, and the weights of both backbone and heads.
+    """Return the spec, the backbone without its weights, and the weights of both backbone and heads.
 
-    Raises CheckpointError for a folder that holds no critic, or half of one.
+    Raises:
+      CheckpointError: when ``folder`` holds no critic, or only part of one.
     """
     tree = _read_config(folder)
     try:
@@ -102,6 +115,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _build(config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
-    with tempfile.TemporaryDirectory() as work:  # transformers finds the class of a config by reading it from a folder
+    # transformers finds the class of a config only when it reads the config from a folder.
+    with tempfile.TemporaryDirectory() as work:
         (Path(work) / CONFIG_FILE).write_text(json.dumps(config))
         return build_empty(AutoModel, Path(work), trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""How this service sets a vLLM engine up, for rollouts and for serving alike."""
+"""The settings of a vLLM engine, for rollouts and for serving."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from dvpo_service.config import Config
 
 
 def prepare_environment() -> None:
-    """Before vLLM is imported, which reads these then. The actor owns its thread count; vLLM must not pin cores."""
+    """Set vLLM's environment variables where they are unset.
+
+    Call this before vLLM is imported, because vLLM reads the variables at import. vLLM must not pin cores, because the
+    actor sets its own number of threads.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def engine_settings(config: Config, model: str, max_model_len: int, *, on_cpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's ``AsyncEngineArgs`` for ``model``, a folder or hub name."""
+    """Return the arguments of vLLM's ``AsyncEngineArgs``.
+
+    Args:
+      model: a folder or hub name.
+      max_model_len: the longest sequence, prompt and response, in tokens.
+      on_cpu: whether the engine runs on a CPU.
+    """
     rollout = config.rollout
     settings: dict[str, Any] = {
         "model": model,
@@ -35,18 +45,19 @@ def engine_settings(config: Config, model: str, max_model_len: int, *, on_cpu: b
         return settings | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     return settings | {
         "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
-        # A seeded request whose prompt is cut in two kills vLLM 0.32 on CPU ("CPU Generator does not use
-        # offset"), so prompts are taken whole.
+        # A seeded request whose prompt is split into chunks kills vLLM 0.32 on CPU ("CPU Generator does not use
+        # offset"), so prompts are not split.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, max_model_len),
     }
 
 
 def _executor(ranks: int, *, on_cpu: bool) -> Any:
-    """What runs the model: its own processes (``mp``) are in this actor's bundle, so that vLLM asks Ray for none.
+    """Return vLLM's executor backend. Processes of its own ("mp") run in this actor's bundle, without Ray.
 
-    One CPU rank needs no process beside the engine's own. vLLM would start one all the same, for the threads it
-    binds there; here the actor owns its threads, and the two would spin on a message queue, waiting for each other.
+    One CPU rank needs no process beside the engine's own. vLLM would still start one, whose threads it can bind to
+    cores. Here the actor sets the threads, and the two processes would only spin on a message queue, waiting for each
+    other.
     """
     if ranks > 1 or not on_cpu:
         return "mp" if ranks > 1 else None

@@ -1,4 +1,4 @@
-"""Hugging Face models by folder or hub name, with errors that say which folder and why."""
+"""Loading of Hugging Face models by folder or hub name, with errors that say which folder failed and why."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 def check_model_folder(path: str) -> None:
-    """Raise CheckpointError when ``path`` is a folder that is no loadable model.
+    """Raise CheckpointError when ``path`` is a folder that does not hold a loadable model.
 
-    A path that does not exist is taken for a hub name unless it looks like a file path.
+    A path that does not exist is taken for a hub name, unless it looks like a file path: then it raises too.
     """
     folder = Path(path)
     if not folder.exists():
@@ -42,7 +42,10 @@ def check_model_folder(path: str) -> None:
 
 
 def check_model(path: str | None, tokens: int, *, trust_remote_code: bool = False) -> None:
-    """Raise CheckpointError when ``path`` cannot be loaded or reads fewer than ``tokens`` tokens."""
+    """Raise CheckpointError when ``path`` has no loadable config or its model reads fewer than ``tokens`` tokens.
+
+    Do nothing when ``path`` is None.
+    """
     if path is None:
         return
     config = load_model_config(path, trust_remote_code=trust_remote_code)
@@ -55,20 +58,25 @@ def check_model(path: str | None, tokens: int, *, trust_remote_code: bool = Fals
 
 
 def load_model_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the model's config. Raises CheckpointError when it cannot be loaded."""
     return _load(AutoConfig, path, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer. Raises CheckpointError when it cannot be loaded."""
     return _load(AutoTokenizer, path, trust_remote_code=trust_remote_code)
 
 
 def load_causal_lm(path: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """The policy, float32 (the optimizer's precision; compute precision is the trainer's affair)."""
+    """Return the causal LM at ``path`` in float32, the optimizer's precision. Raises CheckpointError.
+
+    The trainer chooses the precision of the computation.
+    """
     return _load(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
 def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """The same network without its language-model head: what a critic reads hidden states from."""
+    """Return the same network without its language-model head, for a critic. Raises CheckpointError."""
     return _load(AutoModel, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
@@ -83,6 +91,10 @@ def _load(auto: Any, path: str, **kwargs: Any) -> Any:
 
 
 def quiet() -> None:
-    """No bars of transformers between ours, and no report that a critic's backbone lacks a language-model head."""
+    """Turn off transformers' progress bars and warnings.
+
+    The bars would break up this service's own output, and the warnings report that a critic's backbone has no
+    language-model head.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()

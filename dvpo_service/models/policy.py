@@ -1,4 +1,4 @@
-"""The policy as the trainer sees it: log-probs and entropy of given responses."""
+"""The policy as the trainer uses it: log-probs and entropy of given responses."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class PolicyModel(nn.Module):
         self.packing = packing
 
     def forward(self, tokens: Tensor, prompt_lens: Tensor, lengths: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Score response tokens under the sampling temperature.
+        """Return log-probs and entropies of the response tokens, under the sampling temperature.
 
         Args:
-            tokens: [B, S] prompt then response, right-padded.
-            prompt_lens, lengths: [B] prompt tokens, and prompt + response tokens.
-            num_tokens: T, the longest response.
+          tokens: [B, S], prompt then response, right-padded.
+          prompt_lens, lengths: [B], prompt tokens, and prompt + response tokens.
+          num_tokens: T, the length of the longest response.
 
         Returns:
-            log-probs and entropies, both [B, T] float32; undefined past a response's end.
+          (log-probs, entropies), both [B, T] float32; undefined past a response's end.
         """
         score = self._packed if self.packing else self._padded
         return score(tokens, prompt_lens, lengths, num_tokens)
 
     def _padded(self, tokens: Tensor, prompt_lens: Tensor, lengths: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        # Logits are large: ask for none before the first response position of the batch.
+        # Logits are large, so the model computes none before the first response position of the batch.
         first = int(prompt_lens.min()) - 1
         logits = self.backbone(
             input_ids=tokens,
@@ -52,7 +52,7 @@ class PolicyModel(nn.Module):
         row = pack(tokens, lengths)
         steps = torch.arange(num_tokens, device=tokens.device)
         valid = steps < (lengths - prompt_lens)[:, None]
-        before = row.index(prompt_lens[:, None] - 1 + steps, lengths)[valid]  # the states that predict a response token
+        before = row.index(prompt_lens[:, None] - 1 + steps, lengths)[valid]  # states that predict a response token
         logits = self.backbone(**row.inputs(), logits_to_keep=before, use_cache=False).logits
         logits = logits.float() / self.temperature
         logprobs = token_logprobs(logits, row.tokens[:, before + 1])[0]

@@ -1,4 +1,4 @@
-"""FSDP2 sharding, the same for warm start, policy and critic."""
+"""FSDP2 sharding, as warm start, policy and critic all use it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
 def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> Any:
-    """Shard ``module`` in place: one FSDP unit per decoder layer, one for the rest.
+    """Shard ``module`` in place over all ranks, and return it.
 
-    Parameters stay float32 (they are the optimizer's); with ``bfloat16`` the compute is bf16
-    and the gradient reduction float32.
+    Each decoder layer is one FSDP unit, a critic's heads are one, and the rest is one. Parameters stay float32, because
+    the optimizer updates them.
+
+    Args:
+      bfloat16: compute in bfloat16, and reduce gradients in float32; otherwise everything is float32.
+      checkpointing: recompute activations in the backward pass instead of storing them.
     """
     module.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -36,7 +40,7 @@ def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: b
 
 
 def decoder_layers(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a Hugging Face decoder: the longest ModuleList in it."""
+    """Yield the repeated blocks of a Hugging Face decoder, which are its longest ModuleList."""
     lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
     if lists:
         yield from max(lists, key=len)

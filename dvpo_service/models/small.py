@@ -1,7 +1,6 @@
-"""A small causal LM made from nothing: Qwen2 architecture, character-level tokenizer.
+"""A small untrained causal LM: Qwen2 architecture, character-level tokenizer.
 
-It is saved in Hugging Face format, so everything downstream treats it as it would any
-model folder or hub name.
+It is saved in Hugging Face format, so that all other code treats it like any model folder or hub name.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ CHAT_TEMPLATE = (
 
 
 def character_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE without merges: one token per ASCII character, any UTF-8 text round-trips.
+    """Return a byte-level BPE without merges: one token per ASCII character; any UTF-8 text round-trips.
 
-    transformers loads the tokenizer class registered for the model type, whatever class was
-    saved, so it has to be a ``Qwen2Tokenizer`` to come back as itself.
+    It has to be a ``Qwen2Tokenizer``, because transformers loads the class registered for the model type, whatever
+    class was saved.
     """
     vocab = {token: i for i, token in enumerate([PAD, EOS, USER, ASSISTANT, *bytes_to_unicode().values()])}
     return Qwen2Tokenizer(

@@ -1,4 +1,4 @@
-"""The sharded safetensors of a checkpoint back into a whole module, in one process without a process group."""
+"""Loading of a checkpoint's sharded safetensors into a whole module, in one process without a process group."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from dvpo_service.errors import CheckpointError, one_line
 
-MODEL = "model."  # what the trainer puts before the names of parameters
+MODEL = "model."  # the prefix that the trainer gives the names of parameters
 
 
 def unshard(folder: Path, module: nn.Module, prefix: str = "") -> None:
-    """Fill ``module`` with the weights that ``Trainer.save`` wrote to ``folder``, at any world size.
+    """Load the weights that ``Trainer.save`` wrote to ``folder``, at any world size, into ``module``.
 
     Args:
-        prefix: where ``module`` stood in the module trained, e.g. ``backbone.``.
+      prefix: the path of ``module`` within the trained module, e.g. ``backbone.``.
 
-    Raises CheckpointError when files are missing or torn, or hold another architecture.
+    Raises:
+      CheckpointError: when files are missing or damaged, or hold another architecture.
     """
     wanted = {f"{MODEL}{prefix}{name}": t for name, t in module.state_dict().items()}
     try:
@@ -31,33 +32,33 @@ def unshard(folder: Path, module: nn.Module, prefix: str = "") -> None:
         _check_whole(metadata, wanted)
         wanted = _untied(wanted, metadata)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose
             dcp.load(wanted, storage_reader=reader, no_dist=True)  # copies into the module's own tensors
     except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
         raise CheckpointError(f"checkpoint {folder}: {_reason(error)}; export another checkpoint of the run") from error
 
 
 def _untied(wanted: dict[str, Tensor], metadata: Metadata) -> dict[str, Tensor]:
-    """Without those that are saved under another name: an output layer that is the input embedding."""
+    """Return ``wanted`` without tensors saved under another name, such as an output layer tied to the embedding."""
     saved = {name: t for name, t in wanted.items() if name in metadata.state_dict_metadata}
     storages = {t.data_ptr() for t in saved.values()}
     return saved | {name: t for name, t in wanted.items() if t.data_ptr() not in storages}
 
 
 def _check_whole(metadata: Metadata, wanted: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the shards found make up every tensor: torch reads around a missing file in silence."""
+    """Raise ValueError unless the shards make up every tensor. torch itself does not report a missing file."""
     for name in wanted:
-        found = metadata.state_dict_metadata.get(name)
-        if isinstance(found, TensorStorageMetadata):
-            held = sum(chunk.sizes.numel() for chunk in found.chunks)
-            if held != found.size.numel():
+        saved = metadata.state_dict_metadata.get(name)
+        if isinstance(saved, TensorStorageMetadata):
+            held = sum(chunk.sizes.numel() for chunk in saved.chunks)
+            if held != saved.size.numel():
                 raise ValueError(
-                    f"{found.size.numel() - held} numbers of {name} are missing: a shard file is not there"
+                    f"{saved.size.numel() - held} numbers of {name} are missing: a shard file is not there"
                 )
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the one rank there is, without the library's stack traces."""
+    """Return what went wrong on the only rank, without the library's stack traces."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return one_line(error)

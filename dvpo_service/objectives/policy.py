@@ -1,4 +1,7 @@
-"""The policy's objective: surrogate, KL penalty and entropy bonus of a micro-batch; the critic's is in estimators/."""
+"""The policy's objective: surrogate, KL penalty and entropy bonus of a micro-batch.
+
+The critic's objectives are in ``dvpo_service/estimators``.
+"""
 
 from __future__ import annotations
 
@@ -74,10 +77,10 @@ class PolicyObjective:
 
     def _surrogate(self, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each token and where it was clipped, both [b, T]."""
-        made = self.surrogate(logprobs, old, advantages, mask, self.policy)
-        if isinstance(made, tuple):
-            return made
-        return made, torch.zeros_like(mask)
+        result = self.surrogate(logprobs, old, advantages, mask, self.policy)
+        if isinstance(result, tuple):
+            return result
+        return result, torch.zeros_like(mask)
 
     def _corrections(self, old: Tensor, part: Rollouts) -> Tensor | None:
         """Return importance weights [b, T] of the tokens that the engine sampled; None where none are asked for."""

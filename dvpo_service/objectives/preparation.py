@@ -12,10 +12,11 @@ from dvpo_service.types import Rollouts
 
 
 def prepare_rewards(rollouts: Rollouts, kl: KLConfig) -> Rollouts:
-    """Return the rollouts with rewards ``r_t - coef KL_t`` where ``policy.kl.where`` is "reward", else as they are.
+    """Return the rollouts with rewards ``r_t - coef KL_t`` where ``policy.kl.where`` is "reward", else unchanged.
 
     Args:
-      rollouts: with log-probs, and reference log-probs where a reference policy was asked for.
+      rollouts: rollouts with log-probs, and with reference log-probs if the config has a reference policy. Without
+        reference log-probs they are returned unchanged.
     """
     if rollouts.ref_logprobs is None or kl.where != "reward":
         return rollouts
@@ -28,7 +29,7 @@ def prepare_rewards(rollouts: Rollouts, kl: KLConfig) -> Rollouts:
 def whiten(advantages: Tensor, mask: Tensor, algorithm: AlgorithmConfig) -> Tensor:
     """Return the advantages [B, T] with mean 0 and standard deviation 1 over the batch's valid tokens.
 
-    As they are where ``algorithm.whiten_advantages`` is false.
+    They are returned unchanged where ``algorithm.whiten_advantages`` is false.
     """
     if not algorithm.whiten_advantages:
         return advantages

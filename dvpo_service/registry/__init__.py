@@ -1,4 +1,4 @@
-"""What a config can name: the built-in parts of each kind with their properties, and ``module:name`` of the user's own.
+"""What a config can name: the built-in parts of each kind with their properties, and the user's own as ``module:name``.
 
-This room is below the configuration, which checks names here, and imports no torch.
+The configuration checks names here, so this package imports no torch and nothing of the configuration.
 """

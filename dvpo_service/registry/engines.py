@@ -1,4 +1,4 @@
-"""Every rollout engine by name: ``rollout.engine``. No vLLM here: a config is read without it."""
+"""Every rollout engine by name: ``rollout.engine``. This module imports no vLLM: a config is checked without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEY = "rollout.engine"
 
 ENGINES: Mapping[str, str] = {"vllm": "actors.rollouts.engine:VllmEngine"}
 
-# What the pool and the weight sync call; roles.Engine says what each does.
+# The methods that the engine pool and the weight sync call; roles.Engine documents each.
 METHODS = (
     "start",
     "generate",
@@ -36,18 +36,18 @@ def check_name(name: str) -> str:
 
 
 def load(name: str) -> Any:
-    """Return an engine's class.
+    """Return the class of the engine ``name``.
 
     Raises:
-      ConfigError: it is not there, is no class, or lacks a method of ``roles.Engine``.
+      ConfigError: it cannot be imported, is no class, or lacks a method of ``roles.Engine``.
     """
-    found = plugins.load(KEY, ENGINES.get(name, name))
-    if not inspect.isclass(found):
+    engine = plugins.load(KEY, ENGINES.get(name, name))
+    if not inspect.isclass(engine):
         raise ConfigError(f"{KEY} {name!r}: it must be a class with the methods of dvpo_service.roles.Engine")
-    plugins.check_arguments(KEY, name, found, ("config", "model_path", "backend"))
-    if missing := [m for m in METHODS if not callable(getattr(found, m, None))]:
+    plugins.check_arguments(KEY, name, engine, ("config", "model_path", "backend"))
+    if missing := [m for m in METHODS if not callable(getattr(engine, m, None))]:
         raise ConfigError(
             f"{KEY} {name!r}: it has no method {missing[0]}; derive it from dvpo_service.roles.Engine, which has "
             "defaults for most"
         )
-    return found
+    return engine

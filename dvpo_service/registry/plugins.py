@@ -1,4 +1,4 @@
-"""``module:name`` in a config: an object of the user's own, loaded with one clear line where it cannot be.
+"""``module:name`` in a config: load an object of the user's own, or fail with one clear line.
 
 Every key that names a built-in part also takes such a reference; docs/extending.md has an example of each.
 """
@@ -26,30 +26,30 @@ def load(key: str, reference: str) -> Any:
     """Import and return the object that ``reference`` (``module:name``) names.
 
     Args:
-      key: what the reference was given for (``policy.loss``), for the message.
+      key: the config key that holds the reference (``policy.loss``), for the message.
 
     Raises:
-      ConfigError: the module cannot be imported, or has no such name.
+      ConfigError: the module cannot be imported, has no such name, or the object cannot be called.
     """
     module_name, _, name = reference.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything; it is told, not hidden
+    except Exception as error:  # a user's module may raise anything, and the message must say what
         raise ConfigError(
             f"{key} {reference!r}: module {module_name!r} cannot be imported ({describe_error(error, None)}); "
             "is it on PYTHONPATH?"
         ) from error
-    found = getattr(module, name, None)
-    if found is None:
+    target = getattr(module, name, None)
+    if target is None:
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {module_name}:{near[0]}?" if near else f"; define it in {module.__file__}"
         raise ConfigError(f"{key} {reference!r}: module {module_name!r} has no function {name!r}{hint}")
-    if not callable(found):
+    if not callable(target):
         raise ConfigError(
-            f"{key} {reference!r}: it is of type {type(found).__name__}, not a function or class; name another"
+            f"{key} {reference!r}: it is of type {type(target).__name__}, not a function or class; name another"
         )
-    return found
+    return target
 
 
 def check_arguments(key: str, reference: str, function: Callable[..., Any], arguments: Collection[str]) -> None:
@@ -61,12 +61,12 @@ def check_arguments(key: str, reference: str, function: Callable[..., Any], argu
         raise ConfigError(
             f"{key} {reference!r}: it must take {count}, ({', '.join(arguments)}); change it ({error})"
         ) from error
-    except ValueError:  # some functions written in C do not tell their signature
+    except ValueError:  # some functions written in C have no signature to read
         return
 
 
 def check_name(key: str, name: str, built_in: Collection[str]) -> str:
-    """Return ``name`` where it is a built-in or a reference.
+    """Return ``name`` if it is a built-in or a reference.
 
     Raises:
       ValueError: it is neither; the message names the nearest built-in.

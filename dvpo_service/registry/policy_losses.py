@@ -1,6 +1,6 @@
-"""Every policy loss by name: ``policy.loss``. No torch here: a config is read without it.
+"""Every policy loss by name: ``policy.loss``. This module imports no torch: a config is checked without it.
 
-A built-in is a function in policy_losses.py and a row here.
+A built-in is a function in objectives/policy_losses.py and a row here.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ def check_name(name: str) -> str:
 
 @cache
 def load(name: str) -> Any:
-    """Return the function of a loss, a ``policy_losses.PolicyLoss``. Raises ConfigError for one that is not there."""
+    """Return the loss function (``objectives.policy_losses.PolicyLoss``). Raises ConfigError if it cannot be loaded."""
     return plugins.load(KEY, POLICY_LOSSES.get(name, name))

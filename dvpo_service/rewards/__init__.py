@@ -1,1 +1,1 @@
-"""Scoring functions, pure and one a file, and the noise that can be put on them."""
+"""Scoring functions, one per file and without side effects, and the noise that can be added to their scores."""

@@ -1,4 +1,4 @@
-"""The response's final number equals the answer's, as GSM8K is graded."""
+"""Score 1 where the response's final number equals the answer's, as GSM8K is graded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)])-)?(?:{_WHOLE}(?:\.[0-9]+)?|\.[0-9]+
 
 
 def score(response: str, answer: str) -> float:
-    """1.0 or 0.0. Raises ``ValueError`` when the answer itself has no number."""
+    """Return 1.0 if the final numbers are equal, else 0.0. Raises ``ValueError`` when the answer has no number."""
     target = _final_number(answer)
     if target is None:
         raise ValueError(f"the answer {answer!r} has no number; the gsm8k reward needs one")
@@ -20,7 +20,7 @@ def score(response: str, answer: str) -> float:
 
 
 def extract(response: str) -> str | None:
-    """The final number in plain notation (``1,200.50`` is ``1200.5``), or None."""
+    """Return the final number in plain notation (``1,200.50`` is ``1200.5``), or None if there is none."""
     number = _final_number(response)
     if number is None:
         return None
@@ -29,7 +29,7 @@ def extract(response: str) -> str | None:
 
 
 def _final_number(text: str) -> Decimal | None:
-    """The first number after the last ``####`` (None if there is none), else the last number of the text."""
+    """Return the first number after the last ``####``, or without ``####`` the last number; None if there is none."""
     _, marker, tail = text.replace("$", "").replace("\N{MINUS SIGN}", "-").rpartition("####")
     numbers = _NUMBER.findall(tail)
     if not numbers:

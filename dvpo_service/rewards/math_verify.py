@@ -1,4 +1,4 @@
-"""The response's final expression is mathematically equal to the answer (the math-verify library)."""
+"""Score 1 where the response's final expression is mathematically equal to the answer (the math-verify library)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from types import ModuleType
 
 @cache
 def _library() -> ModuleType:
-    """Imported on first use: it brings sympy, which takes a second that other rewards need not wait."""
+    """Import math-verify on first use: it imports sympy, which takes a second that other rewards need not wait."""
     import math_verify
     from math_verify import grader, parser
 
-    # Its timeouts are signals, which only a main thread can take, so they are off; the reward
-    # actor's deadline stands in for them, and the library need not warn about it.
+    # Its timeouts use signals, which only the main thread can receive, so they are off. The reward actor's deadline
+    # replaces them, and the library's warning about missing timeouts is silenced.
     parser.TIMEOUT_WARNING_SHOWN = grader.TIMEOUT_WARNING_SHOWN = True
     return math_verify
 
 
 def score(response: str, answer: str) -> float:
-    """1.0 when equality is shown, else 0.0 (also for a response that does not parse).
+    """Return 1.0 when the library shows equality, else 0.0 (also for a response that does not parse).
 
-    The answer may be LaTeX, with or without ``$`` or ``\\boxed``. Raises ``ValueError`` when
-    the answer itself does not parse.
+    The answer may be LaTeX, with or without ``$`` or ``\\boxed``.
+
+    Raises:
+      ValueError: the answer itself does not parse.
     """
     library = _library()
     wrapped = answer if "$" in answer or "\\boxed" in answer else f"\\boxed{{{answer}}}"
@@ -33,6 +35,6 @@ def score(response: str, answer: str) -> float:
 
 
 def extract(response: str) -> str | None:
-    """The final expression as the response spells it, or None. Equal values spelled otherwise differ."""
+    """Return the final expression as the response spells it, or None. Other spellings of the same value differ."""
     parsed = _library().parse(response, parsing_timeout=None)
     return str(parsed[-1]).strip() if parsed else None

@@ -1,4 +1,4 @@
-"""Scores of a group, with noise that is the same for the same seeds."""
+"""Score the responses to a prompt, with noise that depends only on the seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from dvpo_service.types import Score
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """``p``: probability of a ``flip``; ``sd``: standard deviation of ``gaussian``, in units of reward."""
+    """A kind of noise: ``flip`` with probability ``p``, or ``gaussian`` with standard deviation ``sd`` in reward units.
+
+    Raises:
+      ConfigError: an unknown kind, or ``p`` or ``sd`` out of range.
+    """
 
     kind: NoiseKind = "none"
     p: float = 0.0
@@ -37,11 +41,17 @@ class NoiseSpec:
 def score_group(
     responses: Sequence[str], answer: str, *, score: ScoreFn, noise: NoiseSpec, seeds: Sequence[int]
 ) -> list[Score]:
-    """One ``Score`` per response of one prompt; ``clean`` beside the noisy ``reward``.
+    """Return one ``Score`` per response to one prompt, with ``clean`` beside the noisy ``reward``.
 
-    A scoring function that raises, or returns what is not a finite number, gives NaN and an
-    ``error``, never 0. ``majority_vote`` takes the group's most frequent answer for the right
-    one (ties by ``seeds[0]``); failed samples do not vote.
+    A scoring function that raises, or returns something that is not a finite number, gives NaN and an ``error``, never
+    0. ``majority_vote`` takes the group's most frequent answer as the right one; ``seeds[0]`` breaks ties, and failed
+    samples do not vote.
+
+    Args:
+      seeds: one per response, for its noise.
+
+    Raises:
+      ValueError: there are not as many seeds as responses.
     """
     if len(responses) != len(seeds):
         raise ValueError(f"{len(responses)} responses but {len(seeds)} seeds")
@@ -62,7 +72,7 @@ def _clean(score: ScoreFn, response: str, answer: str) -> Score:
         if isinstance(value, Real) and math.isfinite(value):
             return Score(float(value), float(value))
         return _failed(f"the scoring function returned {value!r:.80}, not a finite number")
-    except Exception as error:  # noqa: BLE001 - it is a person's code; what it raises is recorded
+    except Exception as error:  # noqa: BLE001 - user code may raise anything, and it is recorded
         return _failed(f"{type(error).__name__}: {error}")
 
 

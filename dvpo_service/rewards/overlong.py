@@ -1,7 +1,7 @@
-"""Soft overlong punishment: a response that nears the length limit loses reward bit by bit, not all at once.
+"""Soft overlong punishment: a response that nears the length limit loses reward gradually, not all at once.
 
-A response that is cut off scores 0 however good it was, which is noise to the policy; a slope before the limit
-says what was wrong with it (DAPO, arXiv 2503.14476, section 3.4).
+A response that is cut off scores 0 however good it was, which is noise to the policy. A slope before the limit shows
+the policy that length was the problem (DAPO, arXiv 2503.14476, section 3.4).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def overlong_penalty(response_lens: Tensor, *, max_len: int, buffer: int, factor: float = 1.0) -> Tensor:
-    """What to add to the rewards, [B] float32, from 0 to ``-factor``.
+    """Return the amounts to add to the rewards, [B] float32, from ``-factor`` to 0.
 
-    0 up to ``max_len - buffer`` tokens, then linear to ``-factor`` at ``max_len``, and ``-factor`` beyond.
+    The amount is 0 up to ``max_len - buffer`` tokens, falls linearly to ``-factor`` at ``max_len``, and stays there.
 
     Args:
       response_lens: [B] tokens per response, an integer dtype.
@@ -22,7 +22,7 @@ def overlong_penalty(response_lens: Tensor, *, max_len: int, buffer: int, factor
       factor: the full penalty, in units of reward.
 
     Raises:
-      ValueError: unless 1 <= buffer <= max_len, factor is finite and >= 0, and the lengths are whole.
+      ValueError: unless 1 <= buffer <= max_len, factor is finite and >= 0, and the lengths are [B] integers.
     """
     if not 1 <= buffer <= max_len:
         raise ValueError(f"the overlong buffer must be from 1 to max_len = {max_len} tokens, got {buffer}")

@@ -1,4 +1,4 @@
-"""A reward's name to its scoring function."""
+"""Find the scoring function that a reward's name stands for."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BUILT_IN = ("exact_match", "gsm8k", "math_verify")
 
 
 class ScoreFn(Protocol):
-    """Pure. Returns a finite number, 1 for right and 0 for wrong as a rule; may raise."""
+    """A pure function that returns a finite number, usually 1 for right and 0 for wrong. It may raise."""
 
     def __call__(self, response: str, answer: str, /) -> float: ...
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A ``ScoreFn`` with what a majority vote needs: ``extract(response)``, its answer or None."""
+    """A ``ScoreFn``, with ``extract(response)`` for a majority vote: it returns the response's answer, or None."""
 
     name: str
     score: Callable[[str, str], float]
@@ -34,9 +34,14 @@ class Scorer:
 
 
 def resolve(name: str) -> Scorer:
-    """A built-in by name, or any ``module:function`` of two arguments, response and answer.
+    """Return the scorer that ``name`` stands for.
 
-    Such a function may have an attribute ``extract``. Raises ``ConfigError``.
+    Args:
+      name: a built-in, or any ``module:function`` of two arguments, response and answer. The function may have an
+        attribute ``extract``.
+
+    Raises:
+      ConfigError: there is no such built-in, or the function cannot be loaded.
     """
     if name in BUILT_IN:
         module = importlib.import_module(f"dvpo_service.rewards.{name}")

@@ -1,4 +1,4 @@
-"""Seeds of samples and of their noise."""
+"""Seeds for sampling responses and for the noise on their scores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def sample_seed(run_seed: int, epoch_or_step: int, prompt_index: int, sample_index: int) -> int:
-    """A seed in 0..2**63-1, the same on every machine and in every process."""
+    """Return a seed in [0, 2**63), the same on every machine and in every process."""
     text = f"{run_seed}:{epoch_or_step}:{prompt_index}:{sample_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""Checkpoints at step boundaries: whole or not there, the oldest pruned, damaged ones set aside."""
+"""Checkpoints at step boundaries. One is either complete or absent; the oldest are pruned, damaged ones renamed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from dvpo_service.types import Metrics
 
 log = logging.getLogger(__name__)
 
-_DAMAGED = "damaged-"  # before the name of a folder
-# How long a run that ends with an error waits for the save under way.
+_DAMAGED = "damaged-"  # prefix of a renamed folder
+# How long a run that ends with an error waits for the checkpoint under way.
 _LAST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A complete checkpoint; ``record`` is what was given to ``begin``."""
+
     folder: StoragePath
     record: dict[str, Any]
 
 
 @dataclass
 class Saving:
-    """A checkpoint that is being written below ``folder``, part by part."""
+    """A checkpoint that is being written below ``folder``; ``jobs`` has one job per part."""
 
     step: int
     folder: StoragePath
@@ -43,27 +45,34 @@ class Saving:
 
 
 class Checkpoints:
-    """``run_dir/checkpoints/step-000050``: a folder per part, and state.json, written last.
+    """A run's checkpoints: ``run_dir/checkpoints/step-000050`` with a folder per part, and state.json, written last.
 
-    Written beside and renamed when whole. That takes as long as it takes while training goes on:
-    ``begin`` starts it, ``advance``, called now and then, or ``finish`` completes it.
+    A checkpoint is written to a temporary folder, which is renamed when everything is written. Training continues
+    meanwhile: ``begin`` starts a checkpoint, and ``advance`` (called at intervals) or ``finish`` completes it.
 
-    Each of them raises CheckpointError when the disk refuses the checkpoint; earlier ones are untouched.
+    These three raise CheckpointError when the disk refuses the checkpoint; earlier checkpoints are untouched.
     """
 
     def __init__(self, run_dir: Path, *, keep: int):
-        self.run_dir, self.keep = run_dir, keep
+        self.run_dir = run_dir
+        self.keep = keep
         self.folder: StoragePath = run_dir / "checkpoints"
-        self.newest: int | None = None  # step of the last whole one that this run wrote or read
+        self.newest: int | None = None  # step of the last complete checkpoint that this run wrote or read
         self.saving: Saving | None = None
         self._took: Metrics = {}
 
     # Writing.
 
     def begin(self, step: int, parts: Mapping[str, Callable[[Any], SaveJob]], record: Mapping[str, Any]) -> None:
-        """Start to write a checkpoint of the state as it is now. One that is under way is finished first."""
+        """Start to write a checkpoint of the current state. A checkpoint that is under way is finished first.
+
+        Args:
+          step: the number of updates done.
+          parts: by the name of its folder, a function that starts to write that part.
+          record: what state.json holds besides checksums, as JSON; ``record["state"]["step"]`` is ``step``.
+        """
         self.finish()
-        saving = Saving(step, self._place(step), record)
+        saving = Saving(step, self._folder_for(step), record)
         with self._reporting(saving):
             self._prepare(saving)
             for name, save in parts.items():
@@ -72,7 +81,7 @@ class Checkpoints:
         self.saving = saving
 
     def advance(self) -> None:
-        """Make the checkpoint under way whole if all its parts are written. Does not wait for that."""
+        """Complete the checkpoint under way if all its parts are written; do not wait for them."""
         if (saving := self.saving) is None:
             return
         with self._reporting(saving):
@@ -81,26 +90,30 @@ class Checkpoints:
             self.finish()
 
     def finish(self, timeout_s: float | None = None) -> None:
-        """Wait until the checkpoint under way is written, and make it whole."""
+        """Wait until every part of the checkpoint under way is written, and complete it."""
         if (saving := self.saving) is None:
             return
         with self._reporting(saving):
-            files = {f"{n}/{f}": s for n, job in saving.jobs.items() for f, s in job.result(timeout_s).items()}
-            self._make_whole(saving, files)
-        self.saving, self.newest = None, saving.step
+            files: Files = {}
+            for part, job in saving.jobs.items():
+                for name, checksum in job.result(timeout_s).items():
+                    files[f"{part}/{name}"] = checksum
+            self._complete(saving, files)
+        self.saving = None
+        self.newest = saving.step
         self._took = {"time/checkpoint_write": time.perf_counter() - saving.began}
         for old in self.whole()[: -self.keep]:
             self._remove(old)
 
     def drop(self) -> None:
-        """Forget the checkpoint under way: those who write it are gone, or will write to nowhere."""
+        """Give up the checkpoint under way: its writers are gone, or what they still write is not used."""
         if self.saving is not None:
             self._clear(self.saving)
             self.saving = None
 
     @contextmanager
     def finish_on_error(self) -> Iterator[None]:
-        """An error that ends the block does not cost the checkpoint under way, if it can be had soon."""
+        """Finish the checkpoint under way when an Exception leaves the block, waiting at most a minute for a part."""
         try:
             yield
         except Exception:
@@ -112,62 +125,69 @@ class Checkpoints:
             raise
 
     def pop_metrics(self) -> Metrics:
-        """How long the last checkpoint took from ``begin`` until it was whole; once."""
+        """Return the seconds from ``begin`` to the completion of the last checkpoint, once; afterwards nothing."""
         took, self._took = self._took, {}
         return took
 
     # Reading.
 
     def latest(self, note: Callable[[str], None] = log.warning) -> Checkpoint | None:
-        """Return the newest checkpoint whose every file is as it was written; newer ones get another name.
+        """Return the newest undamaged checkpoint, or None if there is no checkpoint. Damaged newer ones are renamed.
 
-        One that is under way or was cut off does not count. ``note`` is told of damaged ones. Raises CheckpointError
-        when there are only those, or the storage does not answer.
+        A checkpoint that is under way or was cut off does not count.
+
+        Args:
+          note: called with a line for each damaged checkpoint that is passed over.
+
+        Raises:
+          CheckpointError: all checkpoints are damaged, or the storage does not answer.
         """
         self.drop()
         damages = []
         for folder in reversed(self.whole()):
             try:
-                found = Checkpoint(folder, _checked(folder))
+                checkpoint = Checkpoint(folder, _checked_record(folder))
             except Damaged as damage:
-                damages.append(f"checkpoint {folder} is damaged: {damage}; kept as {self._put_by(folder)}")
+                damages.append(f"checkpoint {folder} is damaged: {damage}; kept as {self._set_damaged_aside(folder)}")
                 continue
             self.newest = step_of(folder)
             for line in damages:
                 note(f"{line}; continuing from {folder.name}")
-            return found
+            return checkpoint
         self.newest = None
-        if damages or (put_by := self._put_by_before()):
+        damaged_before = None if damages else self._damaged_before()
+        if damages or damaged_before:
+            what = ". ".join(damages) or f"{damaged_before} is damaged"
             raise CheckpointError(
-                f"{'. '.join(damages) or f'{put_by} is damaged'}. No whole checkpoint is left in {self.folder}: bring "
+                f"{what}. No whole checkpoint is left in {self.folder}: bring "
                 "one back from a copy, choose another --run-dir, or start over with trainer.resume=never"
             )
         return None
 
     def whole(self) -> list[StoragePath]:
-        """Every checkpoint that was written to its end, oldest first."""
+        """Return the folders of all complete checkpoints, oldest first."""
         return sorted((p.parent for p in self.folder.glob(f"step-*/{STATE_FILE}")), key=str)
 
     def set_aside(self) -> None:
-        """Start over: what an earlier run left here gets another name, so that it is neither read nor pruned."""
+        """Rename what an earlier run left here, so that a new run neither reads nor prunes it."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for old in (self.run_dir / "checkpoints", self.run_dir / "policy"):
             if old.exists():
                 os.replace(old, old.with_name(f"{old.name}-before-{stamp}"))
 
-    # What differs where nothing can be renamed.
+    # What remote_checkpoint.py overrides, as an object store cannot rename.
 
-    def _place(self, step: int) -> StoragePath:
+    def _folder_for(self, step: int) -> StoragePath:
         return self.folder / f".step-{step:06d}.tmp"
 
     def _prepare(self, saving: Saving) -> None:
-        """Remove what saves that were cut off have left, and make the folder."""
+        """Remove the remains of checkpoints that were cut off, and make the folder."""
         for torn in [*self.run_dir.glob("checkpoints/.step-*.tmp"), *self.run_dir.glob("checkpoints/step-*")]:
             if torn.name.startswith(".") or not (torn / STATE_FILE).exists():
                 shutil.rmtree(torn)
         make_folder(saving.folder)
 
-    def _make_whole(self, saving: Saving, files: Files) -> None:
+    def _complete(self, saving: Saving, files: Files) -> None:
         torn = Path(str(saving.folder))
         final = torn.with_name(f"step-{saving.step:06d}")
         write_record(torn, saving.record, files)
@@ -180,21 +200,25 @@ class Checkpoints:
         shutil.rmtree(str(saving.folder), ignore_errors=True)
 
     def _remove(self, folder: Any) -> None:
-        """The marker first: what is left of a removal that was cut off is no checkpoint."""
+        """Remove the marker first, so that a removal that is cut off leaves no checkpoint."""
         (folder / STATE_FILE).unlink()
         shutil.rmtree(folder)
 
-    def _put_by(self, folder: Any) -> StoragePath:
-        names = (f"{_DAMAGED}{folder.name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-        target = next(p for name in names if not (p := folder.with_name(name)).exists())
+    def _set_damaged_aside(self, folder: Any) -> StoragePath:
+        """Rename a damaged checkpoint to the first free name, and return its new path."""
+        suffixes = ("", *(f"-{n}" for n in range(2, 1000)))
+        targets = (folder.with_name(f"{_DAMAGED}{folder.name}{suffix}") for suffix in suffixes)
+        target = next(path for path in targets if not path.exists())
         os.replace(folder, target)
         return target
 
-    def _put_by_before(self) -> StoragePath | None:
+    def _damaged_before(self) -> StoragePath | None:
+        """Return a checkpoint that was found damaged at an earlier start, if there is one."""
         return next(iter(sorted(self.run_dir.glob(f"checkpoints/{_DAMAGED}step-*"))), None)
 
     @contextmanager
     def _reporting(self, saving: Saving) -> Iterator[None]:
+        """Turn an OSError of the block into a CheckpointError, and give up the checkpoint."""
         try:
             yield
         except OSError as error:
@@ -207,10 +231,11 @@ class Checkpoints:
 
 
 def step_of(folder: StoragePath) -> int:
+    """Return the step in a checkpoint folder's name."""
     return int(folder.name.removeprefix("step-"))
 
 
-def _checked(folder: StoragePath) -> dict[str, Any]:
+def _checked_record(folder: StoragePath) -> dict[str, Any]:
     record = verify(folder)
     if record["state"]["step"] != step_of(folder):
         raise Damaged(f"its {STATE_FILE} is of step {record['state']['step']}")

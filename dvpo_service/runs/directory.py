@@ -1,4 +1,4 @@
-"""Where a run's results are: a folder, or a URL that every node reaches."""
+"""The run directory, which holds a run's results: a folder, or a URL that every node reaches."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ from upath import UPath
 from dvpo_service.errors import CheckpointError, UserError, describe_error
 from dvpo_service.runs.storage import StoragePath, is_url, make_folder, storage_path
 
-# Set by Ray in the process that `ray job submit` starts: the job's runtime_env, among others.
+# Ray sets this variable in the process that `ray job submit` starts; it holds the job's runtime_env, among others.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# The folder or URL below which relative run directories are.
+# This variable names the folder or URL below which relative run directories are.
 BASE = "DVPO_RUNS"
-# What the driver writes; ranks write checkpoints/ and policy/.
+# Files that the driver writes; ranks write checkpoints/ and policy/.
 SMALL_FILES = ("ledger.jsonl", "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json")
-BASE_FOLDER = "base"  # what builds the model around a checkpoint's weights: models/base.py
+BASE_FOLDER = "base"  # the model's config and tokenizer files, to load a checkpoint's weights with (models/base.py)
 OWNER = "owner.txt"
 
 
 def resolve_run_dir(option: str | None, configured: str | None, name: str) -> StoragePath:
-    """``--run-dir``, else ``trainer.run_dir``, else ``runs/NAME``; a relative one is below ``DVPO_RUNS`` if set.
+    """Return the run directory: ``--run-dir``, else ``trainer.run_dir``, else ``runs/NAME``.
 
-    The working directory of a Ray job is a copy that Ray throws away: there, without ``DVPO_RUNS``,
-    relative ones are below ``~/dvpo-runs``.
+    A relative directory is below ``DVPO_RUNS`` if that is set. In a Ray job it is otherwise below ``~/dvpo-runs``, as
+    the job's working directory is a copy that Ray deletes.
+
+    Args:
+      option: the value of ``--run-dir``.
+      configured: the value of ``trainer.run_dir``.
+      name: the run's name.
+
+    Raises:
+      UserError: the file system of a URL is not installed.
     """
-    given, base = option or configured, os.environ.get(BASE)
+    given = option or configured
+    base = os.environ.get(BASE)
     if base is None and JOB_CONFIG in os.environ:
         base = str(Path.home() / "dvpo-runs")
     if given and (is_url(given) or Path(given).is_absolute()):
@@ -39,23 +48,32 @@ def resolve_run_dir(option: str | None, configured: str | None, name: str) -> St
 
 
 class RunDir:
-    """``place``: where results are; ``local``: the same folder, or a working folder of this machine for a URL,
-    whose small files are copied to the URL at each checkpoint and at the end."""
+    """The run directory of one run.
 
-    def __init__(self, place: str | Path | UPath):
-        self.location = storage_path(place)
+    Attributes:
+      location: the folder or URL with the results.
+      local: the same folder; for a URL a working folder on this machine, whose small files are copied to the URL at
+        each checkpoint and at the end.
+    """
+
+    def __init__(self, location: str | Path | UPath):
+        self.location = storage_path(location)
         self.local = Path(self.location) if isinstance(self.location, Path) else _working_folder(self.location)
         self._token = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()} ({uuid.uuid4().hex})"
 
     @property
     def is_remote(self) -> bool:
+        """Whether the run directory is a URL."""
         return not isinstance(self.location, Path)
 
     def open(self) -> None:
-        """Take over a URL: its small files come here. Raises UserError when it cannot be written and read.
+        """Take over a URL, and copy its small files to ``local``. Does nothing for a folder.
 
-        An object store has no lock that goes with its process, so the newest run owns the URL, and an
-        older one that still runs finds out at its next checkpoint and stops (``check_owner``).
+        An object store has no lock that ends with its process. So the newest run owns the URL, and an older one that
+        still runs notices at its next checkpoint and stops (``check_owner``).
+
+        Raises:
+          UserError: the URL cannot be written or read.
         """
         if not self.is_remote:
             return
@@ -82,7 +100,7 @@ class RunDir:
             )
 
     def mirror(self) -> None:
-        """Copy the small files to the URL."""
+        """Copy the small files to the URL. Does nothing for a folder."""
         if not self.is_remote:
             return
         for file in [*(self.local / name for name in SMALL_FILES), *(self.local / BASE_FOLDER).glob("*")]:

@@ -1,7 +1,7 @@
-"""What a checkpoint's files were when they were written, so that a damaged one is never loaded.
+"""Checksums of a checkpoint's files, so that a damaged checkpoint is never loaded.
 
-torch reads around a missing shard in silence, and takes a flipped bit for a weight. So whoever writes a
-file sums it up, the sums stand in ``state.json``, and whoever reads a checkpoint compares first.
+torch ignores a missing shard in silence, and loads a flipped bit as a weight. So the writer of a file computes its
+checksum, ``state.json`` holds all checksums, and a reader compares them before it loads anything.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ _READERS = 8
 
 
 class FileSum(NamedTuple):
-    """``size`` in bytes. CRC-32 finds every flipped bit and burst; it is no defence against an enemy."""
+    """Size in bytes and checksum. CRC-32 finds every flipped bit and short burst; it does not stop an attacker."""
 
     size: int
     crc32: int
 
     def add(self, data: bytes) -> FileSum:
+        """Return the sum of the data so far followed by ``data``."""
         return FileSum(self.size + len(data), zlib.crc32(data, self.crc32))
 
 
-NOTHING = FileSum(0, 0)
-Files = dict[str, FileSum]  # by path below the folder
+NOTHING = FileSum(0, 0)  # of an empty file
+Files = dict[str, FileSum]  # by the file's path relative to the folder
 
 
 class Damaged(CheckpointError):
-    """Files of a checkpoint are not what was written."""
+    """A checkpoint's files differ from what was written."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A ``SaveJob`` that has ended."""
+    """A ``SaveJob`` that is finished."""
 
     files: Files
 
@@ -55,25 +56,21 @@ class Written:
 
 
 def sum_of(stream: IO[bytes]) -> FileSum:
-    found = NOTHING
+    """Return size and checksum of everything that is left in the stream."""
+    total = NOTHING
     while data := stream.read(_CHUNK):
-        found = found.add(data)
-    return found
-
-
-def sums_of(folder: StoragePath) -> Files:
-    """Of every file below ``folder``."""
-    return {name: _sum_file(folder, name) for name in files_below(folder)}
+        total = total.add(data)
+    return total
 
 
 def write_record(folder: StoragePath, record: Mapping[str, Any], files: Files) -> None:
-    """``state.json``: what the loop remembers, what every file is, and a checksum of both."""
+    """Write ``state.json``: the loop's record, the files' checksums, and a checksum of both."""
     tree = {**record, "files": files}
     (folder / STATE_FILE).write_text(json.dumps({**tree, "crc32": _crc_of(tree)}))
 
 
 def read_record(folder: StoragePath) -> tuple[dict[str, Any], Files]:
-    """What ``write_record`` was given. Raises Damaged when ``state.json`` is not what it wrote."""
+    """Return the record and files that ``write_record`` was given. Raises Damaged if ``state.json`` was changed."""
     try:
         tree = json.loads((folder / STATE_FILE).read_bytes())
     except FileNotFoundError as error:
@@ -84,20 +81,24 @@ def read_record(folder: StoragePath) -> tuple[dict[str, Any], Files]:
         raise Damaged(f"{STATE_FILE} has no checksums: it is damaged, or of an older version of this service")
     if tree.pop("crc32", None) != _crc_of(tree):
         raise Damaged(f"{STATE_FILE} differs from what was written")
-    return tree, {name: FileSum(*found) for name, found in tree.pop("files").items()}
+    return tree, {name: FileSum(*values) for name, values in tree.pop("files").items()}
 
 
 def verify(folder: StoragePath) -> dict[str, Any]:
-    """The record of a checkpoint whose every file is as it was written; reads all of them.
+    """Read every file of a checkpoint, compare it with its checksum, and return the checkpoint's record.
 
-    Raises Damaged when one is not, and CheckpointError when the storage does not answer.
+    Raises:
+      Damaged: a file is missing, unexpected, or not as it was written.
+      CheckpointError: the storage does not answer.
     """
     try:
         record, wanted = read_record(folder)
-        found = set(files_below(folder)) - {STATE_FILE}
-        for name in sorted(wanted.keys() ^ found):
+        present = set(files_below(folder)) - {STATE_FILE}
+        unmatched = sorted(wanted.keys() ^ present)
+        if unmatched:
+            name = unmatched[0]
             raise Damaged(f"{name} is missing" if name in wanted else f"{name} is none of its files")
-        with ThreadPoolExecutor(_READERS) as readers:  # the checksum leaves Python's lock to others
+        with ThreadPoolExecutor(_READERS) as readers:  # zlib.crc32 releases the GIL
             for name, now in zip(wanted, readers.map(partial(_sum_file, folder), wanted), strict=True):
                 if now.size != wanted[name].size:
                     raise Damaged(f"{name} has {now.size} bytes instead of {wanted[name].size}")
@@ -118,5 +119,5 @@ def _sum_file(folder: StoragePath, name: str) -> FileSum:
 
 
 def _crc_of(tree: Any) -> int:
-    """Of what JSON makes of ``tree``, however it is spaced and ordered."""
+    """Return the checksum of ``tree`` as JSON, independent of spacing and key order."""
     return zlib.crc32(json.dumps(json.loads(json.dumps(tree)), sort_keys=True).encode())

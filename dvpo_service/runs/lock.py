@@ -1,4 +1,4 @@
-"""One process a run directory: two would write into each other's metrics and checkpoints."""
+"""A lock on a run directory: two processes would write into each other's metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from dvpo_service.errors import UserError
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold ``run_dir`` for this process; the lock goes with the process, however it ends.
+    """Hold ``run_dir`` for this process during the block. The lock ends with the process, however that ends.
 
-    Raises UserError naming the process that holds it.
+    Raises:
+      UserError: another process holds it; the message names that process.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ".lock"

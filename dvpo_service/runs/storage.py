@@ -1,4 +1,4 @@
-"""Paths and fsspec URLs (``s3://bucket/x``) alike: what writes or reads a local folder, used on either."""
+"""Local paths and fsspec URLs (``s3://bucket/x``) under one interface."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from upath import UPath
 
 from dvpo_service.errors import UserError
 
-StoragePath = Path | UPath  # a UPath of a plain path is a Path
+StoragePath = Path | UPath  # UPath("/plain/path") is a Path
 
 
 def storage_path(path: str | StoragePath) -> StoragePath:
-    """A URL as a UPath, anything else as an absolute Path. Raises UserError where its file system is not installed."""
+    """Return a URL as a UPath, anything else as an absolute Path.
+
+    Raises:
+      UserError: the package for the URL's file system is not installed.
+    """
     if not is_url(path):
         return Path(str(path)).absolute()
     try:
@@ -25,26 +29,27 @@ def storage_path(path: str | StoragePath) -> StoragePath:
 
 
 def is_url(path: str | StoragePath) -> bool:
+    """Return whether ``path`` has a scheme, such as ``s3://`` or ``file://``."""
     return "://" in str(path)
 
 
 def make_folder(place: StoragePath) -> None:
-    """Where there are folders: object stores have none, and s3fs would make a bucket out of a slip of the pen."""
+    """Make a folder, where there are folders. Object stores have none, and s3fs would create a bucket from a typo."""
     if isinstance(place, Path) or place.protocol == "file":
         place.mkdir(parents=True, exist_ok=True)
 
 
 def files_below(folder: StoragePath) -> list[str]:
-    """Paths of all files below ``folder``, relative to it; none where there is no such folder."""
+    """Return the paths of all files below ``folder``, relative to it and sorted; none if there is no such folder."""
     if isinstance(folder, Path):
         return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     folder.fs.invalidate_cache()
-    return sorted(str(found)[len(folder.path.rstrip("/")) + 1 :] for found in folder.fs.find(folder.path))
+    return sorted(str(path)[len(folder.path.rstrip("/")) + 1 :] for path in folder.fs.find(folder.path))
 
 
 @contextmanager
 def written_locally(folder: str) -> Iterator[str]:
-    """A local folder to write to, whose content is in ``folder`` when the block ends."""
+    """Yield a local folder to write to; its files are in ``folder`` (a path or URL) when the block ends."""
     if not is_url(folder):
         yield folder
         return
@@ -58,7 +63,7 @@ def written_locally(folder: str) -> Iterator[str]:
 
 @contextmanager
 def read_locally(folder: str) -> Iterator[str]:
-    """A local folder with the files of ``folder``, for as long as the block runs."""
+    """Yield a local folder with the files of ``folder`` (a path or URL), for the duration of the block."""
     if not is_url(folder):
         yield folder
         return

@@ -1,4 +1,4 @@
-"""Serving a trained policy with its value distributions: the parts that deploy.py puts on Ray Serve.
+"""Serve a trained policy together with the value distributions of its critic; deploy.py puts the parts on Ray Serve.
 
-``gateway`` (HTTP) talks to ``policy`` (a vLLM engine) and ``values`` (the critic) through ``replicas``.
+``gateway`` (HTTP) calls ``policy`` (a vLLM engine) and ``value_server`` (the critic) through ``replicas``.
 """

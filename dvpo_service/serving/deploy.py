@@ -1,7 +1,8 @@
-"""A trained policy with its value distributions, on Ray Serve.
+"""Deploy a trained policy and its critic on Ray Serve.
 
-Three deployments: ``gateway`` (HTTP), ``policy`` (vLLM engines) and ``values`` (the critic). The weights served are
-the ``user_config`` of the last two, so giving newer ones is Serve's lightweight update: replicas stay and load them.
+There are three deployments: ``gateway`` (HTTP), ``policy`` (vLLM engines) and ``values`` (the critic). The folders of
+the weights are the ``user_config`` of ``policy`` and ``values``. Serving newer weights is therefore a lightweight
+update of Ray Serve: the replicas stay and load the new folders.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ APP = "dvpo"
 KEY_VARIABLE = "DVPO_API_KEY"
 READY_S = 60.0
 ENVIRONMENT = {
-    # Replicas share the cores: threads that spin while they wait starve the others.
+    # Replicas share the cores: threads that spin while they wait would starve the other replicas.
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
-    # Ray Serve's own switches for throughput: calls between deployments by gRPC, and no thread of its own for the
-    # router and for our code, which never blocks the loop. Half of a gateway's CPU time went there.
+    # Ray Serve's own switches for throughput. Deployments call each other by gRPC. The router and our code run on the
+    # replica's event loop, which our code never blocks. Ray Serve's defaults cost half of a gateway's CPU time.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -46,7 +47,13 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Served:
-    """What a server is told to serve."""
+    """What a server serves.
+
+    Attributes:
+      policy: the absolute path of the policy's folder.
+      critic: the absolute path of the critic's folder, or None without a critic.
+      version: the name of these weights, such as ``step-000250``.
+    """
 
     policy: str
     critic: str | None
@@ -54,13 +61,14 @@ class Served:
 
     @classmethod
     def of(cls, exported: Exported) -> Served:
+        """Return what to serve of an export."""
         folder = exported.folder.absolute()
         critic = str(exported.critic.absolute()) if exported.critic else None
         return cls(str(folder), critic, f"step-{exported.step:06d}")
 
 
 def application(config: Config, served: Served, address: ListenAddress) -> serve.Application:
-    """The three deployments; without a critic, two. HTTP is answered at ``address``."""
+    """Return the application: the gateway, which listens at ``address``, the policy, and the critic if there is one."""
     limits, cluster = config.serve, config.cluster
     name = limits.model_name or config.name
     current = {"policy": served.policy, "version": served.version}
@@ -104,31 +112,35 @@ def application(config: Config, served: Served, address: ListenAddress) -> serve
 
 
 def _deployment(server: type, name: str, code: str, **settings: Any) -> serve.Deployment:
-    """``code`` stands for everything but the weights: while it stays, so do the replicas.
+    """Return a deployment whose version is ``code``, a digest of everything but the weights.
 
-    Serve gives each deploy a new version otherwise, and replaces every replica for the sake of its ``user_config``.
+    Ray Serve keeps the replicas while the version stays the same. Without a version of ours, it gives each deploy a new
+    one and replaces every replica, even when only ``user_config`` changed.
     """
-    made = serve.deployment(
+    deployment = serve.deployment(
         name=name,
         health_check_period_s=5,
-        # Beyond its own limit the gateway refuses, so what reaches a replica is bounded already.
+        # The gateway refuses requests beyond its own limit, so the number that reaches a replica is already bounded.
         max_ongoing_requests=100_000,
         logging_config={"enable_access_log": False},
         **settings,
     )(server)
-    return made.options(version=code, _internal=True)
+    return deployment.options(version=code, _internal=True)
 
 
 def _digest(config: Config, *others: Any) -> str:
-    """Of what replicas are made with. A newer run may have another length or model to start from, and whoever updates
-    a server need not repeat its address."""
+    """Return a digest of the settings that replicas are built with; it changes when replicas must be replaced.
+
+    The rest of the config does not count: a newer run may have another number of steps. Nor do the path of the base
+    model, and the server's host, port and polling interval, so that an update need not repeat them.
+    """
     tree = config.model_dump(mode="json", include={"model", "rollout", "cluster", "serve"})
     del tree["model"]["path"], tree["serve"]["host"], tree["serve"]["port"], tree["serve"]["follow_every_s"]
     return hashlib.sha256(repr((tree, config.trainer.seed, *others)).encode()).hexdigest()[:12]
 
 
 def _gateway(config: Config, name: str, with_critic: bool, key_digest: str | None) -> Callable[[], FastAPI]:
-    """What a gateway replica calls to make its FastAPI app."""
+    """Return the function that a gateway replica calls to build its FastAPI app."""
 
     def build() -> FastAPI:
         def replicas(deployment: str) -> Replicas:
@@ -147,24 +159,28 @@ def _resources(cpus: float, gpus: float) -> dict[str, Any]:
 
 
 def cpus_needed(config: Config) -> float:
-    """Logical CPUs of a cluster started for this server alone."""
+    """Return the number of logical CPUs for a cluster that is started for this server alone."""
     limits, cluster = config.serve, config.cluster
     return (
         limits.max_replicas * cluster.cpus_per_engine
         + limits.value_replicas * cluster.cpus_per_trainer
         + limits.gateways * limits.cpus_per_gateway
-        + 1  # Serve's controller asks for none, but it needs some
+        + 1  # Serve's controller requests no CPU, but it uses some
     )
 
 
 def api_key_digest() -> str | None:
-    """SHA-256 of the API key in the environment: what travels to the replicas is never the key."""
+    """Return the SHA-256 of the API key in the environment, or None without one. Replicas never receive the key."""
     key = os.environ.get(KEY_VARIABLE)
     return hashlib.sha256(key.encode()).hexdigest() if key else None
 
 
 def free_listen_address(config: Config) -> ListenAddress:
-    """Return where this server will answer, on this node. Raises ConfigError when the port is taken."""
+    """Return the address where this server will listen, on this node.
+
+    Raises:
+      ConfigError: the host cannot be listened on, or the port is taken.
+    """
     host, port = config.serve.host, config.serve.port
     try:
         with listen(host, port, shared=False) as probe:
@@ -175,11 +191,12 @@ def free_listen_address(config: Config) -> ListenAddress:
 
 
 def deploy(config: Config, served: Served, address: ListenAddress) -> None:
-    """Serve ``served``: start, or give newer weights to the replicas that run. Returns when that is done.
+    """Start to serve ``served``, or update the replicas that run already; return when every replica is ready.
 
-    Raises ClusterError when the replicas do not come up.
+    Raises:
+      ClusterError: the replicas do not come up within ``serve.start_timeout_s``.
     """
-    # No route: the gateways answer HTTP themselves.
+    # Without a route, Ray Serve's proxy answers nothing: the gateways answer HTTP themselves.
     target = serve.RunTarget(application(config, served, address), name=APP, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
     deadline = time.monotonic() + config.serve.start_timeout_s
@@ -199,7 +216,11 @@ def _why(app: Any) -> str:
 
 
 def running() -> tuple[str, ListenAddress] | None:
-    """What an application of ours on this cluster serves, and where; None when there is none. Raises ClusterError."""
+    """Return the version and the address of our application on this cluster, or None when it does not run.
+
+    Raises:
+      ClusterError: the application exists but does not answer.
+    """
     app = serve.status().applications.get(APP)
     if app is None or app.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
         return None

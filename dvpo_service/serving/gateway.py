@@ -1,6 +1,7 @@
 """HTTP in front of the policy and the critic: OpenAI's API, values along a response, and best-of-n by risk.
 
-The gateway holds no model. What it knows of overload it says at once (429), and it outlives its replicas.
+The gateway holds no model. It answers 429 at once when too many requests are in progress, and it keeps running when
+replicas of the policy or the critic die.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from dvpo_service.config.serve import ServeConfig
-from dvpo_service.serving.policy import Kind
+from dvpo_service.serving.policy import Kind, PolicyServer
 from dvpo_service.serving.ranking import best_of_n
 from dvpo_service.serving.replicas import Replicas, Unavailable
 from dvpo_service.serving.requests import BadRequest, check_generation, parse, parse_values, pop_rank
+from dvpo_service.serving.value_server import ValueServer
 
 READY_S = 5.0
 VERSION_HEADER = "x-dvpo-version"
 
 
 class Measures:
-    """Prometheus metrics of this gateway."""
+    """The Prometheus metrics of one gateway."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -38,17 +40,29 @@ class Measures:
 
 
 class Gateway:
-    """The routes, over handles to the replicas. ``values`` is None when the run has no critic; ``key_digest`` is the
-    SHA-256 of the API key, None when none is asked for."""
+    """The HTTP routes of one gateway.
+
+    Args:
+      policy: calls the replicas of the policy.
+      values: calls the replicas of the critic; None when the run has no critic.
+      limits: the largest sizes and numbers of requests.
+      model_name: the model's name in OpenAI's API.
+      key_digest: the SHA-256 of the API key, in hex; None when no key is required.
+    """
 
     def __init__(
         self, policy: Replicas, values: Replicas | None, limits: ServeConfig, model_name: str, key_digest: str | None
     ):
-        self.policy, self.values, self.limits = policy, values, limits
-        self.model_name, self.key_digest = model_name, key_digest
-        self.measures, self.under_way = Measures(), 0
+        self.policy = policy
+        self.values = values
+        self.limits = limits
+        self.model_name = model_name
+        self.key_digest = key_digest
+        self.measures = Measures()
+        self.under_way = 0  # requests admitted and not finished yet
 
     def app(self) -> FastAPI:
+        """Return the FastAPI app with every route."""
         app = FastAPI(title="DVPO", description=__doc__, docs_url="/docs", redoc_url=None)
         app.add_api_route("/", self.page, methods=["GET"], include_in_schema=False)
         app.add_api_route("/healthz", self.healthz, methods=["GET"])
@@ -61,68 +75,78 @@ class Gateway:
         return app
 
     async def page(self) -> HTMLResponse:
-        """Type a prompt, see the response's tokens coloured by value."""
+        """Return the page where a prompt is typed and the response's tokens are coloured by value."""
         return HTMLResponse((resources.files("dvpo_service.serving") / "page.html").read_text())
 
     async def healthz(self) -> PlainTextResponse:
-        """This process answers."""
+        """Return 200: this process answers."""
         return PlainTextResponse("ok")
 
     async def readyz(self) -> JSONResponse:
-        """200 when a policy replica, and a critic's where there is one, answers; with the versions served."""
-        pools = {"policy": self.policy} | ({"values": self.values} if self.values else {})
-        found: dict[str, str] = {}
-        for name, replicas in pools.items():
-            try:
-                found[name] = await replicas.call("ready", timeout_s=READY_S)
-            except Unavailable as error:
-                return JSONResponse({"ready": False, "waiting_for": name, "why": str(error)}, 503)
-        return JSONResponse({"ready": True, "versions": found, "model": self.model_name})
+        """Return 200 and the versions served when a replica of the policy, and of the critic if any, answers."""
+        versions: dict[str, str] = {}
+        waiting_for = "policy"
+        try:
+            versions["policy"] = await self.policy.call(PolicyServer.ready, timeout_s=READY_S)
+            if self.values:
+                waiting_for = "values"
+                versions["values"] = await self.values.call(ValueServer.ready, timeout_s=READY_S)
+        except Unavailable as error:
+            return JSONResponse({"ready": False, "waiting_for": waiting_for, "why": str(error)}, 503)
+        return JSONResponse({"ready": True, "versions": versions, "model": self.model_name})
 
     async def metrics(self) -> Response:
+        """Return the metrics in Prometheus' text format."""
         return Response(generate_latest(self.measures.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
+        """Return OpenAI's list of models: the one that is served."""
+
         async def work(_: UnderWay) -> Response:
-            return Response(await self.policy.call("models"), media_type="application/json")
+            return Response(await self.policy.call(PolicyServer.models), media_type="application/json")
 
         return await self._answer(request, work)
 
     async def chat(self, request: Request) -> Response:
-        """OpenAI's chat completions; ``rank_by`` returns the best of ``n`` by the critic's distribution."""
+        """Answer OpenAI's chat completions; with ``rank_by``, return the best of ``n`` by the critic's distribution."""
         return await self._generate("chat", request)
 
     async def completions(self, request: Request) -> Response:
-        """OpenAI's completions; ``rank_by`` returns the best of ``n`` by the critic's distribution."""
+        """Answer OpenAI's completions; with ``rank_by``, return the best of ``n`` by the critic's distribution."""
         return await self._generate("completion", request)
 
     async def token_values(self, request: Request) -> Response:
-        """The distribution of the return after each token of a response."""
+        """Return the distribution of the return after each token of a response."""
 
         async def work(_: UnderWay) -> Response:
-            found = await self._critic().call("along", parse_values(await self._body(request)))
-            return JSONResponse(found["body"], headers={VERSION_HEADER: found["version"]})
+            critic = self._critic()
+            answer = await critic.call(ValueServer.along, parse_values(await self._body(request)))
+            return JSONResponse(answer["body"], headers={VERSION_HEADER: answer["version"]})
 
         return await self._answer(request, work)
 
     async def _generate(self, kind: Kind, request: Request) -> Response:
         async def work(under_way: UnderWay) -> Response:
-            asked = parse(await self._body(request))
-            check_generation(asked, self.limits)
-            rank_by = pop_rank(asked)
-            if asked.get("stream"):
-                return await self._stream(kind, asked, under_way)
+            payload = parse(await self._body(request))
+            check_generation(payload, self.limits)
+            rank_by = pop_rank(payload)
+            if payload.get("stream"):
+                return await self._stream(kind, payload, under_way)
             if rank_by:
-                body, version = await best_of_n(kind, asked, rank_by, self.policy, self._critic())
+                body, version = await best_of_n(kind, payload, rank_by, self.policy, self._critic())
                 return JSONResponse(body, headers={VERSION_HEADER: version})
-            made = await self.policy.call("complete", kind, asked)
-            return Response(made.body, made.status, {VERSION_HEADER: made.version}, media_type="application/json")
+            answer = await self.policy.call(PolicyServer.complete, kind, payload)
+            return Response(answer.body, answer.status, {VERSION_HEADER: answer.version}, media_type="application/json")
 
         return await self._answer(request, work)
 
-    async def _stream(self, kind: Kind, asked: dict[str, Any], under_way: UnderWay) -> Response:
-        """Server-sent events. A replica lost before the first one is replaced unseen; later, an event says so."""
-        events = self.policy.stream("stream", kind, asked)
+    async def _stream(self, kind: Kind, payload: dict[str, Any], under_way: UnderWay) -> Response:
+        """Return server-sent events.
+
+        When a replica dies before its first event, another one takes the request and the client notices nothing. When
+        it dies later, the last event is an error.
+        """
+        events = self.policy.stream(PolicyServer.stream, kind, payload)
         header = await anext(events)
         if header.status != 200:
             return Response(header.body, header.status, media_type="application/json")
@@ -145,8 +169,9 @@ class Gateway:
         return self.values
 
     async def _body(self, request: Request) -> bytes:
-        """The body, read no further than the limit. Raises BadRequest."""
-        most, read = self.limits.max_body_kib * 1024, bytearray()
+        """Return the body. Raises BadRequest as soon as it is larger than the limit."""
+        most = self.limits.max_body_kib * 1024
+        read = bytearray()
         async for part in request.stream():
             read += part
             if len(read) > most:
@@ -154,7 +179,7 @@ class Gateway:
         return bytes(read)
 
     def _admit(self, request: Request) -> None:
-        """Raise BadRequest without a key where one is asked for, and when enough is under way already."""
+        """Raise BadRequest when the required key is missing or wrong, or when too many requests are under way."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key_digest and not hmac.compare_digest(sha256(given.encode()).hexdigest(), self.key_digest):
             raise BadRequest("no valid API key: send it as `Authorization: Bearer KEY`", status=401)
@@ -162,9 +187,9 @@ class Gateway:
             raise BadRequest(f"{self.under_way} requests are under way, which is the limit; try again", status=429)
 
     async def _answer(self, request: Request, work: Callable[[UnderWay], Awaitable[Response]]) -> Response:
-        """Admit, count and time a request; what goes wrong in it becomes an answer."""
+        """Admit, count and time a request; turn BadRequest and Unavailable into responses."""
         under_way = UnderWay(self, request.url.path)
-        response = Response(status_code=499)  # if the client leaves before there is another
+        response = Response(status_code=499)  # counted when the client leaves before there is a response
         try:
             self._admit(request)
             under_way.start()
@@ -181,18 +206,21 @@ class Gateway:
 
 
 class UnderWay:
-    """A request from its admission to its last byte."""
+    """A request from its arrival to its last byte: counts and times it."""
 
     def __init__(self, gateway: Gateway, route: str):
-        self.gateway, self.route = gateway, route
+        self.gateway = gateway
+        self.route = route
         self.admitted = False
         self.began = time.perf_counter()
 
     def start(self) -> None:
+        """Count the request as under way."""
         self.admitted = True
         self._change(+1)
 
     def finish(self, status: int) -> None:
+        """Record the status and the time; a request that was admitted is no longer under way."""
         if self.admitted:
             self._change(-1)
         self.gateway.measures.requests.labels(self.route, status).inc()

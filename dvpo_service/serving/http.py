@@ -1,7 +1,8 @@
 """The HTTP server of a gateway replica.
 
-Requests come straight to it, not through Ray Serve's proxies: those cost as much CPU a request as the gateway, and a
-hop. Serve keeps the replica alive. Gateways of a node share its port, the kernel spreads the connections.
+Clients connect to it directly, not through Ray Serve's proxies: a proxy adds a hop, and costs as much CPU per request
+as the gateway itself. Ray Serve keeps the replica alive. The gateways of a node listen on the same port, and the kernel
+spreads the connections over them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from dvpo_service.host.network import listen
 
 @dataclass(frozen=True)
 class ListenAddress:
-    """Where HTTP is answered: an address to listen on, and the Ray node, by its IP address, to do so.
+    """Where the server listens for HTTP.
 
-    ``key_digest`` is the SHA-256 of the API key that is asked for there, None for none.
+    Attributes:
+      host, port: the address to listen on.
+      node: the IP address of the Ray node that listens.
+      key_digest: the SHA-256 of the API key that requests must send, in hex; None when no key is required.
     """
 
     host: str
@@ -31,18 +35,22 @@ class ListenAddress:
 
 
 class HttpServer:
-    """Serves what ``build()`` makes, at ``address``, until the replica ends. ``parts`` are those behind."""
+    """A deployment that serves the app that ``build`` returns, at ``address``, until the replica ends.
+
+    ``parts`` are the deployments that the app calls. They are arguments so that Ray Serve deploys them too.
+    """
 
     def __init__(self, build: Callable[[], FastAPI], address: ListenAddress, drain_timeout_s: float, *parts: Any):
         settings = uvicorn.Config(
             build(), log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(drain_timeout_s))
         )
         self.server = uvicorn.Server(settings)
-        self.address, self._socket = address, listen(address.host, address.port, shared=True)
+        self.address = address
+        self._socket = listen(address.host, address.port, shared=True)
         self._serving: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _: object) -> None:
-        """Serve calls this on the loop that requests run on, before it calls the replica healthy."""
+        """Start the server. Ray Serve calls this on the requests' event loop before the replica counts as healthy."""
         if self._serving is None:
             self._serving = asyncio.create_task(self.server.serve([self._socket]))
         while not self.server.started:
@@ -50,15 +58,16 @@ class HttpServer:
             await asyncio.sleep(0.01)
 
     async def ready(self) -> ListenAddress:
+        """Return the address where this replica listens."""
         return self.address
 
     async def check_health(self) -> None:
-        """Serve replaces the replica when this raises."""
+        """Raise RuntimeError when the HTTP server has ended; Ray Serve then replaces the replica."""
         if self._serving and self._serving.done():
             raise RuntimeError(f"the HTTP server ended: {self._serving.exception()}")
 
     async def __del__(self) -> None:
-        """Serve awaits this when a replica ends: responses under way are finished, within the drain time."""
+        """Finish the responses under way, within the drain time. Ray Serve awaits this when a replica ends."""
         self.server.should_exit = True
         if self._serving:
             await self._serving

@@ -1,7 +1,8 @@
 """One replica of the policy: a vLLM engine behind vLLM's own OpenAI request handlers.
 
-A response is made by one version of the weights: an update waits for the responses under way, and requests that
-arrive meanwhile wait for the update.
+Every response is sampled by one version of the weights. An update waits for the responses under way, and requests that
+arrive in the meantime wait for the update. The exception is a response that takes longer than
+``serve.drain_timeout_s``: its last tokens come from the new weights.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["chat", "completion"]
 
-# Chunks of a stream are sent together when they come faster than this: a person sees no difference, and each message
+# Chunks of a stream that arrive within this time are sent together: a reader sees no difference, and each message
 # between processes costs as much as a token of a small model.
 FLUSH_S = 0.02
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer: ``body`` is JSON. ``version`` names the weights that made it."""
+    """An HTTP answer.
+
+    Attributes:
+      status: the HTTP status.
+      body: JSON.
+      version: the version of the weights that sampled the response.
+    """
 
     status: int
     body: bytes
@@ -40,10 +47,11 @@ class Answer:
 
 
 class PolicyServer:
-    """Serves the weights that ``reconfigure`` last named."""
+    """A deployment that serves the weights that the last call of ``reconfigure`` named."""
 
     def __init__(self, config: Config, model_name: str):
-        self.config, self.model_name = config, model_name
+        self.config = config
+        self.model_name = model_name
         self.version = ""
         self.engine: Any = None
         self.handlers: dict[Kind, Any] = {}
@@ -51,7 +59,10 @@ class PolicyServer:
         self._under_way = 0
 
     async def reconfigure(self, current: dict[str, str]) -> None:
-        """Serve the policy folder ``current["policy"]`` as ``current["version"]``: start with it, or change to it."""
+        """Load the policy folder ``current["policy"]``, and serve it as ``current["version"]``.
+
+        The first call starts the engine; a later call loads the new weights into it. Ray Serve calls this.
+        """
         if current["version"] == self.version:
             return
         if self.engine is None:
@@ -62,54 +73,59 @@ class PolicyServer:
         self._open.set()
 
     async def check_health(self) -> None:
-        """Serve replaces the replica when this raises."""
+        """Raise when the engine is dead; Ray Serve then replaces the replica."""
         if self.engine is not None:
             await self.engine.check_health()
 
     async def ready(self) -> str:
-        """The version served now."""
+        """Return the version of the weights, when the engine is alive."""
         await self.check_health()
         return self.version
 
     async def models(self) -> bytes:
+        """Return OpenAI's list of models as JSON."""
         return (await self.handlers["chat"].models.show_available_models()).model_dump_json().encode()
 
     async def complete(self, kind: Kind, body: dict[str, Any]) -> Answer:
-        """The whole answer to a request that does not stream."""
+        """Return the whole answer to a request that does not stream. ``body`` is a request of OpenAI's API."""
         async with self._weights() as version:
-            made = await self._handle(kind, body)
+            response = await self._handle(kind, body)
             self._end_with_engine()
-            error = getattr(made, "error", None)
-            return Answer(error.code if error else 200, made.model_dump_json().encode(), version)
+            error = getattr(response, "error", None)
+            return Answer(error.code if error else 200, response.model_dump_json().encode(), version)
 
     async def stream(self, kind: Kind, body: dict[str, Any]) -> AsyncIterator[Answer | str]:
-        """First an Answer that says how it went (200: without a body), then server-sent events as text."""
+        """Yield an Answer, and then server-sent events as text.
+
+        The Answer is the header: with status 200 its body is empty and events follow; any other status has the error as
+        its body, and nothing follows.
+        """
         async with self._weights() as version:
-            made = await self._handle(kind, body)
-            if error := getattr(made, "error", None):
-                yield Answer(error.code, made.model_dump_json().encode(), version)
+            response = await self._handle(kind, body)
+            if error := getattr(response, "error", None):
+                yield Answer(error.code, response.model_dump_json().encode(), version)
                 return
             yield Answer(200, b"", version)
-            async for text in together(made, FLUSH_S):
+            async for text in together(response, FLUSH_S):
                 self._end_with_engine()
                 yield text
 
     def _end_with_engine(self) -> None:
-        """End this process with its engine, which nothing brings back.
+        """End this process when its engine has died: a dead engine cannot be restarted.
 
-        vLLM would answer with an error, or with an event that says so. The caller sees a replica that died instead,
-        and asks another one where nothing has been streamed yet.
+        vLLM would answer with an error, or stream one as an event. When the process ends instead, the caller sees that
+        the replica died, and calls another one if nothing has been streamed yet.
         """
         if self.engine.errored:
             os._exit(1)
 
     def __del__(self) -> None:
-        """Serve calls this when a replica ends: the engine's own processes go with it."""
+        """End the engine's own processes. Ray Serve calls this when a replica ends."""
         if self.engine is not None:
             self.engine.shutdown()
 
     async def _handle(self, kind: Kind, body: dict[str, Any]) -> Any:
-        """What vLLM's handler returns: a response, an error response, or a stream of events."""
+        """Return what vLLM's handler returns: a response, an error response, or a stream of events."""
         from pydantic import ValidationError
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -122,12 +138,12 @@ class PolicyServer:
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             return create_error_response("; ".join(lines))
-        except Exception as error:  # noqa: BLE001 - vLLM's own mapping of its errors to answers
+        except Exception as error:  # noqa: BLE001 - vLLM maps its errors to answers
             return create_error_response(error)
 
     @asynccontextmanager
     async def _weights(self) -> AsyncIterator[str]:
-        """Hold the weights still; gives their version."""
+        """Keep the weights unchanged within the block, and yield their version."""
         while not self._open.is_set():
             await self._open.wait()
         self._under_way += 1
@@ -137,7 +153,7 @@ class PolicyServer:
             self._under_way -= 1
 
     async def _load(self, policy: str) -> None:
-        """New weights, in place. What takes longer than the drain time goes on with the new weights."""
+        """Load new weights in place. A response that outlasts the drain time continues with the new weights."""
         self._open.clear()
         until = time.monotonic() + self.config.serve.drain_timeout_s
         while self._under_way and time.monotonic() < until:
@@ -148,7 +164,7 @@ class PolicyServer:
             await self.engine.reset_prefix_cache()
             await self.engine.resume_generation()
         except Exception:
-            # Half of the old weights and half of the new would answer: a fresh replica starts with the new folder.
+            # The engine may hold a mix of old and new weights. A fresh replica starts with the new folder.
             log.exception("the weights of %s cannot be loaded; this replica ends", policy)
             os._exit(1)
 
@@ -163,7 +179,7 @@ class PolicyServer:
 
         limit = self.config.serve.max_model_len or context_length(policy)
         on_cpu = self.config.cluster.gpus_per_engine == 0
-        # What vLLM's own server takes from its command line, with its defaults.
+        # The options of vLLM's own server, with the defaults of its command line.
         options = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         vars(options).update(engine_settings(self.config, policy, limit, on_cpu=on_cpu))
         options.served_model_name = [self.model_name]
@@ -177,14 +193,17 @@ class PolicyServer:
 
 
 def context_length(policy: str) -> int:
-    """Tokens that the model in a policy folder reads."""
+    """Return the number of tokens that the model in a policy folder can read."""
     settings = json.loads((Path(policy) / "config.json").read_text())
     return int(settings.get("max_position_embeddings", 4096))
 
 
 async def together(chunks: AsyncIterator[str], every_s: float) -> AsyncIterator[str]:
-    """The first chunk at once, then what has come in each ``every_s`` seconds as one string."""
-    queue: asyncio.Queue[str | None] = asyncio.Queue()  # None is the end
+    """Yield the first chunk at once, and then, every ``every_s`` seconds, the chunks that arrived as one string.
+
+    Raises what ``chunks`` raises, after the chunks before the error.
+    """
+    queue: asyncio.Queue[str | None] = asyncio.Queue()  # None marks the end
 
     async def collect() -> None:
         try:
@@ -193,7 +212,8 @@ async def together(chunks: AsyncIterator[str], every_s: float) -> AsyncIterator[
         finally:
             queue.put_nowait(None)
 
-    collecting, ended = asyncio.create_task(collect()), False
+    collecting = asyncio.create_task(collect())
+    ended = False
     try:
         while not ended:
             parts = [await queue.get()]
@@ -204,6 +224,6 @@ async def together(chunks: AsyncIterator[str], every_s: float) -> AsyncIterator[
                 yield text
             if not ended:
                 await asyncio.sleep(every_s)
-        await collecting  # an error of the engine is the reader's
+        await collecting  # raises the engine's error, if any
     finally:
         collecting.cancel()

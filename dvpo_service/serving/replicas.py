@@ -1,18 +1,19 @@
-"""Calls to a deployment that outlive its replicas: one that a replica's death cut off is made again on another."""
+"""Calls to a deployment that survive the death of a replica: they are made again on another one."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
-# What says that a replica is gone, not that the request is wrong.
+# Errors that mean that a replica is gone, not that the request is wrong.
 GONE = (RayActorError, DeploymentUnavailableError)
 
 
@@ -21,20 +22,34 @@ class Unavailable(Exception):
 
 
 class Replicas:
-    """The replicas of one deployment, with a deadline on every call."""
+    """The replicas of one deployment, with a deadline on every call.
+
+    Args:
+      handle: the deployment's handle.
+      timeout_s: the deadline of a call, or of a whole stream, in seconds.
+    """
 
     def __init__(self, handle: DeploymentHandle, *, timeout_s: float):
-        self.handle, self.timeout_s = handle, timeout_s
+        self.handle = handle
+        self.timeout_s = timeout_s
 
-    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        """The result of ``method(*args)`` on some replica. It may run twice: methods called so change nothing.
+    async def call(self, method: Callable[..., Awaitable[T]], *args: Any, timeout_s: float | None = None) -> T:
+        """Return the result of a method on some replica: ``await policy.call(PolicyServer.complete, kind, body)``.
 
-        Raises Unavailable, and what the method raises.
+        The method may run twice, on two replicas, so it must not change anything.
+
+        Args:
+          method: a method of the deployment's class.
+          args: its arguments after ``self``.
+          timeout_s: the deadline in seconds, in place of the one of the constructor.
+
+        Raises:
+          Unavailable: no replica answered within the deadline. Errors that the method raises are raised as they are.
         """
         deadline = time.monotonic() + (timeout_s or self.timeout_s)
         async for left in _attempts(deadline):
             try:
-                return await asyncio.wait_for(getattr(self.handle, method).remote(*args), left)
+                return await asyncio.wait_for(getattr(self.handle, method.__name__).remote(*args), left)
             except GONE:
                 continue
             except RayTaskError as error:
@@ -43,14 +58,21 @@ class Replicas:
                 break
         raise Unavailable(f"no answer within {timeout_s or self.timeout_s:g} s")
 
-    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
-        """What ``method(*args)`` yields. Made again only while nothing but its first item, the header, has come.
+    async def stream(self, method: Callable[..., AsyncIterator[Any]], *args: Any) -> AsyncIterator[Any]:
+        """Yield what a method of some replica yields; its first item is a header.
 
-        Raises Unavailable.
+        The call is made again on another replica only while nothing after the header has arrived.
+
+        Args:
+          method: a method of the deployment's class.
+          args: its arguments after ``self``.
+
+        Raises:
+          Unavailable: no replica answered within the deadline, or a replica died in the middle of the stream.
         """
         deadline = time.monotonic() + self.timeout_s
         async for _ in _attempts(deadline):
-            items = getattr(self.handle.options(stream=True), method).remote(*args)
+            items = getattr(self.handle.options(stream=True), method.__name__).remote(*args)
             try:
                 header = await _next(items, deadline)
                 first = await _next(items, deadline)
@@ -68,7 +90,7 @@ class Replicas:
 
 
 async def _next(items: Any, deadline: float) -> Any:
-    """The next item; None at the end. Raises Unavailable at the deadline."""
+    """Return the next item, or None at the end. Raises Unavailable at the deadline."""
     try:
         return await asyncio.wait_for(anext(items, None), max(0.0, deadline - time.monotonic()))
     except TimeoutError:
@@ -77,7 +99,7 @@ async def _next(items: Any, deadline: float) -> Any:
 
 
 async def _attempts(deadline: float) -> AsyncIterator[float]:
-    """Seconds left, once an attempt, with growing pauses between, until the deadline."""
+    """Yield the seconds left, once per attempt, until the deadline; the pauses in between grow."""
     pause = FIRST_PAUSE_S
     while (left := deadline - time.monotonic()) > 0:
         yield left

@@ -1,4 +1,4 @@
-"""What a request may ask for, checked before anything is computed. Errors are worded as OpenAI's API words them."""
+"""Check requests before anything is computed. Errors have the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,20 +15,31 @@ RANKS = ("mean", "cvar", "upper_tail")
 
 
 class BadRequest(Exception):
-    """An answer other than 200, as ``{"error": {...}}``."""
+    """A request that is not answered with 200.
+
+    Args:
+      message: what is wrong, in words.
+      status: the HTTP status.
+      param: the request's field that is wrong, if it is one field.
+      kind: the error's type, as OpenAI's API names it.
+    """
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, kind: str = "BadRequestError"):
         super().__init__(message)
         self.status, self.param, self.kind = status, param, kind
 
     def body(self) -> dict[str, Any]:
+        """Return the response's JSON: ``{"error": {...}}``."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
 
 
 class ValuesRequest(Section):
-    """``POST /v1/values``: a prompt as text or chat messages, and the response to value.
+    """The body of ``POST /v1/values``: a prompt as text or chat messages, and the response to value.
 
-    ``levels``: quantile levels, or "all" for every atom. ``alpha`` and ``beta``: fractions of the tails."""
+    Attributes:
+      levels: quantile levels in [0, 1], or "all" for every atom.
+      alpha, beta: fractions of the lower and the upper tail; by default those that the critic was trained with.
+    """
 
     model: str | None = None
     prompt: str | None = None
@@ -46,7 +57,7 @@ class ValuesRequest(Section):
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request's body. Raises BadRequest."""
+    """Return the JSON object in a request's body. Raises BadRequest when there is none."""
     try:
         tree = json.loads(body)
     except ValueError as error:  # also text that is not UTF-8
@@ -57,7 +68,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def parse_values(body: bytes) -> ValuesRequest:
-    """Raises BadRequest."""
+    """Return the checked body of ``POST /v1/values``. Raises BadRequest for the first field that is wrong."""
     try:
         return ValuesRequest.model_validate(parse(body))
     except ValidationError as error:
@@ -67,8 +78,12 @@ def parse_values(body: bytes) -> ValuesRequest:
 
 
 def check_generation(request: dict[str, Any], limits: ServeConfig) -> None:
-    """Raise BadRequest for a completion or chat request beyond the limits."""
-    prompt, n = request.get("prompt"), request.get("n", 1)
+    """Raise BadRequest for a completion or chat request that exceeds the limits.
+
+    A request without a length gets the limit as its ``max_tokens``, in place.
+    """
+    prompt = request.get("prompt")
+    n = request.get("n", 1)
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     n = 1 if n is None else n
     if not isinstance(n, int) or n < 1:
@@ -84,7 +99,11 @@ def check_generation(request: dict[str, Any], limits: ServeConfig) -> None:
 
 
 def pop_rank(request: dict[str, Any]) -> str | None:
-    """Take ``rank_by`` out of a request; the engine does not know it. Raises BadRequest."""
+    """Remove ``rank_by`` from a request, since the engine does not know it, and return it.
+
+    Raises:
+      BadRequest: the value is unknown, or the request streams.
+    """
     rank_by = request.pop("rank_by", None)
     if rank_by is None:
         return None

@@ -1,4 +1,4 @@
-"""One replica of the critic: values along responses, many requests to a forward pass."""
+"""One replica of the critic: it values responses, many requests per forward pass."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from dvpo_service.serving.values import ResponseValues, ValueModel, ValueQuery, 
 
 
 class ValueServer:
-    """One replica of the critic; requests that come together share a forward pass."""
+    """A deployment that values responses; requests that arrive together share a forward pass."""
 
     def __init__(self, config: Config):
-        self.config, self.version = config, ""
+        self.config = config
+        self.version = ""
         self.model: ValueModel | None = None
         self.tokenizer: PreTrainedTokenizerBase
         self._batched.set_max_batch_size(config.serve.value_batch)  # type: ignore[attr-defined]
         self._batched.set_batch_wait_timeout_s(config.serve.value_wait_s)  # type: ignore[attr-defined]
 
     async def reconfigure(self, current: dict[str, str]) -> None:
-        """Serve the critic in ``current["critic"]``. Requests are answered by the one before until it is loaded."""
+        """Load the critic in ``current["critic"]`` and the tokenizer of the policy in ``current["policy"]``.
+
+        Until both are loaded, the critic before answers. Ray Serve calls this.
+        """
         trust = self.config.model.trust_remote_code
         tokenizer, model = await asyncio.gather(
             asyncio.to_thread(load_tokenizer, current["policy"], trust_remote_code=trust),
@@ -36,23 +40,31 @@ class ValueServer:
         self.tokenizer, self.model, self.version = tokenizer, model, current["version"]
 
     async def ready(self) -> str:
+        """Return the version of the weights."""
         return self.version
 
     async def along(self, asked: ValuesRequest) -> dict[str, Any]:
-        """Every state of a response. Raises BadRequest for one that is too long."""
+        """Value every state of a response.
+
+        Returns:
+          ``{"body": ..., "version": ...}``: the JSON body of ``/v1/values``, and the version of the critic.
+
+        Raises:
+          BadRequest: the prompt is empty, does not fit the chat template, or prompt and response are too long.
+        """
         prompt, response = encode(self.tokenizer, asked)
         levels = None if asked.levels == "all" else asked.levels
-        [(found, version)] = await self._score([ValueQuery(prompt, response, levels, asked.alpha, asked.beta)])
+        [(values, version)] = await self._score([ValueQuery(prompt, response, levels, asked.alpha, asked.beta)])
         tokens = [str(self.tokenizer.decode([i])) for i in response]
         body = {"object": "values", "model": self.config.serve.model_name or self.config.name}
-        return {"body": body | as_json(found, tokens, response), "version": version}
+        return {"body": body | as_json(values, tokens, response), "version": version}
 
     async def score(self, queries: Sequence[ValueQuery]) -> list[ResponseValues]:
-        """Raises BadRequest for a response that is too long for the critic."""
-        return [found for found, _ in await self._score(queries)]
+        """Return the values of each query, in order. Raises BadRequest when a query is too long or has no prompt."""
+        return [values for values, _ in await self._score(queries)]
 
     async def _score(self, queries: Sequence[ValueQuery]) -> list[tuple[ResponseValues, str]]:
-        """Each with the version of the weights that it was made by."""
+        """Return the values of each query with the version of the weights that computed them."""
         assert self.model is not None
         for query in queries:
             length = len(query.prompt_ids) + len(query.response_ids)
@@ -65,12 +77,16 @@ class ValueServer:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
     async def _batched(self, queries: list[ValueQuery]) -> list[tuple[ResponseValues, str]]:
         assert self.model is not None
-        version = self.version  # newer weights may come while these are at work
-        return [(found, version) for found in await asyncio.to_thread(self.model.values, queries)]
+        version = self.version  # read first: newer weights may be loaded during the forward pass
+        return [(values, version) for values in await asyncio.to_thread(self.model.values, queries)]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Prompt and response as tokens; a chat through its template, as the policy was trained."""
+    """Return the tokens of the prompt and of the response. Chat messages go through the chat template, as in training.
+
+    Raises:
+      BadRequest: the messages do not fit the chat template.
+    """
     if asked.messages is None:
         prompt = tokenizer(asked.prompt)["input_ids"]
     else:

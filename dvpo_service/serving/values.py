@@ -1,4 +1,4 @@
-"""The value distribution after every token of a response, by a trained critic. Plain torch, no Ray."""
+"""Compute the value distribution after every token of a response with a trained critic. Plain torch, no Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dvpo_service.algo.quantiles import lower_tail_mean, upper_tail_mean
+from dvpo_service.algo.quantiles import interpolate_quantiles, lower_tail_mean, upper_tail_mean
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 
 RankBy = Literal["mean", "cvar", "upper_tail"]
@@ -22,8 +22,11 @@ DEFAULT_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 class ValueQuery:
     """One response to value.
 
-    ``levels``: which quantiles to return, each in [0, 1]; None for all M. ``alpha``, ``beta``: the tails' fractions,
-    in (0, 1]; those the critic was trained with by default. ``only_last``: the state after the whole response alone.
+    Attributes:
+      prompt_ids, response_ids: the tokens.
+      levels: levels of the quantiles to return, each in [0, 1]; None for all M atoms.
+      alpha, beta: fractions of the lower and the upper tail, in (0, 1]; None for those the critic was trained with.
+      only_last: return only the state after the whole response.
     """
 
     prompt_ids: tuple[int, ...]
@@ -36,10 +39,17 @@ class ValueQuery:
 
 @dataclass(frozen=True)
 class ResponseValues:
-    """Along one response: T + 1 states, state t after the prompt and the first t response tokens.
+    """The value distributions along one response of T tokens.
 
-    ``levels`` [L]; ``quantiles`` [S][L]; ``mean``, ``cvar``, ``upper_tail`` and ``head_disagreement`` (population sd
-    of the heads' means; 0 for one head) [S], with S = T + 1, or 1 when only the last state was asked for.
+    There are S = T + 1 states, and state t is after the prompt and the first t response tokens. S is 1 when only the
+    last state was asked for.
+
+    Attributes:
+      alpha, beta: fractions of the lower and the upper tail.
+      levels: [L].
+      quantiles: [S][L].
+      mean, cvar, upper_tail: [S]; ``cvar`` is the mean of the lower tail.
+      head_disagreement: [S], the population standard deviation of the heads' means; 0 for one head.
     """
 
     alpha: float
@@ -53,7 +63,13 @@ class ResponseValues:
 
 
 class ValueModel:
-    """A critic folder, loaded for scoring."""
+    """A critic, loaded from its folder.
+
+    Args:
+      folder: as ``DistributionalCritic.save_pretrained`` writes it.
+      trust_remote_code: allow the model's own code.
+      device: the GPU by default, if there is one.
+    """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False, device: torch.device | None = None):
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +81,7 @@ class ValueModel:
 
     @torch.inference_mode()
     def values(self, queries: Sequence[ValueQuery]) -> list[ResponseValues]:
-        """All queries in one padded forward pass, in order."""
+        """Return the values of each query, in order, from one padded forward pass."""
         sequences = [torch.tensor([*q.prompt_ids, *q.response_ids]) for q in queries]
         tokens = pad_sequence(sequences, batch_first=True).to(self.device)
         prompt_lens = torch.tensor([len(q.prompt_ids) for q in queries], device=self.device)
@@ -76,44 +92,38 @@ class ValueModel:
         return [self._summary(z, q) for z, q in zip(atoms, queries, strict=True)]
 
     def _summary(self, z: Tensor, query: ValueQuery) -> ResponseValues:
-        """``z`` [longest + 1, H, M] of one response."""
+        """Summarise one response's atoms ``z`` [longest + 1, H, M]; the entries after its last state are padding."""
         last = len(query.response_ids)
         heads = z[last if query.only_last else 0 : last + 1].sort(-1).values
-        law = heads.mean(-2)
-        alpha, beta = query.alpha or self.alpha, query.beta or self.beta
+        distribution = heads.mean(-2)
+        alpha = query.alpha or self.alpha
+        beta = query.beta or self.beta
         levels = self.levels.tolist() if query.levels is None else list(query.levels)
         return ResponseValues(
             alpha=alpha,
             beta=beta,
             levels=[round(level, 6) for level in levels],
-            quantiles=interpolate(law, self.levels, torch.tensor(levels)).tolist(),
-            mean=law.mean(-1).tolist(),
-            cvar=lower_tail_mean(law, alpha).tolist(),
-            upper_tail=upper_tail_mean(law, beta).tolist(),
+            quantiles=interpolate_quantiles(distribution, self.levels, torch.tensor(levels)).tolist(),
+            mean=distribution.mean(-1).tolist(),
+            cvar=lower_tail_mean(distribution, alpha).tolist(),
+            upper_tail=upper_tail_mean(distribution, beta).tolist(),
             head_disagreement=heads.mean(-1).std(-1, correction=0).tolist(),
         )
 
 
-def interpolate(law: Tensor, at: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles [S, L] at ``levels`` [L] of ascending atoms ``law`` [S, M] that stand at levels ``at`` [M].
-
-    Linear between atoms, constant beyond the outermost.
-    """
-    if law.shape[-1] == 1:
-        return law.expand(-1, len(levels))
-    right = torch.searchsorted(at, levels.to(at)).clamp(1, len(at) - 1)
-    share = ((levels - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
-    return torch.lerp(law[:, right - 1], law[:, right], share.to(law).expand(len(law), -1))
-
-
-def rank(found: Sequence[ResponseValues], by: RankBy) -> list[int]:
-    """Indices of the responses, best first by the value of their last state; equal ones stay in order."""
-    scores: list[float] = [getattr(v, by)[-1] for v in found]
+def rank(values: Sequence[ResponseValues], by: RankBy) -> list[int]:
+    """Return the responses' indices, best first by the value of the last state; equal responses keep their order."""
+    scores: list[float] = [getattr(v, by)[-1] for v in values]
     return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
 def as_json(found: ResponseValues, tokens: Sequence[str], token_ids: Sequence[int]) -> dict[str, Any]:
-    """One object a state: what was read last, and what is expected from there."""
+    """Return the values as JSON: one object per state, with the token that was read last (None for the prompt).
+
+    Args:
+      found: the T + 1 states of a response.
+      tokens, token_ids: the T response tokens as text and as ids.
+    """
     read: list[tuple[str | None, int | None]] = [(None, None), *zip(tokens, token_ids, strict=True)]
     states = [
         {

@@ -1,6 +1,6 @@
-"""What a person sees: the plan, bars, the live table, the closing panel.
+"""Print what a person sees: the plan, progress bars, the live table, the closing panel.
 
-On a terminal things redraw themselves; elsewhere (CI, ``ray job logs``) the same numbers come as
+On a terminal, tables and bars are redrawn in place. Elsewhere (CI, ``ray job logs``) the same numbers are printed as
 plain lines, few enough to read. Colours follow NO_COLOR.
 """
 

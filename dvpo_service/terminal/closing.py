@@ -1,4 +1,4 @@
-"""The last thing a run prints: what it gained, and where everything is."""
+"""The panel at the end of a run: how its accuracy changed, and where everything is."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ from dvpo_service.tracking.store import sqlite_path
 def closing(
     summary: Mapping[str, Any], run_dir: StoragePath, tracking_uri: str | None, console: Console | None = None
 ) -> None:
-    """Accuracy before -> after by split, time, and places.
+    """Print each split's accuracy before and after, the time taken, and where the results are.
 
-    Reads ``held_out_before``, ``held_out_after``, ``held_out_greedy_before``,
-    ``held_out_greedy_after``, ``steps``, ``seconds`` and ``where`` (name to path) of the summary.
+    Args:
+      summary: must have ``steps`` and ``seconds``; may have ``held_out_before``, ``held_out_after``,
+        ``held_out_greedy_before`` and ``held_out_greedy_after`` (accuracy by split), ``where`` (name to path) and
+        ``warnings``.
+      run_dir: the run directory.
+      tracking_uri: MLflow's URI, if there is one; its password is masked.
+      console: by default standard output.
     """
     places = Table.grid(padding=(0, 2))
     places.add_column(style="bold cyan", no_wrap=True)
@@ -61,8 +66,8 @@ def _places(summary: Mapping[str, Any], run_dir: StoragePath, tracking_uri: str 
     rows = {"summary": str(run_dir / "summary.json"), "metrics": str(run_dir / "metrics.jsonl")}
     where = dict(summary.get("where", {}))
     rows |= {name: str(where[name]) for name in ("policy", "checkpoints") if name in where}
-    if said := summary.get("warnings"):
-        rows["warnings"] = f"{len(said)}, in summary.json; docs/troubleshooting.md says what helps"
+    if warnings := summary.get("warnings"):
+        rows["warnings"] = f"{len(warnings)}, in summary.json; docs/troubleshooting.md says what helps"
     if tracking_uri:
         uri = mask_uri(tracking_uri)
         rows["MLflow"] = f"make mlflow  ({uri})" if sqlite_path(tracking_uri) else uri

@@ -1,4 +1,4 @@
-"""Where the output goes, and whether it can be redrawn."""
+"""The console that output goes to, and whether it can be redrawn."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _PLAIN_WIDTH = 110
 
 
 def make_console() -> Console:
-    """Standard output; a fixed width where there is no terminal to ask."""
+    """Return a console on standard output, 110 columns wide when standard output is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
 
 
 def can_redraw(console: Console) -> bool:
-    """False in a pipe, a log or a dumb terminal: then plain lines are printed."""
+    """Return False for a pipe, a log or a dumb terminal, where plain lines are printed instead."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 def make_bar(console: Console) -> Progress:
-    """Description, bar, count, time gone and time left; ``{task.fields[numbers]}`` at the end."""
+    """Return a progress bar: description, bar, count, elapsed time, time left, and the task's field ``numbers``."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
@@ -38,17 +38,17 @@ def make_bar(console: Console) -> Progress:
         TextColumn("{task.fields[numbers]}", markup=False),
         console=console,
         expand=True,
-        # Steps can take minutes: the speed over the last half minute would be unknown.
+        # Steps can take minutes, so rich's default of 30 s would leave the speed unknown.
         speed_estimate_period=900.0,
     )
 
 
 def plain(console: Console, text: str) -> None:
-    """One line that is never wrapped or styled, whatever it holds."""
+    """Print one line without wrapping it and without interpreting markup in it."""
     console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def hours(seconds: float) -> str:
-    """``1:02:03``."""
+    """Return a time in seconds as hours, minutes and seconds: ``1:02:03``."""
     minutes, s = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -1,4 +1,4 @@
-"""The plan: what is about to run, with its arithmetic, before anything is spent."""
+"""The plan of a run, printed before it starts: what will run, and the arithmetic of its batches."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from dvpo_service.terminal.console import make_console
 
 
 def show_plan(config: Config, facts: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print pools, devices, batch arithmetic, model, data and where results will be.
+    """Print pools, devices, batch arithmetic, model, data, and where the results will be.
 
-    ``facts`` is what only the launcher knows: ``model`` (a path), ``parameters``,
-    ``train_prompts``, ``val_prompts`` (by split), ``run_dir``, ``tracking_uri``,
-    ``resumed_from``. Any other key is shown under its own name.
+    Args:
+      config: the run's config.
+      facts: what only the launcher knows, each optional: ``model`` (a path), ``parameters`` (their number),
+        ``train_prompts`` (their number), ``val_prompts`` (their number by split), ``run_dir``, ``tracking_uri``,
+        ``resumed_from`` (a step). Any other key is shown under its own name.
+      console: by default standard output.
     """
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", no_wrap=True)
@@ -34,8 +37,12 @@ def show_plan(config: Config, facts: Mapping[str, Any], console: Console | None 
 
 
 def _plan_rows(config: Config) -> dict[str, str]:
-    r, a, t, w = config.rollout, config.algorithm, config.trainer, config.reward
-    cluster, track = config.cluster, config.tracking
+    r = config.rollout
+    a = config.algorithm
+    t = config.trainer
+    w = config.reward
+    cluster = config.cluster
+    track = config.tracking
     return {
         "model": _model_words(config),
         "algorithm": _algorithm_words(a),

@@ -1,4 +1,4 @@
-"""What ``dvpo serve`` prints once it answers."""
+"""What ``dvpo serve`` prints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dvpo_service.terminal.console import make_console, plain
 
 
 def say(text: str) -> None:
-    """One plain line, at once."""
+    """Print one plain line."""
     plain(make_console(), text)
 
 
 def warn_of(config: Config) -> None:
-    """A line for each thing that the config opens to others."""
+    """Print a warning for each thing that the config opens to others."""
     for line in warnings_of(config):
         say(f"warning: {line}")
 
@@ -26,10 +26,21 @@ def warn_of(config: Config) -> None:
 def serving(
     config: Config, version: str, with_critic: bool, port: int, *, with_key: bool, console: Console | None = None
 ) -> None:
-    """Where it answers, and how to ask."""
-    host, limits = config.serve.host, config.serve
+    """Print the server's URLs, and what it serves.
+
+    Args:
+      config: the server's config.
+      version: of the weights.
+      with_critic: whether a critic is served, so that there are values.
+      port: where the server listens.
+      with_key: whether requests must send an API key.
+      console: by default standard output.
+    """
+    limits = config.serve
+    host = limits.host
     shown = host if host in LOOPBACK else "HOST"
-    url, name = f"http://{shown}:{port}", limits.model_name or config.name
+    url = f"http://{shown}:{port}"
+    name = limits.model_name or config.name
     places = Table.grid(padding=(0, 2))
     places.add_column(style="bold cyan", no_wrap=True)
     places.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""The live table of the last steps, with a progress bar and what is going on now."""
+"""The live table of the last steps, with a progress bar and the current stage."""
 
 from __future__ import annotations
 
@@ -25,10 +25,17 @@ _ACCURACY = re.compile(r"eval/[^/]+/accuracy")
 
 @dataclass(frozen=True)
 class _Column:
-    """``drop``: a narrow terminal loses the highest numbers first; those at 0 stay."""
+    """A column of the table.
+
+    Attributes:
+      title: of the column.
+      names: the column shows the first of these metrics that the step has.
+      form: the number's format.
+      drop: on a narrow terminal, columns are dropped from the highest number to the lowest; those with 0 always stay.
+    """
 
     title: str
-    names: tuple[str, ...]  # the first metric that the step has
+    names: tuple[str, ...]
     form: str
     drop: int = 0
 
@@ -51,9 +58,14 @@ _REST = (
 
 
 class TrainingDisplay:
-    """A context manager around the training loop. ``start`` is the step a resumed run begins at.
+    """A context manager around the training loop, which shows the last steps as a table.
 
-    Without a terminal each step is one plain line, or every k-th so that about 150 come in all.
+    Without a terminal, each step is printed as one plain line; in a long run only every k-th step, about 150 in all.
+
+    Args:
+      total: the number of steps.
+      start: the number of steps already done when a run resumes.
+      console: by default standard output.
     """
 
     def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
@@ -62,13 +74,13 @@ class TrainingDisplay:
         self._total, self._start = total, start
         self._every = max(1, math.ceil((total - start) / _PLAIN_LINES))
         self._rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=_LAST_ROWS)
-        self._accuracy: dict[str, float] = {}  # eval/<split>/accuracy, last known
-        self._noisy = False
-        self._said: set[str] = set()
+        self._accuracy: dict[str, float] = {}  # eval/<split>/accuracy, the newest ones
+        self._noisy = False  # the reward and the reward without noise have differed
+        self._printed: set[str] = set()  # statuses
         self._spinner: Spinner | None = None
         self._bar = make_bar(self.console)
         self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
-        self._table: tuple[int, Table] | None = None  # built for a width, once per update
+        self._table: tuple[int, Table] | None = None  # (the console's width, the table), until the next update
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -82,7 +94,12 @@ class TrainingDisplay:
             self._live.stop()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """``step`` updates are done; 0 is the evaluation before training. Accuracies stay until new ones come."""
+        """Show the metrics of a step.
+
+        Args:
+          step: the number of updates done; 0 is the evaluation before training.
+          metrics: by name. A split's accuracy is shown until a newer one is given.
+        """
         self._accuracy |= {k: v for k, v in metrics.items() if _ACCURACY.fullmatch(k)}
         if "reward/mean" in metrics:
             reward = metrics["reward/mean"]
@@ -90,19 +107,20 @@ class TrainingDisplay:
             self._rows.append((step, {**metrics, **self._accuracy}))
             self._bar.update(self._task, completed=step)
         self._table = None
-        done, last = step - self._start, step >= self._total
+        done = step - self._start
+        last = step >= self._total
         if not self._redraws and (done <= 1 or done % self._every == 0 or last):
             plain(self.console, self._line(step, {**metrics, **self._accuracy}))
 
     def status(self, text: str) -> None:
-        """What is going on now (``starting engines``); an empty text clears it."""
+        """Show the current stage (``starting engines``); an empty text clears it."""
         self._spinner = Spinner("dots", text=Text(text), style="cyan") if text else None
-        if not self._redraws and text and text not in self._said:
-            self._said.add(text)  # what every step does is told once
+        if not self._redraws and text and text not in self._printed:
+            self._printed.add(text)  # stages that every step repeats are printed once
             plain(self.console, text)
 
     def note(self, text: str) -> None:
-        """A line that stays, above the table: warnings, restarts."""
+        """Print a line that stays above the table, such as a warning or a restart."""
         if self._redraws:
             self.console.print(Text(text, style="yellow"))
         else:
@@ -123,7 +141,7 @@ class TrainingDisplay:
         return [_REWARD, *([_CLEAN] if self._noisy else []), *splits, *_REST]
 
     def _build(self, width: int) -> Table:
-        """The columns that fit: each takes its widest cell and two of padding."""
+        """Return the table with the columns that fit; a column is as wide as its widest cell plus two characters."""
         columns = [c for c in self._columns() if any(_cell(c, m) != "-" for _, m in self._rows)]
         cells = {c: [_cell(c, metrics) for _, metrics in self._rows] for c in columns}
         wide = {c: 2 + max(len(c.title), *map(len, cells[c])) for c in columns}

@@ -1,1 +1,1 @@
-"""Where a run's numbers go: ``metrics.jsonl`` always, MLflow when it is on."""
+"""Record a run's metrics, samples and pictures: in ``metrics.jsonl`` always, and in MLflow when it is on."""

@@ -1,4 +1,4 @@
-"""More pictures of the critic: every quantile along a response, the heads apart, and the fan over training."""
+"""More pictures of the critic: every quantile along a response, each head on its own, and the fan over training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_STEPS = 6  # columns of the fan over training
-# Okabe and Ito's colours, which colour-blind people tell apart too; the line styles help with more heads.
+# Okabe and Ito's colours, which colour-blind people can tell apart; the line styles help when there are more heads.
 _HEAD_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _HEAD_LINES = ("-", "--", ":", "-.")
 _MAX_NAMED = 8  # heads in the legend
@@ -37,10 +37,13 @@ _NARROW_LABELS = 10
 
 
 def quantile_heatmap(charts: list[FanData], step: int) -> Figure:
-    """Tokens across, quantile level up, colour the predicted return: one colour scale for every response."""
+    """Draw the predicted return as a colour, over the tokens (x) and the quantile levels (y), a panel per response.
+
+    All panels share one colour scale. Raises ValueError when no response has a token.
+    """
     charts = drawable(charts)
     figure, axes, cols = panels(charts, height=2.9)
-    # The outermost atoms of a young critic would take the whole scale.
+    # Percentiles: the outermost atoms of a critic early in training would take up the whole scale.
     low, high = np.percentile(np.concatenate([c.quantiles.ravel() for c in charts]), [1, 99])
     image = None
     for (ax,), chart in zip(axes, charts, strict=True):
@@ -65,7 +68,11 @@ def quantile_heatmap(charts: list[FanData], step: int) -> Figure:
 
 
 def head_disagreement(charts: list[FanData], step: int) -> Figure:
-    """Each head's mean and 5-95 % band above; below, the sd over heads of their means, of the tails too."""
+    """Draw each head's mean and 5-95 % band, and below it the spread between heads, a panel per response.
+
+    The spread is the standard deviation over heads of their means, and of their 5 % and 95 % quantiles.
+    Raises ValueError when no response has a token.
+    """
     charts = drawable(charts)
     figure, axes, cols = panels(charts, height=4.1, strips=2)
     for (above, below), chart in zip(axes, charts, strict=True):
@@ -82,7 +89,14 @@ def head_disagreement(charts: list[FanData], step: int) -> Figure:
 
 
 def fan_over_training(history: list[tuple[int, list[FanData]]]) -> Figure:
-    """The fan of a few fixed responses, a row each, at up to six steps, evenly spaced: (step, charts) each."""
+    """Draw the fans of a few fixed responses (rows) at up to six evenly spaced steps (columns).
+
+    Args:
+      history: (step, the responses' charts) of every observation, by step.
+
+    Raises:
+      ValueError: no response has a token.
+    """
     from matplotlib.figure import Figure
 
     chosen = [(step, drawable(charts)) for step, charts in evenly(history, MAX_STEPS)]
@@ -94,7 +108,7 @@ def fan_over_training(history: list[tuple[int, list[FanData]]]) -> Figure:
             draw_fan(ax, chart, labels=_NARROW_LABELS)
         column[0].set_title(f"step {step}", fontsize=10.5)
     for ax, chart in zip(grid[:, 0], chosen[-1][1], strict=True):
-        title = " ".join(chart.title.split())  # its end says which answer it is
+        title = " ".join(chart.title.split())  # cut at the start: the end says which answer it is
         ax.set_ylabel(printable(title if len(title) <= 28 else f"\u2026{title[-27:]}"), fontsize=9.5)
     figure.supylabel("return", color=GREY, fontsize=10)
     figure.suptitle("Value distribution along fixed responses over training", fontsize=13, fontweight="bold")
@@ -103,14 +117,18 @@ def fan_over_training(history: list[tuple[int, list[FanData]]]) -> Figure:
 
 
 def evenly(history: list[tuple[int, T]], most: int) -> list[tuple[int, T]]:
-    """At most so many, the first and the newest among them, at steps as evenly spaced as there are."""
+    """Return at most ``most`` entries of ``history``, at steps that are as evenly spaced as possible.
+
+    The first and the newest entry are always among them.
+    """
     wanted = np.linspace(history[0][0], history[-1][0], most)
     steps = np.array([step for step, _ in history])
     return [history[i] for i in sorted({int(np.abs(steps - at).argmin()) for at in wanted})]
 
 
 def _heads_panel(ax: Axes, chart: FanData) -> None:
-    x, heads = np.arange(len(chart.tokens)), np.sort(np.asarray(chart.heads, dtype=float), axis=-1)
+    x = np.arange(len(chart.tokens))
+    heads = np.sort(np.asarray(chart.heads, dtype=float), axis=-1)
     low, high = (at_level(heads, chart.levels, level) for level in (0.05, 0.95))
     wide, marker = (x, None) if len(x) > 1 else (np.array([-0.3, 0.3]), "o")
     for h in range(heads.shape[1]):
@@ -122,23 +140,25 @@ def _heads_panel(ax: Axes, chart: FanData) -> None:
         ax.plot(x, heads[:, h].mean(-1), color=colour, linestyle=line, linewidth=2, marker=marker, label=name)
     if chart.outcome is not None:
         ax.axhline(chart.outcome, color=RED, linestyle="--", linewidth=1.2, label="observed outcome")
-    ax.set_xticks([])  # the tokens stand below the panel under it
+    ax.set_xticks([])  # the panel below has the tokens as labels
     ax.set_xlim(-0.5, max(len(x) - 0.5, 0.5))
     tidy(ax)
 
 
 def _spread_panel(ax: Axes, chart: FanData) -> None:
-    """The bars are, at each token, what critic/head_disagreement averages over a batch."""
-    x, heads = np.arange(len(chart.tokens)), np.sort(np.asarray(chart.heads, dtype=float), axis=-1)
+    """Draw the bars whose average over a batch is the metric critic/head_disagreement, and the spread of the tails."""
+    x = np.arange(len(chart.tokens))
+    heads = np.sort(np.asarray(chart.heads, dtype=float), axis=-1)
     ax.bar(x, heads.mean(-1).std(-1), width=0.7, color=BLUE, alpha=0.55, label="sd of the means")
     for level, mark in ((0.05, "v"), (0.95, "^")):
-        spread, label = at_level(heads, chart.levels, level).std(-1), f"sd of the {level:.0%} quantiles"
+        spread = at_level(heads, chart.levels, level).std(-1)
+        label = f"sd of the {level:.0%} quantiles"
         ax.plot(x, spread, linestyle="", marker=mark, markersize=4, color=GREY, label=label)
     token_ticks(ax, chart.tokens)
     tidy(ax)
 
 
 def _edges(levels: np.ndarray) -> np.ndarray:
-    """Where the colour of one quantile level ends and the next begins."""
+    """Return the boundaries [M + 1] between the colours of neighbouring quantile levels."""
     inner = (levels[1:] + levels[:-1]) / 2
     return np.concatenate([[0.0], inner, [1.0]])

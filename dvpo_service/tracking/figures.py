@@ -1,6 +1,6 @@
 """Pictures of the critic: its value distribution along a response, and its calibration.
 
-Axes: ``T`` response tokens, ``H`` critic heads, ``M`` quantiles. More of them in ``critic_figures.py``.
+In shapes, ``T`` is response tokens, ``H`` critic heads and ``M`` quantiles. More pictures: ``critic_figures.py``.
 """
 
 from __future__ import annotations
@@ -19,28 +19,31 @@ if TYPE_CHECKING:
 BLUE, ORANGE, RED, GREY = "#2563a8", "#d9780f", "#b3261e", "#5f6368"
 _MAX_PANELS = 6
 _MAX_LABELS = 60
-_BLANKS = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u2192"})  # made visible
-_SHORT = 14  # responses up to so many tokens stand side by side, three in a row
+_BLANKS = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u2192"})  # visible characters for blanks
+_SHORT = 14  # responses of at most so many tokens are drawn side by side, three in a row
 
 
 @dataclass
 class FanData:
-    """One response: its tokens, and what every head of the critic predicts at each of them."""
+    """One response: its tokens, and the return that every head of the critic predicts at each token."""
 
     title: str
     tokens: list[str]  # [T]
     levels: np.ndarray  # [M], ascending in [0, 1]
     heads: np.ndarray  # [T, H, M]
-    outcome: float | None  # the observed return, where there is one
+    outcome: float | None  # the observed return, if there is one
 
     @property
     def quantiles(self) -> np.ndarray:
-        """The ensemble's, [T, M]: the mean over heads of their atoms in ascending order."""
+        """Return the ensemble's quantiles [T, M]: the mean over heads of their sorted atoms."""
         return np.sort(np.asarray(self.heads, dtype=float), axis=-1).mean(axis=1)
 
 
 def fan_chart(charts: list[FanData], step: int) -> Figure:
-    """A panel per response: 5-95 % and 25-75 % bands, median, mean and the observed outcome."""
+    """Draw the 5-95 % and 25-75 % bands, the median, the mean and the observed outcome, a panel per response.
+
+    Raises ValueError when no response has a token.
+    """
     charts = drawable(charts)
     figure, axes, cols = panels(charts, height=3.1)
     for (ax,), chart in zip(axes, charts, strict=True):
@@ -54,7 +57,12 @@ def fan_chart(charts: list[FanData], step: int) -> Figure:
 
 
 def calibration_plot(coverage: dict[float, float], step: int | None = None) -> Figure:
-    """Predicted level against the share of returns at or below that quantile; the diagonal is right."""
+    """Draw the share of returns at or below a predicted quantile over the quantile's level; the diagonal is ideal.
+
+    Args:
+      coverage: that share, by level.
+      step: named in the title.
+    """
     from matplotlib.figure import Figure
 
     levels = sorted(coverage)
@@ -78,17 +86,21 @@ def calibration_plot(coverage: dict[float, float], step: int | None = None) -> F
 
 
 def drawable(charts: list[FanData]) -> list[FanData]:
-    """The first few that have a token at all."""
-    found = [c for c in charts if c.tokens][:_MAX_PANELS]
-    if not found:
+    """Return the first six responses that have a token. Raises ValueError when there is none."""
+    with_tokens = [c for c in charts if c.tokens][:_MAX_PANELS]
+    if not with_tokens:
         raise ValueError("a picture of responses needs one of at least one token")
-    return found
+    return with_tokens
 
 
 def panels(charts: list[FanData], height: float, strips: int = 1) -> tuple[Figure, list[list[Axes]], int]:
-    """An empty figure, the axes of each response, and how many responses stand in a row.
+    """Return an empty figure, the axes of each response, and the number of responses in a row.
 
-    A response has ``strips`` axes under each other, the first of them tall; each strip has one scale throughout.
+    Args:
+      charts: the responses.
+      height: of a response's panel, in inches.
+      strips: axes per response, one below the other. The first is the tallest. The n-th strips of all responses share
+        their y axis.
     """
     from matplotlib.figure import Figure
 
@@ -100,23 +112,25 @@ def panels(charts: list[FanData], height: float, strips: int = 1) -> tuple[Figur
     grid = figure.subplots(rows * strips, cols, squeeze=False, height_ratios=([2.4] + [1.0] * (strips - 1)) * rows)
     axes: list[list[Axes]] = []
     for i in range(rows * cols):
-        mine = list(grid[i // cols * strips : (i // cols + 1) * strips, i % cols])
+        panel = list(grid[i // cols * strips : (i // cols + 1) * strips, i % cols])
         if i >= len(charts):
-            for ax in mine:
+            for ax in panel:
                 ax.remove()
             continue
-        axes.append(mine)
-        for ax, first in zip(mine, axes[0], strict=True):
+        axes.append(panel)
+        for ax, first in zip(panel, axes[0], strict=True):
             if ax is not first:
                 ax.sharey(first)
-            ax.tick_params(labelleft=i % cols == 0, labelbottom=ax is mine[-1])
+            ax.tick_params(labelleft=i % cols == 0, labelbottom=ax is panel[-1])
     return figure, axes, cols
 
 
 def draw_fan(ax: Axes, chart: FanData, labels: int = _MAX_LABELS) -> None:
-    x, ordered = np.arange(len(chart.tokens)), chart.quantiles
+    """Draw one response's bands, median, mean and outcome, with at most ``labels`` tokens named."""
+    x = np.arange(len(chart.tokens))
+    ordered = chart.quantiles
     q5, q25, q50, q75, q95 = (at_level(ordered, chart.levels, level) for level in (0.05, 0.25, 0.5, 0.75, 0.95))
-    wide = x if len(x) > 1 else np.array([-0.3, 0.3])  # a band of a single token has a width too
+    wide = x if len(x) > 1 else np.array([-0.3, 0.3])  # the band of a single token needs a width
     ax.fill_between(wide, q5, q95, color=BLUE, alpha=0.14, linewidth=0, label="5-95 %")
     ax.fill_between(wide, q25, q75, color=BLUE, alpha=0.30, linewidth=0, label="25-75 %")
     marker = "o" if len(x) <= _SHORT else None
@@ -129,27 +143,29 @@ def draw_fan(ax: Axes, chart: FanData, labels: int = _MAX_LABELS) -> None:
 
 
 def name_panel(ax: Axes, chart: FanData) -> None:
+    """Write the response's title above its panel."""
     title = shorten(" ".join(chart.title.split()), 44 if len(chart.tokens) <= _SHORT else 100)
     ax.set_title(printable(title), fontsize=10.5, loc="left")
 
 
 def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Every label of the panels, once."""
+    """Draw one legend below all panels, with every label once."""
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    rows = math.ceil(len(entries) / min(5, figure.get_figwidth() // 2.1))  # 2.1 inches hold the longest label
+    rows = math.ceil(len(entries) / min(5, figure.get_figwidth() // 2.1))  # the longest label is 2.1 inches wide
     cols = math.ceil(len(entries) / rows)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=cols, frameon=False, fontsize=9)
 
 
 def at_level(ordered: np.ndarray, levels: np.ndarray, level: float) -> np.ndarray:
-    """The quantile at ``level`` for each row of [..., M], between the predicted levels."""
+    """Return the quantile at ``level`` for each row of ``ordered`` [..., M], interpolated between ``levels`` [M]."""
     return np.apply_along_axis(lambda row: np.interp(level, levels, row), -1, ordered)
 
 
 def token_ticks(ax: Axes, tokens: list[str], most: int = _MAX_LABELS) -> None:
+    """Label the x axis with the tokens; with more than ``most`` tokens, with every k-th one."""
     every = math.ceil(len(tokens) / most)
     at = range(0, len(tokens), every)
     labels = [printable(shorten(tokens[i].translate(_BLANKS), 10)) for i in at]
@@ -159,6 +175,7 @@ def token_ticks(ax: Axes, tokens: list[str], most: int = _MAX_LABELS) -> None:
 
 
 def tidy(ax: Axes) -> None:
+    """Give a panel its grid, and remove its top and right border."""
     ax.grid(axis="y", color="#dddddd", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -166,7 +183,7 @@ def tidy(ax: Axes) -> None:
 
 
 def printable(text: str) -> str:
-    """``$`` kept from being read as maths, and no character that the font lacks."""
+    """Return the text for matplotlib: ``$`` is escaped, and characters that the font lacks become a box."""
     return "".join(c if _has_glyph(c) else "\u25a1" for c in text).replace("$", r"\$")
 
 
@@ -178,4 +195,5 @@ def _has_glyph(char: str) -> bool:
 
 
 def shorten(text: str, limit: int) -> str:
+    """Cut the text to ``limit`` characters; a cut text ends in an ellipsis."""
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"

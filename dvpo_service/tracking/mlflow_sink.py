@@ -1,4 +1,4 @@
-"""One MLflow run: parameters once, then metrics, figures and sample tables as they come."""
+"""Write one MLflow run: its parameters once, then metrics, figures and samples during the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-# The step of the newest metrics in the store, readable in one look-up when a run resumes.
+# The step of the newest metrics in the store. A run that resumes reads it with a single request.
 STEP_METRIC = "trainer/step"
 SAMPLES = "samples.json"
 _NAME_LIMIT, _VALUE_LIMIT, _BATCH, _METRIC_BATCH = 250, 6000, 100, 1000
@@ -32,12 +32,30 @@ _UNSAFE = re.compile(r"[^\w\-. /]")
 
 
 class MlflowSink:
-    """Start (or continue ``run_id``) in the constructor, which raises TrackingError; after that no
-    failure of MLflow reaches the caller: metrics go through one ``Outbox``, artifacts by way of ``unsent``,
-    a folder, through another, since a store that takes no artifacts may take metrics. A third one draws.
+    """Writes one MLflow run.
 
-    ``last_step`` is the newest step whose metrics the store already has, -1 for none. Steps up to
-    it are not sent again, since MLflow cannot take points back.
+    The constructor starts the run, or continues ``run_id``. After the constructor, no failure of MLflow reaches the
+    caller: everything is sent by three ``Outbox`` threads. ``outbox`` sends metrics. ``files`` sends artifacts, which
+    wait in the folder ``unsent``; it is a thread of its own because a store that rejects artifacts may still accept
+    metrics. ``drawing`` draws the pictures.
+
+    Args:
+      uri: the tracking URI.
+      experiment, run_name, tags, description: of the MLflow run.
+      config: logged as the run's parameters.
+      config_yaml: logged as ``config.yaml``.
+      unsent: the folder for artifacts that MLflow does not have yet.
+      samples: the file whose rows become the sample table.
+      run_id: the MLflow run to continue, if any.
+      resume_step: the step at which the run resumes.
+      warn: called with every warning, on any thread.
+
+    Attributes:
+      last_step: the newest step whose metrics the store has, -1 for none. Steps up to it are not sent again, since
+        MLflow cannot delete points.
+
+    Raises:
+      TrackingError: the store cannot be used.
     """
 
     def __init__(
@@ -80,7 +98,13 @@ class MlflowSink:
             self.send_samples()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], now: float | None = None) -> None:
-        """All metrics of a step, in one call; sent again in order after an outage."""
+        """Queue all metrics of a step. After an outage of MLflow, the steps are sent in order.
+
+        Args:
+          step: the number of updates done.
+          metrics: by name.
+          now: when they were measured, in seconds since the epoch; by default now.
+        """
         from mlflow.entities import Metric
 
         at = self._last_at = int((time.time() if now is None else now) * 1000)
@@ -104,12 +128,12 @@ class MlflowSink:
         return {"tracking/mlflow_failures": failures} if failures else {}
 
     def log_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
-        """``figures/<name>/step-000100.png``. ``draw`` runs on another thread, outage or not."""
+        """Queue the figure ``figures/<name>/step-000100.png``. ``draw`` is called on another thread."""
         path = f"figures/{name}/step-{step:06d}.png"
         self.drawing.put(f"figure {path}", lambda: self._add(path, lambda file: draw().savefig(file)))
 
     def send_samples(self) -> None:
-        """The sample table as it then is, whole: sent twice it is still the same table."""
+        """Queue the whole sample table. Its rows are read when it is sent, so sending it twice does no harm."""
         self.files.put(SAMPLES, self._send_samples, keep=True)
 
     def finish(
@@ -118,7 +142,13 @@ class MlflowSink:
         summary: Mapping[str, Any] | None,
         deadline_s: float,
     ) -> int:
-        """Close the run; the number of calls that could not be made before the deadline."""
+        """Send what waits, close the MLflow run, and return the number of calls that were not made in time.
+
+        Args:
+          status: of the MLflow run.
+          summary: logged as ``summary.json``, and its held-out accuracies as metrics.
+          deadline_s: how long to wait, in seconds.
+        """
         end = time.monotonic() + deadline_s
         if summary is not None:
             final = mask(dict(summary))
@@ -141,14 +171,17 @@ class MlflowSink:
     def _send_samples(self) -> None:
         table = self._samples.table()
         if table["data"]:
-            # What MLflow's own UI looks at to show a table.
+            # MLflow's UI shows a table only when the run has this tag.
             self._client.set_tag(
                 self.run_id, "mlflow.loggedArtifacts", json.dumps([{"path": SAMPLES, "type": "table"}])
             )
         self._client.log_text(self.run_id, json.dumps(table), SAMPLES)
 
     def _log_summary(self, summary: dict[str, Any]) -> None:
-        """Metrics at the time of the newest step: the same points when they are sent again."""
+        """Log the held-out accuracies as metrics.
+
+        Their time is that of the newest step, so that sending them again gives the same points.
+        """
         from mlflow.entities import Metric
 
         # held_out_greedy_after: {"val": 0.6}  ->  metric held_out/greedy_after/val
@@ -169,7 +202,7 @@ class MlflowSink:
         return self._client.create_run(experiment_id(self._client, experiment, self.uri), run_name=run_name).info.run_id
 
     def _log_config(self, config: dict[str, Any], text: str, old: Run | None, resume_step: int) -> None:
-        """Parameters cannot change in MLflow: what a resumed run changed is told in a tag."""
+        """Log the config. MLflow's parameters cannot change, so what a resumed run changed goes into a tag."""
         from mlflow.entities import Param
 
         params = {key[:_NAME_LIMIT]: value[:_VALUE_LIMIT] for key, value in flatten(mask(config)).items()}
@@ -186,27 +219,31 @@ class MlflowSink:
 
 
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
-    """The experiment of that name, made where there is none. Raises TrackingError when it was deleted."""
+    """Return the id of the experiment ``name``, and create it if needed.
+
+    Raises:
+      TrackingError: the experiment was deleted.
+    """
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return client.create_experiment(name, artifact_location=artifact_root(uri))
-        except MlflowException as error:  # another trial of a sweep was faster
+        except MlflowException as error:  # another trial of a sweep has created it meanwhile
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage == "deleted":
+            experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage == "deleted":
         raise TrackingError(
             f"MLflow experiment {name!r} was deleted: restore it (mlflow experiments restore) "
             "or give another one: tracking.experiment=NAME"
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def _find_run(client: MlflowClient, run_id: str, warn: Callable[[str], None]) -> Run | None:
-    """The run to continue; None, and a warning, where this store does not have it any more."""
+    """Return the run to continue; warn and return None when this store does not have it any more."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -226,10 +263,11 @@ def _write_json(file: Path, tree: dict[str, Any]) -> None:
 
 
 def _safe(name: str) -> str:
-    """A name that every MLflow store takes: plain characters, no empty, ``.`` or ``..`` part."""
+    """Return a name that every MLflow store accepts: plain characters, and no empty, ``.`` or ``..`` part."""
     parts = [part for part in _UNSAFE.sub("_", name).split("/") if part]
     return "/".join("_" if part.strip(".") == "" else part for part in parts)[:_NAME_LIMIT]
 
 
 def _hopeless(error: Exception) -> bool:
+    """Return whether MLflow refuses the call itself, so that trying again cannot succeed."""
     return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}

@@ -1,4 +1,4 @@
-"""Pictures of what the critic believes: value distributions along fixed responses."""
+"""Draw the critic's value distributions along fixed responses, during training."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from dvpo_service.data.collate import collate
 from dvpo_service.tracking.figures import FanData
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 
-_KEPT = 64  # observations for the picture over training; beyond that every second one goes
+_KEPT = 64  # observations kept for the picture over training; when there are more, every second one is dropped
 
 
 class Distributions(Protocol):
+    """A critic that predicts distributions: returns (levels [M], atoms [B, T, H, M])."""
+
     def distributions(self, rollouts: Rollouts) -> tuple[Any, Any]: ...
 
 
 class NoPictures:
-    """For estimators without a distribution to show."""
+    """An observer for estimators that have no distribution to draw."""
 
     def observe(self, step: int) -> None: ...
 
 
 class FanObserver:
-    """Two fixed responses per prompt, through training: its right answer, and one that is wrong.
+    """Draws the critic along two fixed responses per prompt: the right answer, and a wrong one.
 
-    A critic that has learned rises along the first and falls along the second, at the token where
-    they part. A response ends after ``max_tokens``, as sampled ones do.
+    The values of a critic that has learned rise along the right answer and fall along the wrong one, from the token
+    where the two differ.
+
+    Args:
+      prompts: to answer; without prompts nothing is drawn.
+      tokenizer: the policy's.
+      critic: predicts the distributions.
+      tracker: logs the pictures.
+      max_tokens: responses are cut to this length, as sampled ones are.
     """
 
     def __init__(
@@ -39,7 +48,7 @@ class FanObserver:
         max_tokens: int,
     ):
         self.critic, self.tracker = critic, tracker
-        self.history: list[tuple[int, list[FanData]]] = []  # (step, right and wrong answer), since this process began
+        self.history: list[tuple[int, list[FanData]]] = []  # (step, [right answer, wrong answer])
         self.titles: list[str] = []
         self.texts: list[list[str]] = []
         self.outcomes: list[float] = []
@@ -57,7 +66,7 @@ class FanObserver:
         self.rollouts = collate(twice, [[s] for s in samples], scores) if samples else None
 
     def observe(self, step: int) -> None:
-        """Log pictures of this moment's critic, and of what it became over the steps observed so far."""
+        """Log pictures of the critic now, and of how it changed over the steps that this process has observed."""
         if self.rollouts is None:
             return
         levels, heads = self.critic.distributions(self.rollouts)
@@ -65,13 +74,13 @@ class FanObserver:
             FanData(title, tokens, levels.numpy(), heads[i, : len(tokens)].numpy(), outcome)
             for i, (title, tokens, outcome) in enumerate(zip(self.titles, self.texts, self.outcomes, strict=True))
         ]
-        # Of the first prompt only, and always a new list: another thread draws it.
+        # Only the first prompt is kept. The list is always a new one, because another thread draws the old one.
         kept = self.history if len(self.history) < _KEPT else self.history[::2]
         self.history = [*kept, (step, charts[:2])]
         self.tracker.log_critic_pictures(step, charts, self.history)
 
 
 def _wrong(answer: str) -> str:
-    """The answer with its last digit (or character) changed."""
+    """Return the answer with its last digit (or character) changed."""
     last = answer[-1:]
     return answer[:-1] + (str((int(last) + 5) % 10) if last.isdigit() else "?")

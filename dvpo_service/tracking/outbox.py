@@ -1,4 +1,4 @@
-"""Calls to a tracking server, in order, on one background thread, surviving its outages."""
+"""Make the calls to a tracking server in order, on one background thread, through outages of the server."""
 
 from __future__ import annotations
 
@@ -18,12 +18,21 @@ class _Job:
 
 
 class Outbox:
-    """The training loop hands calls in and goes on; this thread makes them, oldest first.
+    """A queue of calls and the thread that makes them, oldest first. The training loop never waits for a call.
 
-    A failed call with ``keep`` stays at the head and is tried again when the next one comes, so
-    what arrives later never overtakes it. Any other failed call is left out. Both are counted, and
-    ``warn`` is told once per outage. At most ``limit`` calls wait; beyond that the oldest one that
-    need not be kept goes, or else the oldest.
+    A call with ``keep`` that fails stays at the head of the queue and is tried again when the next call is queued, so
+    later calls never overtake it. Any other call that fails is dropped.
+
+    Args:
+      warn: called with a message once per outage, on the queue's thread.
+      hopeless: returns whether an error is permanent, so that trying again cannot succeed; such calls are dropped.
+      name: of the thread.
+      limit: at most this many calls wait. When there are more, the oldest call without ``keep`` is dropped, or the
+        oldest call if all have ``keep``.
+
+    Attributes:
+      failures: the number of attempts that failed.
+      dropped: the number of calls that were dropped.
     """
 
     def __init__(
@@ -36,22 +45,28 @@ class Outbox:
         self.failures = 0
         self.dropped = 0
         self._warn = warn
-        self._hopeless = hopeless  # errors that trying again cannot mend
+        self._hopeless = hopeless
         self._limit = limit
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._blocked = False  # the head failed; wait for a newer job before it is tried again
+        self._blocked = False  # the head failed: it is tried again when a new job arrives
         self._outage = False
         self._thread = threading.Thread(target=self._run, name=f"dvpo-tracking-{name}", daemon=True)
         self._thread.start()
 
     def put(self, label: str, call: Callable[[], None], *, keep: bool = False) -> None:
-        """Queue a call. Returns at once."""
+        """Queue a call, and return at once.
+
+        Args:
+          label: names the call in warnings.
+          call: what to do, on the queue's thread.
+          keep: try again after a failure.
+        """
         with self._changed:
             self._jobs.append(_Job(label, call, keep))
             if len(self._jobs) > self._limit:
-                # Index 0 may be running now; taking it away too is harmless, _settle looks for it.
+                # The job at index 0 may be running. It can be removed too: _settle checks whether it is there.
                 victim = next((job for job in self._jobs if not job.keep), self._jobs[0])
                 self._jobs.remove(victim)
                 self.dropped += 1
@@ -59,7 +74,7 @@ class Outbox:
             self._changed.notify_all()
 
     def close(self, deadline_s: float) -> int:
-        """Send what waits, for at most ``deadline_s``; the number of calls that were not made."""
+        """Make the calls that wait, for at most ``deadline_s`` seconds; return the number of calls not made."""
         with self._changed:
             self._closing = True
             self._blocked = False
@@ -68,16 +83,11 @@ class Outbox:
         with self._changed:
             return len(self._jobs)
 
-    def wait_idle(self, timeout_s: float) -> bool:
-        """True when nothing waits, or only what failed and waits for the next call."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._jobs or self._blocked, timeout_s)
-
     def _run(self) -> None:
         while (job := self._next()) is not None:
             try:
                 job.call()
-            # A tracking server can fail in any way; training must not. Counted and told, not hidden.
+            # A tracking server can fail in any way, and training must go on. Failures are counted and warned about.
             except Exception as error:  # noqa: BLE001
                 self._settle(job, error)
             else:
@@ -87,7 +97,7 @@ class Outbox:
         with self._changed:
             self._changed.wait_for(lambda: (self._jobs and not self._blocked) or self._closing)
             if not self._jobs or self._blocked:
-                return None  # closing, and nothing left or a last try that failed
+                return None  # closing: nothing is left, or the last attempt failed
             return self._jobs[0]
 
     def _settle(self, job: _Job, error: Exception | None) -> None:
@@ -97,7 +107,7 @@ class Outbox:
                 self._jobs.remove(job)
             self._blocked = waits
             first = error is not None and not self._outage
-            # A failed picture says nothing about the server; only what is kept opens an outage's end.
+            # A call without keep, such as a drawing, says nothing about the server: only one with keep ends an outage.
             self._outage = error is not None or (self._outage and not job.keep)
             if error is not None:
                 self.failures += 1

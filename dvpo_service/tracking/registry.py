@@ -1,4 +1,4 @@
-"""An export as a version of a model in MLflow's registry."""
+"""Register an export as a version of a model in MLflow's registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def registry_uri(config: Config, run_dir: Path) -> str:
-    """The run's tracking URI, where its registry is too. Raises TrackingError when the run has none, or not here."""
+    """Return the run's tracking URI, which is also the URI of its registry.
+
+    Raises:
+      TrackingError: the run had no MLflow, or its SQLite file is not on this machine.
+    """
     if not (config.tracking.mlflow or config.tracking.mlflow_uri):
         raise TrackingError(f"{run_dir}: the run had no MLflow (tracking.mlflow=false), so there is no registry")
     uri = tracking_uri(config, run_dir)
@@ -24,12 +28,13 @@ def registry_uri(config: Config, run_dir: Path) -> str:
 
 
 def register(client: MlflowClient, uri: str, name: str, folder: Path, *, step: int, run_id: str | None) -> str:
-    """Make ``folder`` the newest version of the registered model ``name``; the version's number.
+    """Register ``folder`` as the newest version of the model ``name``, and return the version's number.
 
-    A SQLite store gets the folder itself as the version's source. A server takes none but its own artifacts, so
-    there the folder is uploaded to the run first.
+    With a SQLite store, the version's source is the folder itself. A server accepts only its own artifacts as a source,
+    so the folder is first uploaded to the run ``run_id``.
 
-    Raises TrackingError when MLflow refuses, or a server has no run to upload to.
+    Raises:
+      TrackingError: MLflow refuses, or the server has no such run to upload to.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode

@@ -1,4 +1,4 @@
-"""Artifacts on their way to MLflow wait in files, through outages and the end of the process."""
+"""Keep artifacts in files until MLflow has them, through outages and the end of the process."""
 
 from __future__ import annotations
 
@@ -10,48 +10,54 @@ from pathlib import Path
 
 
 class Spool:
-    """A file below ``folder`` for each artifact not yet sent; its path there is its path in MLflow.
+    """A folder with a file for each artifact that is not sent yet; its path below the folder is its path in MLflow.
 
-    At most ``limit_mib`` wait; beyond that the oldest go.
+    Args:
+      folder: where the files are.
+      fresh: delete the files that another run has left in the folder.
+      limit_mib: the size of all files, in MiB; when they are larger, the oldest are dropped.
+
+    Attributes:
+      dropped: the number of files that were dropped.
     """
 
     def __init__(self, folder: Path, *, fresh: bool, limit_mib: float = 512.0):
         self.folder = folder
         self.dropped = 0
         self._limit = limit_mib * 2**20
-        self._lock = threading.Lock()  # a file is replaced on one thread and removed, once sent, on another
-        if fresh:  # what another run in this directory did not send
+        self._lock = threading.Lock()  # one thread replaces a file, another removes it once it is sent
+        if fresh:
             shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, path: str, write: Callable[[Path], None]) -> None:
-        """Have ``write`` make the file of artifact ``path``, in place of one that waits there."""
+        """Call ``write`` with the file to write for the artifact ``path``; replace the artifact if it waits already."""
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}")  # keeps the suffix: matplotlib goes by it
+        beside = target.with_name(f".{target.name}")  # with the suffix, from which matplotlib takes the format
         write(beside)
         with self._lock:
             os.replace(beside, target)
             self._trim()
 
     def waiting(self) -> list[str]:
-        """Artifact paths, oldest first."""
+        """Return the paths of the artifacts that are not sent yet, oldest first."""
         return [str(file.relative_to(self.folder)) for file in self._files()]
 
     def send(self, path: str, upload: Callable[[Path], None]) -> None:
-        """Upload the file of artifact ``path`` and remove it. Nothing to do when it went already."""
+        """Call ``upload`` with the file of the artifact ``path``, and delete the file. Do nothing without a file."""
         file = self.folder / path
         try:
-            sent = file.stat()
+            uploaded = file.stat()
         except FileNotFoundError:
             return
         upload(file)
         with self._lock:
-            if file.exists() and os.path.samestat(file.stat(), sent):  # else it was made anew meanwhile
+            if file.exists() and os.path.samestat(file.stat(), uploaded):  # else it was replaced meanwhile
                 file.unlink()
 
     def _files(self) -> list[Path]:
-        found = [f for f in self.folder.rglob("*") if f.is_file() and not f.name.startswith(".")]
-        return sorted(found, key=lambda f: (f.stat().st_mtime_ns, f))
+        files = [f for f in self.folder.rglob("*") if f.is_file() and not f.name.startswith(".")]
+        return sorted(files, key=lambda f: (f.stat().st_mtime_ns, f))
 
     def _trim(self) -> None:
         files = self._files()

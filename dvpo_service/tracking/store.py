@@ -1,4 +1,4 @@
-"""Reaching an MLflow store when a run starts: within a bounded time, or one clear line."""
+"""Open an MLflow store when a run starts, or fail within a bounded time with one clear line."""
 
 from __future__ import annotations
 
@@ -23,28 +23,34 @@ if TYPE_CHECKING:
 
 _DB_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _CONNECT_S = 5.0
-_TABLES_S = 120.0  # until those before have made them
-# MLflow prints progress bars and links into the live table, and reports usage to its makers.
+_TABLES_S = 120.0  # how long to wait while other runs create the tables of a new SQLite file
+# By default, MLflow prints progress bars and links into the live table, and reports usage to its makers.
 _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # The outbox outlives outages; MLflow's own patience (7 tries of 120 s) would only stall it.
+    # The outbox tries again itself; MLflow's default (7 tries of 120 s) would only stall it.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
-# At the start: 2 tries, 11.5 s in all with the pause between them.
-_IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+# While the run starts: 2 tries, 11.5 s in all with the pause between them.
+_START_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 def default_tracking_uri(run_dir: Path) -> str:
-    """SQLite in the folder that holds the run folders, so that all its runs stand in one UI."""
+    """Return the URI of a SQLite file in the folder that holds the run folders, so that one UI shows all runs."""
     return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
 
 
 def tracking_uri(config: Config, run_dir: Path) -> str:
-    """The config's, or else SQLite beside the run folders. A config read back from a run has no password any more
-    (``***``): then it is that of the environment, MLFLOW_TRACKING_URI. Raises TrackingError where that is missing."""
+    """Return the config's tracking URI, or by default that of a SQLite file beside the run folders.
+
+    In a config that is read back from a run, the password is masked (``***``). The URI is then the environment's
+    MLFLOW_TRACKING_URI.
+
+    Raises:
+      TrackingError: the password is masked, and MLFLOW_TRACKING_URI is not set.
+    """
     uri = config.tracking.mlflow_uri
     if uri and MASK in uri and not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
         raise TrackingError(
@@ -55,19 +61,23 @@ def tracking_uri(config: Config, run_dir: Path) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a SQLite URI, None for any other."""
+    """Return the file of a SQLite URI, or None for any other URI."""
     scheme, _, rest = uri.partition(":///")
     return Path(rest.partition("?")[0]) if scheme.startswith("sqlite") else None
 
 
 def artifact_root(uri: str) -> str | None:
-    """Beside a SQLite file; a server decides for itself (None)."""
+    """Return the URI of the artifact folder beside a SQLite file, or None for a server, which has its own."""
     db = sqlite_path(uri)
     return None if db is None else (db.absolute().parent / "mlartifacts").as_uri()
 
 
 def open_store(uri: str) -> MlflowClient:
-    """A client whose store is known to answer; a new SQLite file gets its tables (about 3 s)."""
+    """Return a client after checking that the store answers. A new SQLite file gets its tables, in about 3 s.
+
+    Raises:
+      TrackingError: the store cannot be used.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import logging
@@ -76,7 +86,7 @@ def open_store(uri: str) -> MlflowClient:
 
     for noisy in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with reaching(uri), _impatient(), _one_at_a_time(uri):
+    with reaching(uri), _start_timeouts(), _one_at_a_time(uri):
         _probe(uri)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
@@ -85,8 +95,10 @@ def open_store(uri: str) -> MlflowClient:
 
 @contextmanager
 def _one_at_a_time(uri: str) -> Iterator[None]:
-    """MLflow makes a new SQLite file's tables without a lock: of two runs that start together in a new folder, one
-    would fail half way. Raises filelock.Timeout, an OSError."""
+    """Hold a lock beside the SQLite file: MLflow creates the tables of a new file without one.
+
+    Of two runs that start together in a new folder, one would fail half way. Raises filelock.Timeout, an OSError.
+    """
     db = sqlite_path(uri)
     if db is None:
         yield
@@ -98,7 +110,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
 
 @contextmanager
 def reaching(uri: str) -> Iterator[None]:
-    """Any failure inside, said as a TrackingError: what, where, what to do."""
+    """Turn any failure of MLflow within the block into a TrackingError: what failed, where, and what to do."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -115,7 +127,10 @@ def reaching(uri: str) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """``Connection refused`` under four layers of HTTP library, where that is what happened."""
+    """Return the OSError at the root of an error, such as ``Connection refused`` below four layers of HTTP library.
+
+    When the root is another kind of error, return ``error`` itself.
+    """
     deepest = error
     while below := deepest.__cause__ or deepest.__context__:
         deepest = below
@@ -123,7 +138,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _probe(uri: str) -> None:
-    """Fail in seconds where MLflow would try a database again and again for two minutes."""
+    """Connect to the database once: MLflow itself would try again and again for two minutes."""
     db = sqlite_path(uri)
     if db is not None:
         with closing(sqlite3.connect(db, timeout=_CONNECT_S)) as connection:
@@ -137,10 +152,10 @@ def _probe(uri: str) -> None:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
-    """Short HTTP time-outs while a person waits for the run to start."""
-    before = {name: os.environ.get(name) for name in _IMPATIENT}
-    os.environ.update(_IMPATIENT)
+def _start_timeouts() -> Iterator[None]:
+    """Set short HTTP timeouts within the block, while a person waits for the run to start."""
+    before = {name: os.environ.get(name) for name in _START_TIMEOUTS}
+    os.environ.update(_START_TIMEOUTS)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What the loop talks to: one ``log`` per step, into the file, MLflow and the terminal."""
+"""The tracker of a run: one ``log`` per step writes to ``metrics.jsonl``, MLflow and the terminal."""
 
 from __future__ import annotations
 
@@ -27,11 +27,26 @@ UNSENT = "mlflow-unsent"  # in the run directory: artifacts that MLflow does not
 
 
 class Tracker:
-    """Metrics are in ``metrics.jsonl`` when ``log`` returns; MLflow gets them on another thread.
+    """Logs a run's metrics, samples and pictures.
 
-    Raises TrackingError when MLflow is on and cannot be reached at the start. Give ``run_id`` and
-    ``resume_step`` to continue a run: the same MLflow run goes on, steps from ``resume_step`` on
-    leave the file, and what the file has and MLflow missed is sent.
+    Metrics are in ``metrics.jsonl`` when ``log`` returns; another thread sends them to MLflow.
+
+    A run that resumes gives ``run_id`` and ``resume_step``. Its MLflow run continues, the lines of ``resume_step`` and
+    later are removed from the file, and lines that MLflow does not have are sent.
+
+    Args:
+      run_dir: the run directory.
+      config: the run's config; its secrets are masked in everything that is logged.
+      run_id: the MLflow run to continue, if any.
+      resume_step: the number of updates done when the run resumes.
+      display: shows metrics and warnings; by default warnings are logged.
+
+    Attributes:
+      advice: the alerts of this run so far, in words.
+      tracking_uri: MLflow's URI; None without MLflow.
+
+    Raises:
+      TrackingError: MLflow is on and cannot be reached.
     """
 
     def __init__(
@@ -49,8 +64,8 @@ class Tracker:
         self._samples.rows.clear()
         self._sample_rows = config.tracking.sample_rows
         self._advisor = _advisor(config)
-        self.advice: list[str] = []  # what the diagnostics of this run say, in words
-        for row in self._file.rows:  # said before the run was cut off
+        self.advice: list[str] = []
+        for row in self._file.rows:  # these alerts were shown before the run was cut off
             self.advice += self._advisor.check(row["step"], _values(row))
         self.tracking_uri: str | None = None
         self._sink: MlflowSink | None = None
@@ -62,11 +77,11 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, for the checkpoint; None without MLflow."""
+        """Return the id of the MLflow run, for the checkpoint, or None without MLflow."""
         return self._sink.run_id if self._sink else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Everything measured at a step, evaluations too, in one call."""
+        """Log everything measured at a step, evaluations too, in one call."""
         now = time.time()
         self._file.write(step, metrics, now)
         if self._sink:
@@ -80,12 +95,12 @@ class Tracker:
             self._warn(line)
 
     def rewind(self, step: int) -> None:
-        """Steps from ``step`` on will be done and logged again. MLflow keeps the points it has of them."""
+        """Remove ``step`` and later from the files: they will be logged again. MLflow keeps the points it has."""
         self._file.rewind(step)
         self._samples.rewind(step)
 
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Sample rollouts, one row each: the first ``tracking.sample_rows`` go to a file and MLflow's table view."""
+        """Log sample rollouts: the first ``tracking.sample_rows`` rows go to a file and to MLflow's table view."""
         if rows := rows[: self._sample_rows]:
             self._samples.write(step, rows)
             if self._sink:
@@ -94,9 +109,14 @@ class Tracker:
     def log_critic_pictures(
         self, step: int, charts: list[FanData], history: list[tuple[int, list[FanData]]] | None = None
     ) -> None:
-        """What the critic believes along fixed responses: now, and with ``history`` (step, charts) over training.
+        """Log pictures of the critic's value distributions along fixed responses.
 
-        Drawn later on another thread: leave what was handed in as it is.
+        Another thread draws them later, so the caller must not change the arguments afterwards.
+
+        Args:
+          step: the number of updates done.
+          charts: the responses as the critic values them now.
+          history: (step, charts) of this and earlier observations, for the picture over training.
         """
         if not (self._sink and charts):
             return
@@ -107,7 +127,7 @@ class Tracker:
             self._sink.log_figure(step, "fan_over_training", lambda: fan_over_training(history))
 
     def _log_calibration(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A picture of quantile level against the share of returns at or below the predicted quantile."""
+        """Log a picture of the share of returns at or below each predicted quantile."""
         prefix = "critic/coverage/"
         coverage = {float(k.removeprefix(prefix)): v for k, v in metrics.items() if k.startswith(prefix)}
         if self._sink and coverage:
@@ -119,7 +139,13 @@ class Tracker:
         summary: dict[str, Any] | None,
         deadline_s: float = 30.0,
     ) -> None:
-        """Flush and close the file and the MLflow run. Never raises for MLflow's sake."""
+        """Close the files and the MLflow run. A failure of MLflow becomes a warning, not an error.
+
+        Args:
+          status: of the MLflow run.
+          summary: the run's summary, if there is one.
+          deadline_s: how long to wait for MLflow, in seconds.
+        """
         self._file.close()
         self._samples.close()
         if self._sink and (unsent := self._sink.finish(status, summary, deadline_s)):
@@ -140,12 +166,12 @@ class Tracker:
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a line of ``metrics.jsonl``."""
+    """Return the metrics of a line of ``metrics.jsonl``; null becomes NaN."""
     return {k: math.nan if v is None else v for k, v in row.items() if k not in ("step", "time")}
 
 
 def _advisor(config: Config) -> Advisor:
-    # A pessimistic backup is meant to be below the returns.
+    # The values of a pessimistic estimator are below the returns on purpose.
     silent = {"critic_mean_off"} if config.algorithm.traits.pessimistic else set()
     norms = {"policy": config.policy.optim.max_grad_norm, "critic": config.critic.optim.max_grad_norm}
     return Advisor(silent=silent, max_grad_norm=norms)
@@ -180,7 +206,8 @@ def _open_sink(
 
 
 def _description(config: Config, run_dir: Path) -> str:
-    a, r = config.algorithm, config.rollout
+    a = config.algorithm
+    r = config.rollout
     model = config.model.path or "a small model made by `dvpo warmstart`"
     off = [name for name, weight in a.dvpo_loss_weights.effective().items() if weight == 0]
     critic = f"- critic: {a.n_heads} heads x {a.n_quantiles} quantiles; terms off: {', '.join(off) or 'none'}"
@@ -208,8 +235,9 @@ def _description(config: Config, run_dir: Path) -> str:
 
 
 def _sections(config: Config) -> list[str]:
-    """MLflow's metric page has a section for what stands before the last slash of a name."""
-    distributional, critic = config.algorithm.traits.distributional, config.algorithm.has_critic
+    """Return the description's lines on MLflow's sections: a metric's section is its name up to the last slash."""
+    distributional = config.algorithm.traits.distributional
+    critic = config.algorithm.has_critic
     lines = {
         "- `eval/<split>`: held-out accuracy, sampled and greedy; step 0 is before training": True,
         "- `critic`: `explained_variance` (above 0 is better than a constant), `grad_norm`, the loss": critic,

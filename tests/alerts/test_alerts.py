@@ -1,4 +1,4 @@
-"""Every rule speaks on its case, stays quiet on a healthy run, and does not nag."""
+"""Every rule gives an alert on its case, gives none on a healthy run, and does not repeat itself too often."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ NAMES = [rule.name for rule in RULES]
 
 
 def healthy(step: int) -> dict[str, float]:
-    """A run that learns: reward from 0.4 to 0.8, entropy from 1 to 0.3, with noise."""
-    rng, done = random.Random(step), min(step / 150, 1.0)
+    """Return a step of a run that learns: reward from 0.4 to 0.8, entropy from 1 to 0.3, with noise."""
+    rng = random.Random(step)
+    done = min(step / 150, 1.0)
     metrics = {
         "reward/mean": 0.4 + 0.4 * done + rng.gauss(0, 0.03),
         "reward/failed": 0.0,
@@ -49,7 +50,10 @@ def healthy(step: int) -> dict[str, float]:
 
 
 def heard(advisor: Advisor, first: int, last: int, **changes: float) -> list[str]:
-    """Names of the rules that speak from step ``first`` to ``last`` of a healthy run with some metrics replaced."""
+    """Return the names of the rules that alert from step ``first`` to ``last`` of a healthy run with ``changes``.
+
+    The names of metrics in ``changes`` may have ``__`` in place of ``/``.
+    """
     given = {name.replace("__", "/"): value for name, value in changes.items()}
     lines = [line for step in range(first, last + 1) for line in advisor.check(step, healthy(step) | given)]
     return [re.findall(r"\[(\w+)\]", line)[0] for line in lines]
@@ -108,23 +112,23 @@ def test_held_out_falls_while_the_reward_rises() -> None:
 def test_held_out_is_compared_with_the_evaluation_before_training_too() -> None:
     advisor = Advisor(max_grad_norm={"policy": 1.0})
     advisor.check(0, {"eval/val/accuracy": 0.6})  # no reward yet
-    said = [advisor.check(step, {"reward/mean": 0.3 + step / 100}) for step in range(1, 20)]
-    said += [advisor.check(step, {"reward/mean": 0.6, "eval/val/accuracy": 0.5}) for step in (20, 40)]
-    assert [len(lines) for lines in said] == [0] * 20 + [1]
-    assert "rose from 0.310 to" in said[-1][0]  # the first reward stands for the one before training
+    alerts = [advisor.check(step, {"reward/mean": 0.3 + step / 100}) for step in range(1, 20)]
+    alerts += [advisor.check(step, {"reward/mean": 0.6, "eval/val/accuracy": 0.5}) for step in (20, 40)]
+    assert [len(lines) for lines in alerts] == [0] * 20 + [1]
+    assert "rose from 0.310 to" in alerts[-1][0]  # the first reward takes the place of the one before training
 
 
 def test_held_out_and_reward_falling_together_is_not_overfitting() -> None:
     advisor = Advisor()
     heard(advisor, 0, 100)
-    said = heard(advisor, 101, 130, **{"reward/mean": 0.2, "eval/id/accuracy": 0.2})
-    assert said == ["reward_falls"]
+    names = heard(advisor, 101, 130, **{"reward/mean": 0.2, "eval/id/accuracy": 0.2})
+    assert names == ["reward_falls"]
 
 
 def test_a_rule_waits_speaks_once_and_again_after_fifty_steps() -> None:
     advisor, bad = Advisor(patience=3), {"policy/clip_fraction": 0.5}
-    said = [step for step in range(120) if advisor.check(step, bad)]
-    assert said == [2, 52, 102]
+    steps = [step for step in range(120) if advisor.check(step, bad)]
+    assert steps == [2, 52, 102]
 
 
 def test_a_rule_speaks_again_when_it_was_good_in_between() -> None:
@@ -163,7 +167,7 @@ def test_a_critic_that_explains_nothing_is_held_against_what_prompts_tell() -> N
 
 
 def test_a_solved_task_is_no_critic_bias() -> None:
-    """All returns equal: their sd of the moment is 0, and a gap of 0.02 is nothing."""
+    """All returns are equal, so their current standard deviation is 0; a gap of 0.02 is still small."""
     advisor = Advisor()
     heard(advisor, 0, 40)
     solved = {"critic/return_mean": 1.0, "critic/return_sd": 0.0, "critic/quantile_mean": 0.98}

@@ -1,4 +1,4 @@
-"""A second implementation of LOSSES.md, written to be read: float64, loops, one token at a time."""
+"""A second implementation of the equations in docs/algorithm.md, written to be read: float64, loops, token by token."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ def calibrated_spec(**changes: Any) -> CriticLossSpec:
 class NaiveHuber(NamedTuple):
     loss: Tensor  # [..., H, M]
     slope: Tensor  # its derivative in z
-    untilted_loss: Tensor  # both without |tau - 1{y < z}|: the scale that rounding is judged by
+    # The loss and the size of the slope without the factor |tau - 1{y < z}|: rounding is judged relative to these.
+    untilted_loss: Tensor
     untilted_slope: Tensor
 
 
 def quantile_huber_naive(z: Tensor, y: Tensor, levels: Tensor, delta: float, unit: bool = False) -> NaiveHuber:
-    """Eq. 3 over every pair of z [..., H, M] and y [..., K]."""
+    """Return Eq. 3 from every pair of z [..., H, M] and y [..., K]."""
     u = y[..., None, None, :] - z[..., None]
     tilt = (levels[:, None] - (u < 0).to(u.dtype)).abs()
     huber = torch.where(u.abs() <= delta, u * u / 2, delta * (u.abs() - delta / 2))
@@ -63,7 +64,7 @@ def mean(xs: list[float]) -> float:
 
 
 def tail(xs: list[float], fraction: float) -> list[tuple[float, float]]:
-    """(atom, weight) of the tail that starts at xs[0]."""
+    """Return the pairs (atom, weight) of the tail that starts at xs[0]."""
     k = min(max(fraction * len(xs), 1.0), len(xs))
     return [(x, min(max(k - i, 0.0), 1.0) / k) for i, x in enumerate(xs)]
 
@@ -97,7 +98,7 @@ def pseudo_outcome_low(q: list[float], y: list[float], fraction: float) -> float
 
 
 def curvature(q: list[float], fraction: float, kind: str) -> float:
-    """Second difference of the tail that starts at q[0]."""
+    """Return the second difference of the tail that starts at q[0]."""
     if kind == "pointwise":
         second = [q[i + 2] - 2 * q[i + 1] + q[i] for i in range(len(q) - 2)]
         return tail_mean(second, fraction) if second else 0.0
@@ -109,7 +110,7 @@ def curvature(q: list[float], fraction: float, kind: str) -> float:
 
 
 def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
-    """All terms of one token: z [H, M], y [K]; "shift" before the relu when it is over the batch."""
+    """Return all terms of one token from z [H, M] and y [K]; "shift" without its relu when that is over the batch."""
     heads: list[list[float]] = [sorted(h) if spec.sort_atoms else h for h in z.double().tolist()]
     targets: list[float] = sorted(y.double().tolist())
     m = len(heads[0])
@@ -143,7 +144,7 @@ def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dic
 
 
 def reference_loss(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
-    """Every raw term over the batch, and "total"."""
+    """Return every raw term over the batch, and "total"."""
     tokens = [token_terms(z[b, t], y[b, t], spec, delta) for b, t in mask.nonzero().tolist()]
     raw = {name: mean([token[name] for token in tokens]) for name in TERMS}
     raw["shift"] = max(raw["shift"], 0.0)
@@ -153,9 +154,9 @@ def reference_loss(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, del
 def reference_gae(
     rewards: list[float], values: list[float], mask: list[bool], end: float, gamma: float, lam: float | list[float]
 ) -> list[float]:
-    """Advantages of one sequence and one atom as explicit sums of discounted deltas over valid tokens."""
+    """Return the advantages of one sequence and one atom as explicit sums of discounted deltas over valid tokens."""
     steps = [t for t, valid in enumerate(mask) if valid]
-    following = ([values[t] for t in steps] + [end])[1:]  # none where no token is valid
+    following = ([values[t] for t in steps] + [end])[1:]  # empty when no token is valid
     deltas = [rewards[t] + gamma * v - values[t] for t, v in zip(steps, following, strict=True)]
     factors = [gamma * (lam[t] if isinstance(lam, list) else lam) for t in steps]
     out = [0.0] * len(mask)
@@ -165,7 +166,7 @@ def reference_gae(
 
 
 def reference_scan(b: list[float], c: list[float], start: float) -> list[float]:
-    """x_s = b_s + c_s x_{s-1}, one step after another."""
+    """Compute x_s = b_s + c_s x_{s-1}, one step after another."""
     out, x = [], start
     for b_s, c_s in zip(b, c, strict=True):
         x = b_s + c_s * x
@@ -174,13 +175,17 @@ def reference_scan(b: list[float], c: list[float], start: float) -> list[float]:
 
 
 def reference_cvar_advantage(prompt: list[float], z: list[float], y: list[float], k: int) -> float:
-    """Of one token; ``prompt`` are the ascending atoms of the first valid token, k < M the tail's atoms."""
+    """Return the CVaR advantage of one token.
+
+    ``prompt`` are the ascending atoms of the first valid token, and k < M is the number of atoms in the tail.
+    """
     v = (prompt[k - 1] + prompt[k]) / 2
     short_z, short_y = mean([max(v - x, 0.0) for x in z]), mean([max(v - x, 0.0) for x in y])
     return (short_z - short_y) / (k / len(prompt))
 
 
 def reference_entropic_advantage(z: list[float], y: list[float], b: float) -> float:
+    """Return the entropic advantage of one token."""
     c = mean(z)
     return (mean([math.exp(b * (x - c)) for x in y]) - mean([math.exp(b * (x - c)) for x in z])) / b
 
@@ -196,7 +201,7 @@ def reference_robust_advantages(
     worst: float,
     ended: bool,
 ) -> list[float]:
-    """The robust GAE of one sequence, backwards over its valid tokens."""
+    """Return the robust GAE advantages of one sequence, computed backwards over its valid tokens."""
     out, advantage, following, last = [0.0] * len(mask), 0.0, end, True
     for t in reversed(range(len(mask))):
         if not mask[t]:

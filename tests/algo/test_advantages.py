@@ -25,7 +25,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def batch(seed: int, b: int = 3, t: int = 6, m: int = 4) -> Batch:
-    """rewards, values (sorted), mask with holes, z_end."""
+    """Return rewards, values (sorted), a mask with holes, and z_end."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(b, t, generator=generator) < 0.7
     rewards = torch.randn(b, t, generator=generator, dtype=torch.float64) * mask
@@ -36,7 +36,7 @@ def batch(seed: int, b: int = 3, t: int = 6, m: int = 4) -> Batch:
 
 
 def insert_masked(data: Batch, at: int, junk: float) -> Batch:
-    """The same sequences with a masked column at position ``at`` that holds ``junk``."""
+    """Return the same sequences with a masked column at position ``at`` that contains ``junk``."""
     rewards, values, mask, z_end = data
 
     def widen(x: Tensor, fill: float) -> Tensor:
@@ -74,7 +74,7 @@ def test_mixture_against_its_recursion_coin_by_coin(seed: int, t: int, gamma: fl
     rewards, values, mask, z_end = batch(seed, t=t)
     seeds = torch.tensor([seed, seed + 1, seed + 2])
     targets = mixture_targets(rewards, values, mask, z_end, gamma, lam, seeds)
-    coins = _coins(mask, 4, torch.full_like(rewards, lam), seeds).tolist()  # the last valid token's first
+    coins = _coins(mask, 4, torch.full_like(rewards, lam), seeds).tolist()  # slot 0 has the last valid token
     for b in range(3):
         last_first = [i for i in reversed(range(t)) if mask[b, i]]
         following = z_end[b].tolist()
@@ -119,7 +119,7 @@ def test_long_sequences_in_float32(gamma: float) -> None:
 @given(st.integers(0, 2**31), st.integers(0, 6), st.sampled_from((math.nan, 1e9, math.inf)))
 @settings(max_examples=40, deadline=None)
 def test_a_masked_token_changes_nothing_for_others(seed: int, at: int, junk: float) -> None:
-    """Wherever it stands: padding at the end, a tool token in the middle."""
+    """The masked token may be anywhere: padding at the end, or a tool token in the middle."""
     data = batch(seed)
     wide = insert_masked(data, at, junk)
     keep = [t for t in range(7) if t != at]
@@ -151,7 +151,7 @@ def test_scalar_gae_is_the_mean_of_the_distributional_one() -> None:
 
 
 def test_a_row_depends_on_its_valid_tokens_alone_to_the_last_bit() -> None:
-    """Over several chunks, in float32: with company and holes, or alone and packed."""
+    """Over several chunks, in float32: a row in a batch and with holes equals the same row alone and without holes."""
     rewards, values, mask, z_end = (x.float() if x.is_floating_point() else x for x in batch(11, t=300, m=5))
     seeds = torch.arange(3)
     whole = distributional_gae(rewards, values, mask, z_end, 0.99, 0.95)
@@ -214,7 +214,7 @@ def test_mixture_equals_eq2_at_both_ends_and_in_the_mean() -> None:
 
 
 def test_mixture_keeps_the_law_that_eq2_narrows() -> None:
-    """A critic that is right (the return is N(0,1) at the end, unknown before) must stay right."""
+    """A critic that is right must stay right. Here the return is N(0, 1), drawn at the end and unknown before."""
     n, t, m = 400, 60, 50
     levels = (torch.arange(m, dtype=torch.float64) + 0.5) / m
     z = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0).icdf(levels)
@@ -222,9 +222,9 @@ def test_mixture_keeps_the_law_that_eq2_narrows() -> None:
     rewards[:, -1] = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     args = rewards, z.expand(n, t, m), torch.ones(n, t, dtype=torch.bool), torch.zeros(n, m)
     mixture = mixture_targets(*args, 1.0, 0.9, torch.arange(n))[:, 0]
-    law = distributional_gae(*args, 1.0, 0.9)[:, 0].mean(0)  # its quantile functions, averaged
+    averaged = distributional_gae(*args, 1.0, 0.9)[:, 0].mean(0)  # the mean of Eq. 2's quantile functions
     assert mixture.flatten().std().item() == pytest.approx(z.std().item(), abs=0.03)
-    assert law.std() < 1.0
+    assert averaged.std() < 1.0
 
 
 def test_coins_do_not_depend_on_the_company() -> None:

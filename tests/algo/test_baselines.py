@@ -23,7 +23,10 @@ GROUPED = [grpo, dr_grpo, rloo]
 
 
 def outcomes(*rewards: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Sequences of three tokens with the reward on the second; the first's last token and NaN are masked."""
+    """Return sequences of three tokens with the reward on the second.
+
+    The last token of the first sequence is masked and has a NaN reward.
+    """
     mask = torch.ones(len(rewards), 3, dtype=torch.bool)
     mask[0, 2] = False
     table = torch.zeros(len(rewards), 3, dtype=dtype)
@@ -50,9 +53,9 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_spread_or_no_company_is_exactly_zero(estimator, dtype: torch.dtype) -> None:
     rewards, mask = outcomes(0.1, 0.1, 0.1, 5.0, dtype=dtype)
-    found = estimator(rewards, mask, torch.tensor([3, 3, 3, 0]))
-    assert (found == 0).all()
-    assert found.dtype == dtype
+    advantages = estimator(rewards, mask, torch.tensor([3, 3, 3, 0]))
+    assert (advantages == 0).all()
+    assert advantages.dtype == dtype
 
 
 @pytest.mark.parametrize("estimator", GROUPED)
@@ -60,9 +63,9 @@ def test_a_failed_sequence_does_not_count(estimator) -> None:
     rewards, mask = outcomes(1, 0, 0.25, math.nan)
     mask[3] = False
     groups = torch.tensor([1, 1, 1, 1])
-    found = estimator(rewards, mask, groups)
-    assert torch.equal(found[:3], estimator(rewards[:3], mask[:3], groups[:3]))
-    assert (found[3] == 0).all()
+    advantages = estimator(rewards, mask, groups)
+    assert torch.equal(advantages[:3], estimator(rewards[:3], mask[:3], groups[:3]))
+    assert (advantages[3] == 0).all()
     assert (estimator(rewards, torch.zeros_like(mask), groups) == 0).all()
     assert estimator(rewards[:0], mask[:0], groups[:0]).shape == (0, 3)
 
@@ -99,7 +102,7 @@ def test_reinforce_plus_plus_by_hand() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    """Clip 0.5: a move away from the return past the clip counts whole; one towards it counts the clipped one."""
+    """The clip is 0.5. A larger move away from the return counts in full; a larger move towards it is clipped."""
     old, returns = torch.zeros(1, 4), torch.tensor([[1.0, 1.0, 1.0, math.nan]])
     values = torch.tensor([[-2.0, 0.8, 0.4, math.nan]], requires_grad=True)
     mask = torch.tensor([[True, True, True, False]])
@@ -129,7 +132,7 @@ def test_value_loss_parts_add_up_in_float32() -> None:
 
 
 def robust_batch(seed: int, t: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """rewards, values, mask, v_end, ended; NaN where masked."""
+    """Return rewards, values, mask, v_end and ended; rewards and values are NaN where masked."""
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, 3, t, generator=generator, dtype=torch.float64)
     mask = torch.rand(3, t, generator=generator) < 0.7
@@ -156,20 +159,22 @@ def test_robust_gae_against_reference(seed: int, t: int, gamma: float, lam: floa
 def test_without_contamination_it_is_gae_to_the_last_bit(dtype: torch.dtype) -> None:
     rewards, values, mask, v_end, ended = robust_batch(1, t=200)
     args = rewards.to(dtype), values.to(dtype), mask, v_end.to(dtype), 0.99, 0.95
-    for found, expected in zip(robust_gae(*args, 0.0, -9.0, ended), scalar_gae(*args), strict=True):
-        assert torch.equal(found, expected)
+    for robust, expected in zip(robust_gae(*args, 0.0, -9.0, ended), scalar_gae(*args), strict=True):
+        assert torch.equal(robust, expected)
     lists = rewards[0].tolist(), values[0].tolist(), mask[0].tolist(), v_end[0].item()
     exact = torch.tensor(reference_gae(*lists, 0.99, 0.95), dtype=dtype)
     assert_close(scalar_gae(*args)[0][0], exact, rtol=1e-4, atol=1e-4)
 
 
 def test_robust_gae_by_hand() -> None:
-    """gamma 1, rho 1/2, worst -2, lambda 0. The last token ended: 1 - 3. Before it: 0 + (3 - 2)/2 - 1."""
+    """gamma 1, rho 1/2, worst -2, lambda 0. The last token, where the sequence ended: 1 - 3. The token before it:
+    0 + (3 - 2)/2 - 1.
+    """
     rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 3.0]])
     mask, none = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1)
     for ended, last in ((True, -2.0), (False, -3.0)):
-        found, _ = robust_gae(rewards, values, mask, none, 1.0, 0.0, 0.5, -2.0, torch.tensor([ended]))
-        assert found.tolist() == [[-0.5, last]]
+        advantages, _ = robust_gae(rewards, values, mask, none, 1.0, 0.0, 0.5, -2.0, torch.tensor([ended]))
+        assert advantages.tolist() == [[-0.5, last]]
 
 
 def test_more_contamination_never_raises_a_return() -> None:

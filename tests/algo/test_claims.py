@@ -1,8 +1,9 @@
-"""What is true of the critic's terms, learned: atoms fitted by a loss to a law that is known.
+"""Claims about the critic's terms, tested by training: atoms are fitted to a known distribution by a loss.
 
-The law stands in a batch of tokens with one draw each, its own quantiles, and all tokens share the same
-atoms. So a batch is the law, and the loss its expectation: no noise, every number here is reproducible.
-Standard deviations are relative to that of the law's own M quantiles.
+A batch consists of tokens with one draw each. The draws are quantiles of the distribution, and all tokens share the
+same atoms. So the batch represents the distribution, and the loss is its expectation: there is no noise, and every
+number here is reproducible. Standard deviations are relative to the standard deviation of the distribution's own M
+quantiles.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ M, DRAWS, DELTA = 40, 400, 0.05
 
 
 def only(**weights: float) -> dict[str, float]:
-    """Weights of the terms named; the rest ablated."""
+    """Return the given weights, and 0 for all other terms."""
     return dict.fromkeys(TERMS, 0.0) | weights
 
 
@@ -34,7 +35,7 @@ def normal(draws: int = DRAWS) -> Tensor:
 
 
 def skewed(draws: int = DRAWS) -> Tensor:
-    """Exponential."""
+    """Return quantiles of the exponential distribution."""
     return -torch.log1p(-midpoints(draws))
 
 
@@ -46,14 +47,14 @@ def midpoints(m: int) -> Tensor:
     return (torch.arange(m, dtype=torch.float64) + 0.5) / m
 
 
-def quantiles(law: Tensor, m: int = M) -> Tensor:
-    return law.quantile(midpoints(m))
+def quantiles(draws: Tensor, m: int = M) -> Tensor:
+    return draws.quantile(midpoints(m))
 
 
-def spread(atoms: Tensor, law: Tensor) -> float:
-    """Standard deviation of the ensemble's atoms, relative to that of as many quantiles of the law."""
+def spread(atoms: Tensor, draws: Tensor) -> float:
+    """Return the sd of the ensemble's atoms divided by the sd of as many quantiles of the draws."""
     q = atoms.mean(0)
-    return float(q.std(correction=0) / quantiles(law, q.numel()).std(correction=0))
+    return float(q.std(correction=0) / quantiles(draws, q.numel()).std(correction=0))
 
 
 def mean(atoms: Tensor) -> float:
@@ -61,14 +62,14 @@ def mean(atoms: Tensor) -> float:
 
 
 def loss_of(z: Tensor, draws: Tensor, spec: CriticLossSpec, delta: float = DELTA) -> Tensor:
-    """Mean loss of the shared atoms z [H, M] over tokens that have one draw each."""
+    """Return the mean loss of the shared atoms z [H, M] over tokens that have one draw each."""
     n = draws.numel()
     mask = torch.ones(1, n, dtype=torch.bool)
     return critic_loss(z.expand(1, n, *z.shape), draws[None, :, None], mask, spec, delta=delta, denominator=n).total
 
 
 def learn(
-    law: Tensor | Callable[[], Tensor],
+    draws: Tensor | Callable[[], Tensor],
     spec: CriticLossSpec,
     *,
     delta: float = DELTA,
@@ -76,9 +77,9 @@ def learn(
     m: int = M,
     steps: int = 400,
 ) -> Tensor:
-    """Atoms [H, M], sorted, that minimise the loss: Adam to rest, mean of its last quarter.
+    """Return the atoms [H, M], sorted, that minimise the loss: the mean over the last quarter of Adam's steps.
 
-    ``law`` as a function gives a fresh batch each step.
+    ``draws`` is a batch for all steps, or a function that returns a new batch for each step.
     """
     z = torch.linspace(-1, 1, m, dtype=torch.float64)[None] if start is None else start.clone()
     z.requires_grad_()
@@ -87,7 +88,7 @@ def learn(
     last = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss_of(z, law() if callable(law) else law, spec, delta).backward()
+        loss_of(z, draws() if callable(draws) else draws, spec, delta).backward()
         optimizer.step()
         decay.step()
         if 4 * step >= 3 * steps:
@@ -95,13 +96,13 @@ def learn(
     return torch.stack(last).mean(0)
 
 
-@pytest.mark.parametrize("law", [normal(), skewed()], ids=["normal", "skewed"])
+@pytest.mark.parametrize("draws", [normal(), skewed()], ids=["normal", "skewed"])
 @pytest.mark.parametrize("term", ["qr", "risk"])
-def test_eq_3_and_eq_4_alone_are_proper(term: str, law: Tensor) -> None:
-    atoms = learn(law, calibrated_spec(weights=only(**{term: 1.0})))
-    assert spread(atoms, law) == pytest.approx(1, abs=0.01)
-    assert mean(atoms) == pytest.approx(mean(quantiles(law)), abs=0.01)
-    assert_close(atoms[0, 2:-2], quantiles(law)[2:-2], atol=0.03, rtol=0)
+def test_eq_3_and_eq_4_alone_are_proper(term: str, draws: Tensor) -> None:
+    atoms = learn(draws, calibrated_spec(weights=only(**{term: 1.0})))
+    assert spread(atoms, draws) == pytest.approx(1, abs=0.01)
+    assert mean(atoms) == pytest.approx(mean(quantiles(draws)), abs=0.01)
+    assert_close(atoms[0, 2:-2], quantiles(draws)[2:-2], atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,10 @@ def test_pseudo_outcomes_do_not_collapse_it(weight: float) -> None:
 
 
 def test_eq_7_per_token_drives_the_mean_up_until_few_targets_exceed_it() -> None:
-    """The top atom rests where its pull down, (1 - tau_M)/M, is w P(y > mean)/M: 0.67 here, 1.96 for M = 200."""
+    """The top atom stops where the pull down on it, (1 - tau_M)/M, equals w P(y > mean)/M.
+
+    The mean is then at 0.67 here, and would be at 1.96 for M = 200.
+    """
     m, weight = 20, 0.1
     spec = calibrated_spec(shift_over="token", weights=only(qr=1.0, shift=weight))
     atoms = learn(normal(), spec, m=m, steps=800)
@@ -155,7 +159,7 @@ def test_eq_7_over_the_batch_leaves_the_law_alone() -> None:
 
 
 def test_eq_7_over_a_small_batch_keeps_a_bias_that_falls_with_the_batch() -> None:
-    """Chance opens the relu half of the time. What counts as one draw is an independent return."""
+    """By chance the shift of a right critic is positive in half of the batches. A draw is one independent return."""
     spec = calibrated_spec(weights=only(qr=1.0, risk=1.0, shift=0.1))
 
     def bias(batch: int) -> float:
@@ -169,7 +173,7 @@ def test_eq_7_over_a_small_batch_keeps_a_bias_that_falls_with_the_batch() -> Non
 
 
 def test_eq_8_contracts_the_lower_tail_of_single_draws_and_leaves_the_upper_one() -> None:
-    """One draw has no variance, so the target of the tail's variance is 0: a prior, in both forms."""
+    """One draw has no variance, so the tail's variance has the target 0: Eq. 8 is a prior, in both forms."""
     atoms = learn(normal(), calibrated_spec(weights=only(qr=1.0, risk=1.0, shape=0.1)))[0]
     true = quantiles(normal())
     assert float(atoms[0] - true[0]) == pytest.approx(0.54, abs=0.1)
@@ -191,7 +195,7 @@ def test_the_paper_form_at_its_default_weights_is_nearly_a_constant() -> None:
 
 
 def test_a_delta_of_1_learns_expectiles_of_0_1_rewards() -> None:
-    """Within delta the loss is quadratic; the tau-expectile of a fair coin is tau itself."""
+    """Within delta the loss is quadratic, and the tau-expectile of a fair coin is tau itself."""
     spec = calibrated_spec(huber_unit=False, weights=only(qr=1.0))
     atoms = learn(coin(), spec, delta=1.0)
     assert_close(atoms[0], midpoints(M), atol=0.01, rtol=0)
@@ -218,14 +222,14 @@ def test_regression_on_the_ensemble_mean_keeps_the_heads_apart_for_ever() -> Non
     start = torch.linspace(-1, 1, M, dtype=torch.float64) + torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64)
     together = learn(normal(), calibrated_spec(qr_over="ensemble", weights=only(qr=1.0)), start=start)
     assert_close(together[2] - together[0], torch.full((M,), 2.0, dtype=torch.float64))
-    assert spread(together, normal()) == pytest.approx(1, abs=0.01)  # their mean has learned the law
+    assert spread(together, normal()) == pytest.approx(1, abs=0.01)  # their mean has learned the distribution
     apart = learn(normal(), calibrated_spec(qr_over="heads", weights=only(qr=1.0)), start=start)
     assert_close(apart[2], apart[0], atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("make_spec", [paper_spec, calibrated_spec])
 def test_eq_9_and_eq_10_are_priors(make_spec: Callable[..., CriticLossSpec]) -> None:
-    """They are content with a wrong law, and never look at the data."""
+    """They can be 0 for a wrong distribution, and their gradient does not depend on the data."""
     spec = make_spec(weights=only(curv=1.0, consist=1.0))
     wrong = torch.linspace(50, 60, M, dtype=torch.float64).repeat(2, 1)
     assert float(loss_of(wrong, normal(), spec)) == pytest.approx(0, abs=1e-12)
@@ -237,10 +241,10 @@ def test_eq_9_and_eq_10_are_priors(make_spec: Callable[..., CriticLossSpec]) -> 
 
 
 def fitted_chain(kind: str, tokens: int, lam: float, draws: int = 128, m: int = 32) -> Tensor:
-    """Standard deviation at each token of the atoms that are their own targets' quantiles, [tokens].
+    """Return the relative sd, at each token, of the atoms that equal the quantiles of their own targets, [tokens].
 
-    A chain without choices whose one reward, N(0, 1), comes at its end: the return has that law at every
-    token. Token t's targets need only later values, so one sweep from the end finds the fixed point.
+    The chain has no choices and a single reward, N(0, 1), at its end, so the return has that distribution at every
+    token. The targets of token t need only later values, so one sweep from the end finds the fixed point.
     """
     generator = torch.Generator().manual_seed(0)
     atoms = torch.zeros(1, tokens, m, dtype=torch.float64)

@@ -20,7 +20,7 @@ FORMS = (paper_spec, calibrated_spec)
 
 
 def batch(seed: int = 0, b: int = 3, t: int = 5, h: int = 2, m: int = 12, k: int = 9) -> tuple[Tensor, ...]:
-    """z, y, mask in float64; y is higher than z on average, so that Eq. 7 is at work."""
+    """Return z, y and mask, in float64; y is higher than z on average, so that Eq. 7 is not 0."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(b, t, h, m, generator=generator, dtype=torch.float64)
     y = torch.randn(b, t, k, generator=generator, dtype=torch.float64) + 0.3
@@ -78,7 +78,7 @@ def test_gradcheck(make_spec: Any) -> None:
 
 
 @pytest.mark.parametrize("make_spec", FORMS)
-@pytest.mark.parametrize("offset", [0.0, -5.0])  # below: the batch-wide Eq. 7 is closed
+@pytest.mark.parametrize("offset", [0.0, -5.0])  # with -5 the relu of the batch-wide Eq. 7 is 0
 def test_micro_batches_add_up(make_spec: Any, offset: float) -> None:
     z, y, mask = batch(1)
     y = y + offset
@@ -188,11 +188,11 @@ def test_a_nan_mean_shift_is_not_taken_for_closed() -> None:
 
 
 def test_calibrated_tails_and_shift_are_unbiased_under_sampled_targets() -> None:
-    """At the true quantiles, with single draws as targets, Eq. 5-7 push on average nowhere (section 4)."""
+    """At the true quantiles, with single draws as targets, the gradients of Eq. 5 and 6 average to 0."""
     m, n = 40, 40_000
     levels = (torch.arange(m, dtype=torch.float64) + 0.5) / m
-    law = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
-    z = law.icdf(levels).expand(1, n, 1, m)
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    z = normal.icdf(levels).expand(1, n, 1, m)
     y = torch.randn(1, n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights = dict.fromkeys(TERMS, 0.0) | {"cvar": 1.0, "gain": 1.0}
     mask = torch.ones(1, n, dtype=torch.bool)
@@ -213,7 +213,7 @@ def test_terms_by_hand() -> None:
     long_lower_tail = torch.tensor([-10.0, -5.0, -3.0, -2.0, -1.5, -1.4])
     for kind in ("pointwise", "block"):
         assert tail_curvature(long_lower_tail, 0.5, 0.01, kind) > 0  # contracted
-        assert tail_curvature(-long_lower_tail.flip(-1), 0.01, 0.5, kind) == 0  # a long upper one is welcome
+        assert tail_curvature(-long_lower_tail.flip(-1), 0.01, 0.5, kind) == 0  # a long upper tail costs nothing
 
 
 @pytest.mark.parametrize(

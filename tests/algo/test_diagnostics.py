@@ -65,7 +65,7 @@ def test_head_disagreement_by_hand() -> None:
 
 
 def test_the_right_quantiles_of_a_coin_are_calibrated() -> None:
-    """Rewards 0 (30 %) and 1: quantiles near 0 up to the level 0.3, near 1 above it, a little off as a critic's are."""
+    """Rewards are 0 (30 %) or 1: quantiles near 0 up to level 0.3, near 1 above, a little off as a critic's are."""
     returns = torch.tensor([[0.0] * 3 + [1.0] * 7]).double()
     levels = quantile_levels(20, "midpoint")
     atoms = torch.where(levels < 0.3, -0.01, 0.98).expand(1, 10, 2, 20)
@@ -78,7 +78,7 @@ def test_the_right_quantiles_of_a_coin_are_calibrated() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    """Every return is above all atoms: coverage 0 at 0.1, 0.25, 0.5, 0.75, 0.9, which are 0.5 on average."""
+    """Every return is above all atoms: coverage is 0 at the levels 0.1, 0.25, 0.5, 0.75, 0.9, whose mean is 0.5."""
     mask = torch.ones(1, 1, dtype=torch.bool)
     metrics = critic_metrics(critic_sums(torch.zeros(1, 1, 1, 100), torch.ones(1, 1), mask, LEVELS, 0.1, 0.1))
     assert metrics["critic/calibration_error"] == pytest.approx(0.5)
@@ -102,7 +102,7 @@ def test_a_scalar_critic_has_a_mean_and_no_quantiles() -> None:
 
 
 def test_policy_metrics_by_hand() -> None:
-    """Ratios 2 and 1, one token clipped; what stands on padding is never read."""
+    """The ratios are 2 and 1, and one token is clipped. Values on padding are never read."""
     mask = torch.tensor([[True, True, False]])
     logprobs = torch.tensor([[math.log(0.5), math.log(0.25), math.nan]])
     old = torch.tensor([[math.log(0.25), math.log(0.25), math.nan]])
@@ -122,7 +122,7 @@ def test_policy_metrics_by_hand() -> None:
 
 
 def test_policy_kl_estimates_the_closed_form() -> None:
-    """Expected over the tokens that the old policy samples, approx_kl is KL(old || new) exactly."""
+    """The expectation of approx_kl over tokens that the old policy samples is exactly KL(old || new)."""
     old, new = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
     sampled = torch.tensor([[0] * 5 + [1] * 3 + [2] * 2])  # in the old policy's proportions
     mask = torch.ones(1, 10, dtype=torch.bool)

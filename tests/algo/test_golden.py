@@ -1,4 +1,4 @@
-"""Values worked out apart from this code (all float64): terms, totals, gradients, targets."""
+"""Terms, totals, gradients and targets against values that were computed independently of this code, in float64."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ def tensor(x: Any) -> Tensor:
 
 
 def over_ties(grad: Tensor, z: Tensor) -> Tensor:
-    """Gradient summed over the tied atoms of a head. Which of two tied atoms is the lower is arbitrary, and
-    so are their gradients after a sort; their sum is not.
+    """Return the gradient summed over the tied atoms of a head.
+
+    Which of two tied atoms a sort puts first is arbitrary, and so are their single gradients; their sum is not.
     """
     same = z[..., :, None] == z[..., None, :]
     return (same * grad[..., None, :]).sum(-1)
 
 
 def kink_of_the_tie_row(z: Tensor, spec: CriticLossSpec) -> Tensor:
-    """Token (0, 1) of that row has var_low(q) = var_low(y) = 0.14 exactly, the kink of Eq. 8, where
-    rounding picks the subgradient: the golden one takes the slope that ours leaves at 0. This is that slope.
+    """Return the slope that the golden gradient has in addition to ours, in the row with ties.
+
+    Token (0, 1) of that row has var_low(q) = var_low(y) = 0.14 exactly. This is the kink of Eq. 8, where rounding picks
+    the subgradient: the golden gradient has the slope of one side, and ours has 0.
     """
     q = z.sort(dim=-1).values.mean(-2)
     (slope,) = torch.autograd.grad(spec.weights["shape"] * lower_tail_variance(q[0, 1], spec.alpha), z)

@@ -74,7 +74,7 @@ def test_kl_estimators_against_closed_form() -> None:
 
 
 def test_dual_clip_by_hand() -> None:
-    """c = 3: a bad token's loss stops at -3 A; good tokens and the inner clip are as without it."""
+    """With c = 3 the loss of a token with A < 0 stops at -3 A; other tokens and PPO's clip are unchanged."""
     ratio = torch.tensor([[1.5, 0.5, 5.0, 2.0, 5.0]])
     advantages = torch.tensor([[2.0, -2.0, -2.0, -2.0, 0.0]])
     logprobs = ratio.log().requires_grad_()

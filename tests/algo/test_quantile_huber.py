@@ -32,8 +32,10 @@ def draw(kind: str, generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def agree(z: Tensor, y: Tensor, tau: Tensor, delta: float, unit: bool, tolerance: float) -> None:
-    """Values and gradients agree to ``tolerance`` of what they would be without the tilt |tau - 1|: a top
-    atom's tilted loss may be nearly 0 while its targets are far away.
+    """Assert that values and gradients agree with the naive ones.
+
+    The tolerance is relative to what they would be without the factor |tau - 1|, because the loss of a top atom may be
+    nearly 0 while its targets are far away.
     """
     z = z.clone().requires_grad_()
     loss = quantile_huber(z, y, tau, delta, unit)
@@ -145,7 +147,7 @@ def test_float64_targets_of_float32_atoms() -> None:
 
 
 def test_path() -> None:
-    """On a CPU the kernel is used in Triton's interpreter only, and where float32 can hold delta."""
+    """On a CPU the kernel is used only in Triton's interpreter, and only where float32 can represent delta."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     assert (module._kernel_for(torch.zeros(1), 1.0) is not None) == interpreted
     assert module._kernel_for(torch.zeros(1), 1e-50) is None

@@ -1,4 +1,4 @@
-"""The benchmark's yardsticks: that its pairwise loop is the same loss, and that memory is what a call adds."""
+"""The benchmark's references: the pairwise loop computes the same loss, and memory counts what a call adds."""
 
 from __future__ import annotations
 

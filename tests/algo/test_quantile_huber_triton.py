@@ -1,4 +1,4 @@
-"""The GPU kernel without a GPU: it compiles for one, and in Triton's interpreter it passes the CPU path's tests."""
+"""The GPU kernel without a GPU: it compiles for a GPU, and in Triton's interpreter it passes the CPU path's tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TESTS = Path(__file__).with_name("test_quantile_huber.py")
 
 
 def test_interpreted_kernel_passes_the_same_tests() -> None:
-    # In a process of its own: the variable must stand before Triton is imported and would change vLLM here.
+    # In a process of its own, because the variable must be set before Triton is imported and would affect vLLM here.
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     selected = "not at_size or heavy-0.05 or ties-1.0"  # the interpreter takes seconds for 200 by 200
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, str(TESTS)]
@@ -26,7 +26,7 @@ def test_interpreted_kernel_passes_the_same_tests() -> None:
 def test_kernel_compiles_for_hopper(
     dtype: str, ones: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Triton makes constants of sizes that are 1, which is another program."""
+    """Triton compiles sizes that are 1 as constants, which gives a different program."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget

@@ -54,8 +54,8 @@ def test_a_tail_of_one_atom_has_no_variance_and_ignores_the_rest() -> None:
 def test_crossing_rate() -> None:
     z = torch.tensor([[[0.0, 1.0, 0.5], [math.nan, 3.0, 2.0]]])  # [1, 2, 3], second token masked
     mask = torch.tensor([[True, False]])
-    assert qs.crossing_rate(z, mask).item() == 0.5
-    assert qs.crossing_rate(z, torch.zeros_like(mask)).item() == 0.0
-    assert qs.crossing_rate(z[..., :1], mask).item() == 0.0
+    assert qs.crossing_count(z, mask).item() / 2 == 0.5  # the valid token has two pairs
+    assert qs.crossing_count(z, torch.zeros_like(mask)).item() == 0.0
+    assert qs.crossing_count(z[..., :1], mask).item() == 0.0
     heads = torch.tensor([[[[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]]]])  # [B,T,H,M]: one of three pairs
-    assert qs.crossing_rate(heads, torch.tensor([[True]])).item() == pytest.approx(1 / 3)
+    assert qs.crossing_count(heads, torch.tensor([[True]])).item() / 3 == pytest.approx(1 / 3)

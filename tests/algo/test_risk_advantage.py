@@ -14,7 +14,10 @@ from dvpo_service.algo.risk_advantage import cvar_advantages, entropic_advantage
 
 
 def batch(seed: int, m: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """values (ascending), targets, mask with holes; NaN where masked; the last row has no valid token."""
+    """Return values (ascending), targets, and a mask with holes.
+
+    Values and targets are NaN where masked; the last row has no valid token.
+    """
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(3, 5, m, generator=generator, dtype=dtype).sort(-1).values
     targets = torch.randn(3, 5, m, generator=generator, dtype=dtype)
@@ -31,18 +34,18 @@ def mean_difference(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 @settings(max_examples=30, deadline=None)
 def test_cvar_against_reference(seed: int, k: int) -> None:
     values, targets, mask = batch(seed)
-    found = cvar_advantages(values, targets, mask, k / 8)
+    advantages = cvar_advantages(values, targets, mask, k / 8)
     for b in range(3):
         steps = mask[b].nonzero().flatten().tolist()
         for t in steps:
             prompt = values[b, steps[0]].tolist()
             expected = reference_cvar_advantage(prompt, values[b, t].tolist(), targets[b, t].tolist(), k)
-            assert found[b, t].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    assert (found[~mask] == 0).all()
+            assert advantages[b, t].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert (advantages[~mask] == 0).all()
 
 
 def test_cvar_by_hand() -> None:
-    """Prompt's atoms 0..3, a = 1/2, so v = 1.5: Z falls short of it by (1.5 + 0.5) / 4, y by 1.5 / 4."""
+    """The prompt's atoms are 0..3 and a = 1/2, so v = 1.5. Z falls short of v by (1.5 + 0.5) / 4, and y by 1.5 / 4."""
     values = torch.tensor([[[9.0, 9, 9, 9], [0, 1, 2, 3], [0, 1, 2, 3]]])
     targets = torch.tensor([[[9.0, 9, 9, 9], [0, 2, 2, 50], [3, 0, 1, 2]]])
     mask = torch.tensor([[False, True, True]])
@@ -61,11 +64,11 @@ def test_the_limits_are_the_mean_to_the_last_bit(dtype: torch.dtype) -> None:
 @settings(max_examples=30, deadline=None)
 def test_entropic_against_reference(seed: int, b: float) -> None:
     values, targets, mask = batch(seed)
-    found = entropic_advantages(values, targets, mask, b)
+    advantages = entropic_advantages(values, targets, mask, b)
     for row, t in mask.nonzero().tolist():
         expected = reference_entropic_advantage(values[row, t].tolist(), targets[row, t].tolist(), b)
-        assert found[row, t].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert (found[~mask] == 0).all()
+        assert advantages[row, t].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert (advantages[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("b", [1e-6, -1e-6, 1e-12])
@@ -78,17 +81,17 @@ def test_a_small_b_tends_to_the_mean_without_cancellation(b: float) -> None:
 def test_a_large_b_is_finite_and_keeps_the_order(b: float) -> None:
     values = torch.linspace(0, 1, 8).expand(1, 3, 8)
     targets = torch.stack((torch.zeros(8), torch.full((8,), 0.5), torch.ones(8)))[None]
-    found = entropic_advantages(values, targets, torch.ones(1, 3, dtype=torch.bool), b)
-    assert found.isfinite().all()
-    assert (found.diff(dim=1) >= 0).all()
-    assert found[0, 2] > found[0, 0]
+    advantages = entropic_advantages(values, targets, torch.ones(1, 3, dtype=torch.bool), b)
+    assert advantages.isfinite().all()
+    assert (advantages.diff(dim=1) >= 0).all()
+    assert advantages[0, 2] > advantages[0, 0]
 
 
 def test_beyond_the_largest_exponent_a_better_target_still_gains_more() -> None:
     values = torch.zeros(1, 2, 4)
     targets = torch.tensor([[[1.0] * 4, [1.1] * 4]])
-    found = entropic_advantages(values, targets, torch.ones(1, 2, dtype=torch.bool), 200.0)
-    assert found[0, 0] < found[0, 1] < math.inf
+    advantages = entropic_advantages(values, targets, torch.ones(1, 2, dtype=torch.bool), 200.0)
+    assert advantages[0, 0] < advantages[0, 1] < math.inf
 
 
 def test_entropic_shuns_or_seeks_spread() -> None:
@@ -101,14 +104,14 @@ def test_head_trust_against_reference() -> None:
     generator = torch.Generator().manual_seed(3)
     heads = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).sort(-1).values
     advantages, mask = torch.randn(2, 3, dtype=torch.float64), torch.tensor([[True, True, False], [True] * 3])
-    found = head_trust(advantages, heads.masked_fill(~mask[..., None, None], math.nan), mask, 0.7)
+    trusted = head_trust(advantages, heads.masked_fill(~mask[..., None, None], math.nan), mask, 0.7)
     for b, t in mask.nonzero().tolist():
         means = [mean(head) for head in heads[b, t].tolist()]
         q = [mean(atom) for atom in heads[b, t].T.tolist()]
         s = mean([(x - mean(means)) ** 2 for x in means]) ** 0.5
         sigma = mean([(x - mean(q)) ** 2 for x in q]) ** 0.5
-        assert found[b, t].item() == pytest.approx(advantages[b, t].item() / (1 + 0.7 * s / sigma), rel=1e-12)
-    assert found[0, 2] == 0
+        assert trusted[b, t].item() == pytest.approx(advantages[b, t].item() / (1 + 0.7 * s / sigma), rel=1e-12)
+    assert trusted[0, 2] == 0
 
 
 def test_head_trust_where_it_changes_nothing() -> None:
@@ -116,7 +119,7 @@ def test_head_trust_where_it_changes_nothing() -> None:
     mask = torch.ones(2, 3, dtype=torch.bool)
     assert torch.equal(head_trust(advantages, heads, mask, 0.0), advantages)
     assert torch.equal(head_trust(advantages, heads[:, :, :1], mask, 5.0), advantages)
-    for atom in (0.1, 0.3, 0.7, 123.4):  # rounding of the means must pass for neither width nor disagreement
+    for atom in (0.1, 0.3, 0.7, 123.4):  # rounding of the means must count neither as width nor as disagreement
         assert torch.equal(head_trust(advantages, torch.full((2, 3, 3, 7), atom), mask, 5.0), advantages)
 
 

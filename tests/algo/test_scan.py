@@ -40,7 +40,7 @@ def test_trailing_axes(wide: bool) -> None:
 
 @pytest.mark.parametrize("steps", [1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK, 4096])
 def test_counts_exactly(steps: int) -> None:
-    """c = 1, b = 1 from 0: every x is a whole number, however the chunks divide the steps."""
+    """With c = 1, b = 1 and start 0 every x is an integer, however the chunks divide the steps."""
     x = linear_scan(torch.ones(1, steps), torch.ones(1, steps), torch.zeros(1))
     assert torch.equal(x[0], torch.arange(1.0, steps + 1))
 
@@ -60,7 +60,7 @@ def test_a_step_never_reaches_an_earlier_one() -> None:
     spoiled = linear_scan(b, c, start)
     assert torch.equal(spoiled[:, :70], clean[:, :70])
     assert spoiled[:, 70:].isnan().all()
-    assert torch.equal(linear_scan(b[:, :70], c[:, :70], start), clean[:, :70])  # nor does the length matter
+    assert torch.equal(linear_scan(b[:, :70], c[:, :70], start), clean[:, :70])  # the length does not matter either
 
 
 @pytest.mark.parametrize(("b", "t"), [(0, 3), (2, 0), (0, 0)])

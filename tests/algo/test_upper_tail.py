@@ -1,4 +1,4 @@
-"""Why the calibrated form needs Eq. 6 beside Eq. 8 (docs/ablation): a tabular critic of a short chain."""
+"""Why the calibrated form needs Eq. 6 in addition to Eq. 8 (docs/ablation), on a tabular critic of a short chain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ T, M, B = 3, 20, 64
 
 
 def upper_tail_at_the_start(*removed: str) -> float:
-    """Mean of the top tenth at the first token after training on a coin at the end of the chain."""
+    """Return the mean of the top tenth of the atoms at the first token, after training.
+
+    The only reward is a coin at the end of the chain.
+    """
     weights = {f"ablate_{term}": True for term in removed}
     config = AlgorithmConfig.model_validate({"form": "calibrated", "dvpo_loss_weights": weights})
     atoms = torch.nn.Parameter(torch.linspace(0, 1, M).repeat(T, 1, 1))

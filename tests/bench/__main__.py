@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: ``python -m tests.bench``. Each prints one JSON object."""
+"""Run the benchmarks one after the other: ``python -m tests.bench``. Each prints one JSON object."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What generating ahead saves: the same run with ``rollout.max_staleness`` 0, 1 and 2, one after the other.
+"""Measure what generating ahead saves: the same run with ``rollout.max_staleness`` 0, 1 and 2, one after the other.
 
-``python -m tests.bench.bench_ahead [key=value ...]`` prints one JSON object. By default GRPO on a small model whose
-responses of 64 tokens take the engine about as long as the policy's update takes: two processes, two cores.
-``speedup`` is the median step at 0 over the median step at k; ``waited_share``: of a step, for rollouts.
+``python -m tests.bench.bench_ahead [key=value ...]`` prints one JSON object. By default it runs GRPO on a small model,
+with responses of 64 tokens that take the engine about as long as the policy's update takes: two processes, two cores.
+``speedup`` is the median step at staleness 0 divided by the median step at k. ``waited_share`` is the share of a step
+that is spent waiting for rollouts.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ OVERRIDES = (
     "trainer.eval_every=0",
     "trainer.save_every=0",
     "data.val_limit=4",
-    "model.warmstart.steps=1",  # whose answers do not end: as long as they may be
+    "model.warmstart.steps=1",  # its responses do not end by themselves, so all have the maximal length
     "algorithm.adv_estimator=grpo",
     "rollout.max_new_tokens=64",
 )
 
 
 def main(overrides: list[str]) -> None:
-    found = {}
+    by_staleness = {}
     with tempfile.TemporaryDirectory() as folder:
         for staleness in (0, 1, 2):
             run = Path(folder) / f"ahead-{staleness}"
@@ -36,12 +37,15 @@ def main(overrides: list[str]) -> None:
             more = [f"rollout.max_staleness={staleness}", *OVERRIDES, *overrides]
             subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL, timeout=1200)
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            found[staleness] = figures(rows[1 + WARM : -1])
-    step_s = found[0]["step_s"]
-    print(json.dumps({k: row | {"speedup": round(step_s / row["step_s"], 2)} for k, row in found.items()}, indent=2))
+            by_staleness[staleness] = figures(rows[1 + WARM : -1])
+    step_s = by_staleness[0]["step_s"]
+    results = {k: row | {"speedup": round(step_s / row["step_s"], 2)} for k, row in by_staleness.items()}
+    print(json.dumps(results, indent=2))
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return medians over the rows of metrics."""
+
     def median(name: str) -> float:
         return statistics.median(r.get(name, 0.0) for r in rows)
 

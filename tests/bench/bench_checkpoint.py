@@ -1,8 +1,8 @@
-"""What a checkpoint costs the loop: the demo's steps that save beside those that do not, in one run.
+"""Measure what a checkpoint costs the loop: steps of the demo with a save and without one, in one run.
 
-``python -m tests.bench.bench_checkpoint`` prints one JSON object. ``blocked_share``: what the loop waits to
-begin a save, of a step. ``slowdown``: how much longer the step is that a save is written during. Both
-are medians, ``write_s`` (from the beginning until the checkpoint is whole) too.
+``python -m tests.bench.bench_checkpoint`` prints one JSON object, with medians. ``blocked_share`` is the share of a
+step that the loop waits for a save to begin. ``slowdown`` is how much longer a step is while a save is written.
+``write_s`` is the time from the beginning of a save until the checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """A save begins at the end of a step, and is in the row of the next."""
+    """Return the costs of a save. It begins at the end of a step, and is in the next step's row."""
     during = [r for r in rows if "time/checkpoint" in r]
     calm = [r for r in rows if "time/checkpoint" not in r]
     calm_s, during_s = (statistics.median(r["time/step"] for r in part) for part in (calm, during))

@@ -1,7 +1,7 @@
-"""What it costs in generation speed that weights can be updated on CPU: packed against plain linear layers.
+"""Measure what updatable weights on CPU cost in generation speed: packed against plain linear layers.
 
-``python -m tests.bench.bench_generation [hidden layers]`` prints one JSON object: tokens/s of the same
-model and prompts with vLLM's own packed layers (new weights never reach them) and with ours, in turn.
+``python -m tests.bench.bench_generation [hidden layers]`` prints one JSON object: tokens/s of the same model and
+prompts, first with vLLM's own packed layers, which new weights never reach, and then with our plain ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run(model: Path, plugins: str | None) -> float:
-    """Median tokens/s in a process of its own; ``plugins=""`` keeps our plugin out of the engine."""
+    """Return the median tokens/s, measured in a new process. ``plugins=""`` keeps our plugin out of the engine."""
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if plugins is not None:

@@ -1,9 +1,9 @@
-"""What HTTP, Ray Serve and the gateway cost: throughput of the server against the bare engine, on the same prompts.
+"""Measure what HTTP, Ray Serve and the gateway cost: throughput of server and bare engine on the same prompts.
 
 ``python -m tests.bench.bench_serving [--requests 512] [--tokens 96] [--range-ratio 0.5]`` prints one JSON object.
-Engine and server run side by side and are measured in turn, 64 requests at a time; the client's own work is part of the
-server's figure. Responses are of ``tokens * (1 - ratio)`` to ``tokens * (1 + ratio)`` tokens, uniformly, as in vLLM's
-own benchmark; with a ratio of 0 all are of one length, so that 64 end in the same step.
+Engine and server run side by side and are measured in turn, 64 requests at a time. The server's figure includes the
+client's own work. Response lengths are uniform from ``tokens * (1 - ratio)`` to ``tokens * (1 + ratio)``, as in vLLM's
+own benchmark. With a ratio of 0 all responses have one length, so that 64 of them end in the same step.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         export = make_export(Path(folder) / "export", hidden_size=96, num_layers=3, num_heads=3, max_positions=256)
         with ServerProcess(export.folder) as server, Engine(export.folder) as engine:
-            found = [(engine.round(given), asyncio.run(load(server.url, given))) for _ in range(ROUNDS + 1)][1:]
-    bare, served = ([f[k] for f in found] for k in (0, 1))
+            rounds = [(engine.round(given), asyncio.run(load(server.url, given))) for _ in range(ROUNDS + 1)]
+    bare = [tokens_per_s for tokens_per_s, _ in rounds[1:]]  # the first round warms up
+    served = [load_figures for _, load_figures in rounds[1:]]
     print(
         json.dumps(
             {
@@ -61,14 +62,15 @@ def main() -> None:
 
 
 def asked(given: argparse.Namespace) -> list[tuple[str, int]]:
-    """Prompts, and how many tokens are to follow each; the same at every call."""
-    rng, spread = random.Random(0), given.tokens * given.range_ratio
+    """Return prompts and the number of tokens to generate for each. Every call returns the same."""
+    rng = random.Random(0)
+    spread = given.tokens * given.range_ratio
     lengths = [round(rng.uniform(given.tokens - spread, given.tokens + spread)) for _ in range(given.requests)]
     return [(f"{i % 89 + 10}+{i * 7 % 89 + 10}=", n) for i, n in enumerate(lengths)]
 
 
 async def at_once(asks: list[Callable[[], Awaitable[None]]]) -> float:
-    """Seconds that all took, ``CLIENTS`` at a time."""
+    """Make all requests, ``CLIENTS`` at a time, and return the seconds that they took."""
     waiting = iter(asks)
 
     async def client() -> None:
@@ -81,6 +83,7 @@ async def at_once(asks: list[Callable[[], Awaitable[None]]]) -> float:
 
 
 async def load(url: str, given: argparse.Namespace) -> dict[str, float]:
+    """Send all requests to the server, and return its throughput, errors and latencies."""
     import aiohttp
 
     seconds: list[float] = []
@@ -89,11 +92,11 @@ async def load(url: str, given: argparse.Namespace) -> dict[str, float]:
     async def ask(session: aiohttp.ClientSession, prompt: str, length: int) -> None:
         nonlocal tokens, errors
         began = time.perf_counter()
-        body = {"prompt": prompt, "max_tokens": length, "ignore_eos": True}
-        async with session.post(f"{url}/v1/completions", json=body) as answer:
-            found = await answer.json()
+        request = {"prompt": prompt, "max_tokens": length, "ignore_eos": True}
+        async with session.post(f"{url}/v1/completions", json=request) as answer:
+            body = await answer.json()
             errors += answer.status != 200
-            tokens += found["usage"]["completion_tokens"] if answer.status == 200 else 0
+            tokens += body["usage"]["completion_tokens"] if answer.status == 200 else 0
         seconds.append(time.perf_counter() - began)
 
     connector = aiohttp.TCPConnector(limit=CLIENTS)
@@ -104,7 +107,7 @@ async def load(url: str, given: argparse.Namespace) -> dict[str, float]:
 
 
 class Engine:
-    """A bare vLLM engine in a process of its own that runs a round for each line it reads."""
+    """A bare vLLM engine in a process of its own, which runs a round for each line that it reads."""
 
     def __init__(self, model: Path):
         environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -115,7 +118,7 @@ class Engine:
         )
 
     def round(self, given: argparse.Namespace) -> float:
-        """Tokens/s."""
+        """Run all requests once, and return tokens/s."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps(asked(given)) + "\n")

@@ -1,4 +1,7 @@
-"""The bare engine of bench_serving, with the server's settings: a line of JSON in (prompts, lengths), its speed out."""
+"""The bare engine of bench_serving, with the server's settings.
+
+It reads lines of JSON, lists of (prompt, length), and prints the speed of each.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step of the demo: what is not a stage, what sync takes, and the memory of all processes.
+"""Measure a step of the demo: the time outside of all stages, the time of sync, and the memory of all processes.
 
 ``python -m tests.bench.bench_step`` prints one JSON object. It is a real run of the demo's config.
 """
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the steps after warming up."""
+    """Return medians over the rows of metrics."""
 
     def share(names: tuple[str, ...]) -> float:
         return statistics.median(sum(r[f"time/{n}"] for n in names) / r["time/step"] for r in rows)
@@ -47,11 +47,15 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def watch(process: subprocess.Popen[bytes]) -> int:
-    """Peak of the proportional memory (shared pages counted once) of a process and its offspring, bytes."""
-    peak, root = 0, psutil.Process(process.pid)
+    """Wait for a process to end, and return the peak memory of it and its descendants, in bytes.
+
+    The memory is proportional: shared pages are counted once.
+    """
+    peak = 0
+    root = psutil.Process(process.pid)
     known: dict[int, psutil.Process] = {}
     while process.poll() is None:
-        # Ray's processes leave the tree; they are this user's and younger than the run.
+        # Ray's processes leave the process tree, so take all processes that are younger than the run.
         for p in psutil.process_iter(["create_time"]):
             if p.info["create_time"] >= root.create_time():
                 known[p.pid] = p

@@ -1,4 +1,4 @@
-"""What happened in a run with faults, one JSON object a line, from the driver and from the harness alike."""
+"""Events of a run with faults, one JSON object a line, written by the driver and by the harness."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Events:
             file.write(json.dumps({"event": event, "time": time.time()} | fields) + "\n")
 
     def read(self, *names: str) -> list[dict[str, Any]]:
-        """Those of the names, or all."""
+        """Return the events with one of the names, or all events if no name is given."""
         if not self.file.exists():
             return []
         lines = self.file.read_text().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be under way
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be incomplete
         return [r for r in rows if not names or r["event"] in names]

@@ -1,4 +1,4 @@
-"""Every process that a run had, and whether one is left."""
+"""Every process that a run had, and which of them are left."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ ACTORS = ("ray::VllmEngine", "ray::Rank", "ray::RewardWorker", "VLLM::", "Engine
 
 
 class Family:
-    """Processes and their children's children, remembered from when they were seen. ``heads()`` are the pids whose
-    descendants belong to it."""
+    """The processes of a run with all their descendants, remembered once they have been seen.
+
+    Args:
+      heads: returns the pids whose descendants belong to the run.
+    """
 
     def __init__(self, heads: Callable[[], Iterable[int]]):
-        self.heads, self.seen = heads, set[psutil.Process]()
+        self.heads = heads
+        self.seen = set[psutil.Process]()
 
     def look(self) -> None:
+        """Remember the processes that run now."""
         for pid in self.heads():
             try:
                 head = psutil.Process(pid)
@@ -27,18 +32,20 @@ class Family:
                 continue
 
     def left(self) -> list[str]:
+        """Return pid and title of every process that is still alive."""
         return [f"{p.pid} {title(p)}" for p in self.seen if _alive(p)]
 
     def actors_left(self) -> list[str]:
-        """Those of a run alone: on a cluster that goes on, Ray's own processes stay."""
+        """Return the run's actors that are still alive. Ray's own processes stay on a cluster that goes on."""
         return [name for name in self.left() if any(word in name for word in ACTORS)]
 
     def all_gone(self, within_s: float) -> float:
-        """Seconds until no process is left."""
+        """Return the seconds until no process is left. Raises AssertionError after ``within_s``."""
         return gone(self.left, within_s)
 
 
 def gone(left: Callable[[], list[str]], within_s: float) -> float:
+    """Return the seconds until ``left()`` is empty. Raises AssertionError after ``within_s``."""
     began = time.monotonic()
     while left() and time.monotonic() - began < within_s:
         time.sleep(0.2)
@@ -47,7 +54,7 @@ def gone(left: Callable[[], list[str]], within_s: float) -> float:
 
 
 def shared_memory() -> set[str]:
-    """What programs have put into /dev/shm under a name."""
+    """Return the names of the files in /dev/shm."""
     return {f.name for f in Path("/dev/shm").iterdir()}
 
 
@@ -59,7 +66,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def title(process: psutil.Process) -> str:
-    """Its command line, short; Ray's and vLLM's processes say there what they are."""
+    """Return the start of a process's command line, where Ray's and vLLM's processes say what they are."""
     try:
         return (" ".join(process.cmdline()) or process.name())[:100]
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""What can go wrong in a run, and a plan of it drawn from a seed."""
+"""The kinds of faults, and a plan of faults drawn from a seed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ DEAD_S = 15.0  # within which a dead process is noticed
 
 @dataclass(frozen=True)
 class Kind:
-    """``share``: how many of about a hundred faults. ``at``: stages of a step in which it may strike, none for
-    what the harness does from outside. ``pool`` is what dies. ``repeats``: it belongs to its step, and strikes
-    again when that step is done again; others strike once."""
+    """A kind of fault.
+
+    Attributes:
+      what: the fault, in words.
+      share: how many of about a hundred faults are of this kind.
+      at: stages of a step in which it may strike; empty if the harness causes it from outside.
+      pool: the pool that it strikes.
+      repeats: it belongs to its step, and strikes again when that step is repeated; other faults strike once.
+    """
 
     what: str
     share: int
@@ -47,13 +53,13 @@ KINDS: dict[str, Kind] = {
     "checkpoint": Kind("newest checkpoint corrupted, driver killed", 2),
 }
 NAN = ("nan-policy", "nan-critic")
-NAN_GAP = 2  # steps from one to the next: a few in a row end a run, as they should
-EARLIEST, LATEST = 2, 6  # steps from the start, and before the end, that stay without faults
+NAN_GAP = 2  # steps between NaN faults: a few bad steps in a row end a run, as they should
+EARLIEST, LATEST = 2, 6  # steps at the start, and before the end, that have no faults
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Strikes ``after_s`` into stage ``at`` of ``step``; ``number`` chooses the victim among those there are."""
+    """A fault that strikes ``after_s`` into stage ``at`` of ``step``. ``number`` chooses the victim."""
 
     id: int
     kind: str
@@ -64,13 +70,14 @@ class Fault:
 
 
 def counts(total: int, skip: tuple[str, ...] = ()) -> dict[str, int]:
-    """``total`` faults shared out among the kinds by their shares, one of each at least where they suffice."""
+    """Return how many of ``total`` faults are of each kind: by their shares, and at least one of each if possible."""
     kinds = {name: kind.share for name, kind in KINDS.items() if name not in skip}
     if total <= len(kinds):
         rare_first = sorted(kinds, key=lambda name: kinds[name])
         return {name: 1 for name in rare_first[:total]}
-    left, whole = total - len(kinds), sum(kinds.values())
-    exact = {name: left * share / whole for name, share in kinds.items()}
+    left = total - len(kinds)
+    all_shares = sum(kinds.values())
+    exact = {name: left * share / all_shares for name, share in kinds.items()}
     given = {name: int(x) for name, x in exact.items()}
     by_rest = sorted(exact, key=lambda name: exact[name] - given[name], reverse=True)
     for name in by_rest[: left - sum(given.values())]:
@@ -79,10 +86,12 @@ def counts(total: int, skip: tuple[str, ...] = ()) -> dict[str, int]:
 
 
 def draw_plan(wanted: Mapping[str, int], steps: int, seed: int) -> list[Fault]:
-    """Faults in the order of their steps. Each kind is spread over the run: one in each of equal parts of it."""
-    rng, drawn, nan_steps = random.Random(seed), list[tuple[int, str]](), list[int]()
+    """Return faults in the order of their steps. Each kind has one fault in each of equal parts of the run."""
+    rng = random.Random(seed)
+    drawn = list[tuple[int, str]]()
+    nan_steps = list[int]()
     for name, count in wanted.items():
-        # An engine, or what the harness breaks, takes many steps to recover from.
+        # The loss of an engine and the faults of the harness take many steps to recover from.
         slow = not KINDS[name].at or KINDS[name].pool == "rollout"
         first, last = EARLIEST, steps - (max(2 * LATEST, steps // 8) if slow else LATEST)
         if last - first < count:

@@ -1,6 +1,7 @@
 """A training run with faults from within: ``python -m tests.chaos.faulty_run CONFIG RUN_DIR PLAN``.
 
-PLAN is a file of ``tests.chaos.faults``; beside it ``events.jsonl`` says what was done, and what the service did.
+PLAN is a file written by ``tests.chaos.faults.write_plan``. The faults, and the service's reactions, are written to
+``events.jsonl`` beside it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from tests.chaos.injector import Injector
 
 
 def main(config: str, run_dir: str, plan: str) -> None:
-    resolved, file = load_config(config), Path(plan)
+    resolved = load_config(config)
+    file = Path(plan)
     Injector(read_plan(file), Events(file.with_name("events.jsonl")), resolved.trainer.num_steps).install()
     try:
         train(resolved, Path(run_dir))
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
-    except Exception as error:  # noqa: BLE001 - told as the command line tells it
+    except Exception as error:  # noqa: BLE001 - reported as the command line does
         line, code = failure.describe(error)
         print(f"error: {line}", flush=True)
         sys.exit(code)

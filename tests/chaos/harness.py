@@ -1,4 +1,4 @@
-"""What is outside of a driver: it starts one again and again, and breaks what it depends on."""
+"""The harness outside of the driver: it restarts the driver whenever it ends, and breaks what the run depends on."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.e2e.raycluster import ROOT, RayCluster, environment
 from tests.tracking.server import MlflowServer
 
 HEAD_CPUS, WORKER_CPUS, WORKERS = 3, 4, 2
-STALL_S = 420.0  # without a step, and then the run counts as stuck
+STALL_S = 420.0  # after this time without a step, the run counts as stuck
 NODE_AWAY_S = 3.0
-LEFT_FREE = 2 * 2**20  # of the full disk: room for lines of metrics, none for a checkpoint
+LEFT_FREE = 2 * 2**20  # bytes free on the full disk: room for lines of metrics, none for a checkpoint
 GONE_S = 60.0
-DISK_S = 400.0  # within which a save meets the full disk
+DISK_S = 400.0  # a save meets the full disk within this time
 
 
-# A client of this process, while the server is away.
+# For the MLflow client of this process, while the server is away.
 os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
@@ -42,8 +42,11 @@ class Stuck(RuntimeError):
 
 
 class Harness:
-    """Runs ``tests.chaos.faulty_run`` to its end, and strikes with those faults of ``plan`` that are not the driver's
-    own. ``unexpected``: ends of a driver that no fault explains."""
+    """Runs ``tests.chaos.faulty_run`` to its end, and causes the faults of ``plan`` that come from outside.
+
+    Attributes:
+      unexpected: ends of a driver that no fault explains, in words.
+    """
 
     def __init__(
         self,
@@ -56,18 +59,25 @@ class Harness:
         disk: SmallDisk,
         steps: int,
     ):
-        self.config, self.run_dir, self.events, self.steps = config, run_dir, events, steps
-        self.cluster, self.mlflow, self.disk = cluster, mlflow, disk
+        self.config = config
+        self.run_dir = run_dir
+        self.events = events
+        self.steps = steps
+        self.cluster = cluster
+        self.mlflow = mlflow
+        self.disk = disk
         self.pending = [f for f in plan if not KINDS[f.kind].at]
         self.planned = len(plan)
         self.driver: subprocess.Popen[bytes] | None = None
         self.family = Family(lambda: [n.process.pid for n in cluster.nodes] + [self.driver.pid] * bool(self.driver))
         self.files_before = shared_memory()
-        self.finished, self.unexpected = False, list[str]()
-        self.starts, self.expected_end = 0, False
-        self.corrupted: tuple[Fault, str, int] | None = None  # a checkpoint, and where the terminal's text was
+        self.finished = False
+        self.unexpected: list[str] = []
+        self.starts = 0
+        self.expected_end = False
+        self.corrupted: tuple[Fault, str, int] | None = None  # the fault, its checkpoint, length of the terminal's text
         self.show: Any = None
-        self.restarted: list[tuple[Fault, float]] = []  # over with the first step after that time
+        self.restarted: list[tuple[Fault, float]] = []  # a fault is over with the first step after the time
         self.terminal = config.with_name("terminal.txt")
 
     def start_cluster(self) -> None:
@@ -76,7 +86,7 @@ class Harness:
             self.cluster.start_worker(cpus=WORKER_CPUS)
 
     def run(self) -> None:
-        """The same command until it has finished, whatever ends it meanwhile."""
+        """Run the same command until the training has finished, whatever ends the driver meanwhile."""
         with progress("chaos", self.steps) as self.show:
             try:
                 while not self.finished:
@@ -88,6 +98,7 @@ class Harness:
                     kill_tree(self.driver)
 
     def facts(self) -> dict[str, Any]:
+        """Return facts for the report, by name."""
         took = [e["seconds"] for e in self.events.read("gone")]
         return {
             "driver starts": self.starts,
@@ -96,8 +107,9 @@ class Harness:
         }
 
     def after_cluster(self) -> list[Check]:
-        """When the cluster has ended: no process, and nothing in /dev/shm."""
-        left, files = survivors(self.family.left), sorted(shared_memory() - self.files_before)
+        """Check, after the cluster has ended, that no process and no file in /dev/shm is left."""
+        left = survivors(self.family.left)
+        files = sorted(shared_memory() - self.files_before)
         ours = [f for f in files if f.startswith("psm_")]
         return [
             Check("no process is left", not left, ", ".join(left[:5]) or f"none of {len(self.family.seen)}"),
@@ -105,14 +117,16 @@ class Harness:
         ]
 
     def mlflow_run(self) -> str | None:
+        """Return the id of the newest MLflow run, or None if there is none."""
         client = MlflowClient(self.mlflow.uri)
         ids = [e.experiment_id for e in client.search_experiments()]
-        found = client.search_runs(ids)
-        return found[0].info.run_id if found else None
+        runs = client.search_runs(ids)
+        return runs[0].info.run_id if runs else None
 
-    # One driver.
+    # Watching one driver.
 
     def _one_driver(self) -> None:
+        """Start a driver, watch it, and cause the faults that are due, until it ends."""
         self.starts += 1
         self.expected_end = False
         with self.terminal.open("ab") as terminal:
@@ -141,7 +155,7 @@ class Harness:
                 raise Stuck("the driver ended again and again")
 
     def _look(self, since: float) -> None:
-        """A moment's watch."""
+        """Watch for a moment: remember processes, and write down which faults are seen or over."""
         time.sleep(0.4)
         self.family.look()
         steps = self.events.read("step", "ready")
@@ -156,7 +170,7 @@ class Harness:
             raise Stuck(f"no step within {STALL_S:g} s, at step {self._step(0)}")
 
     def _step(self, since: float) -> int:
-        """The newest step of what was logged after ``since``."""
+        """Return the newest step that was logged after ``since``, or -1."""
         return max((e["step"] for e in self.events.read("step") if e["time"] > since), default=-1)
 
     def _struck(self, fault: Fault, victim: str) -> None:
@@ -164,13 +178,13 @@ class Harness:
         self.events.write("struck", **fields)
 
     def _while(self, true: Callable[[], bool], seconds: float) -> bool:
-        """Watch while ``true``, at most ``seconds``; whether it ended in time."""
+        """Watch while ``true()``, at most ``seconds``. Return whether it became false in time."""
         began = time.time()
         while true() and time.time() - began < seconds:
             self._look(began)
         return not true()
 
-    # What is broken from outside.
+    # The faults from outside, one method for each kind.
 
     def _driver(self, fault: Fault) -> None:
         assert self.driver is not None
@@ -186,17 +200,18 @@ class Harness:
         self.events.write("gone", seconds=time.time() - began)
 
     def _checkpoint(self, fault: Fault) -> None:
-        checkpoints, said = self.run_dir / "checkpoints", len(self.terminal.read_bytes())
+        checkpoints = self.run_dir / "checkpoints"
+        printed = len(self.terminal.read_bytes())
         self._while(lambda: self._running() and len(list(checkpoints.glob("step-*/state.json"))) < 2, DISK_S)
         self._driver(fault)
-        self.corrupted = (fault, corrupt_newest(checkpoints).name, said)
+        self.corrupted = (fault, corrupt_newest(checkpoints).name, printed)
 
     def _look_for_fallback(self) -> None:
-        """Whether the driver that came after said that the checkpoint is damaged, and took the one before."""
+        """Note it when the next driver has said that the checkpoint is damaged."""
         if self.corrupted is None:
             return
-        fault, name, said = self.corrupted
-        words = "".join(self.terminal.read_bytes()[said:].decode(errors="replace").split())
+        fault, name, printed = self.corrupted
+        words = "".join(self.terminal.read_bytes()[printed:].decode(errors="replace").split())
         if name in words and "damaged" in words:
             self.events.write("seen", id=fault.id)
             self.corrupted = None
@@ -206,7 +221,7 @@ class Harness:
         self.mlflow.kill()
         began = self._step(0)
         self._while(lambda: self._running() and self._step(0) < began + 2, 60)
-        if self._while(lambda: self._running() and not self._told("MLflow", fault), 60):
+        if self._while(lambda: self._running() and not self._was_noted("MLflow", fault), 60):
             self.events.write("seen", id=fault.id)
         self.mlflow.start()
         self._while(lambda: self._running() and self._mlflow_step() <= began, 120)
@@ -225,14 +240,14 @@ class Harness:
         self.cluster.start_worker(cpus=WORKER_CPUS)
 
     def _disk(self, fault: Fault) -> None:
-        said = len(self.terminal.read_bytes())
+        printed = len(self.terminal.read_bytes())
         self._struck(fault, "the run's disk")
         self.disk.fill(LEFT_FREE)
         self.expected_end = True
-        # It says so and ends, or says so and goes on.
-        if self._while(lambda: self._running() and not self._told("checkpoint", fault), DISK_S):
+        # The driver reports the full disk, and then either ends or goes on.
+        if self._while(lambda: self._running() and not self._was_noted("checkpoint", fault), DISK_S):
             self._while(self._running, 20)
-            words = self.terminal.read_bytes()[said:].decode(errors="replace")
+            words = self.terminal.read_bytes()[printed:].decode(errors="replace")
             if any(w in " ".join(words.split()) for w in ("disk is full", "No space left")):
                 self.events.write("seen", id=fault.id)
         self.restarted.append((fault, time.time()))
@@ -241,13 +256,13 @@ class Harness:
     def _running(self) -> bool:
         return self.driver is not None and self.driver.poll() is None
 
-    def _told(self, words: str, fault: Fault) -> bool:
-        """Whether the service noted so since the fault."""
+    def _was_noted(self, words: str, fault: Fault) -> bool:
+        """Return whether the service has noted ``words`` since the fault."""
         struck = next(e["time"] for e in self.events.read("struck") if e["id"] == fault.id)
         return any(words in e["text"] for e in self.events.read("note") if e["time"] > struck)
 
     def _mlflow_step(self) -> int:
-        """The newest step that the server has."""
+        """Return the newest step that the server has, or -1."""
         try:
             run_id = self.mlflow_run()
             return int(MlflowClient(self.mlflow.uri).get_run(run_id).data.metrics["trainer/step"]) if run_id else -1
@@ -256,7 +271,7 @@ class Harness:
 
 
 def survivors(left: Callable[[], list[str]]) -> list[str]:
-    """What has not gone within ``GONE_S``."""
+    """Return what is left after ``GONE_S`` at most."""
     try:
         gone(left, GONE_S)
     except AssertionError:
@@ -265,6 +280,6 @@ def survivors(left: Callable[[], list[str]]) -> list[str]:
 
 
 def has_actors(pid: int) -> bool:
-    """Whether a node, by the pid of its `ray start`, runs engines or ranks."""
+    """Return whether a node runs engines or ranks, given the pid of its `ray start`."""
     titles = [title(p) for p in psutil.Process(pid).children(recursive=True)]
     return any("ray::VllmEngine" in t or "ray::Rank" in t for t in titles)

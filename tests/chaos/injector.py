@@ -1,4 +1,4 @@
-"""Faults from within a driver, by a plan; what the service makes of them goes to ``events.jsonl``."""
+"""Cause planned faults from within a driver, and write the service's reactions to ``events.jsonl``."""
 
 from __future__ import annotations
 
@@ -34,30 +34,32 @@ from tests.chaos.poison import poison
 from tests.chaos.rewards import marked
 
 FIND_S = 60.0
-# The last steps wait for what the harness has yet to do: a server that starts takes it longer than a step does.
+# The last steps wait for the faults of the harness: for it, the start of a server takes longer than a step.
 HOLD_STEPS, HOLD_S = 8, 60.0
 
 
 class Injector:
-    """Strikes by ``plan``. A fault that the events tell of already is left out, unless it belongs to its step."""
+    """Causes the faults of ``plan``, without those that are in the events already, unless they repeat."""
 
     def __init__(self, plan: Sequence[Fault], events: Events, steps: int):
         struck = {e["id"] for e in events.read("struck")}
         mine = [f for f in plan if KINDS[f.kind].at]
         self.steps_own = [f for f in mine if KINDS[f.kind].repeats]
-        self.others = {f.id for f in plan if not KINDS[f.kind].at}  # the harness's
+        self.others = {f.id for f in plan if not KINDS[f.kind].at}  # faults of the harness
         self.last_steps = range(steps - HOLD_STEPS, steps)
         self.pending = [f for f in mine if not KINDS[f.kind].repeats and f.id not in struck]
-        self.told = struck  # a fault that repeats is counted once
-        self.events, self.pools, self.step = events, None, 0
-        self.running: dict[str, int] = {}  # stages under way
-        self.skipping: list[Fault] = []  # NaN struck, and not yet over
+        self.reported = struck  # ids of faults in the events: a fault that repeats is counted once
+        self.events = events
+        self.pools: Any = None
+        self.step = 0
+        self.running: dict[str, int] = {}  # how many times each stage is under way
+        self.skipping: list[Fault] = []  # NaN faults that have struck and are not yet over
         self.seen: set[int] = set()
         self.replaced: set[int] = set()  # reward workers that have not scored since
-        self.marks: dict[tuple[int, int], Fault] = {}  # by prompt and sample, in the scoring under way
+        self.marks: dict[tuple[int, int], Fault] = {}  # by prompt and sample, in the current scoring
 
     def install(self) -> None:
-        """Around the methods in which a step's stages begin, and those in which the service notices and recovers."""
+        """Wrap the methods in which the stages of a step begin, and those in which the service notices and recovers."""
         around(train, "start_pools", self.started)
         for stream in (SyncStream, AheadStream):
             around(stream, "next", self.next_step)
@@ -123,7 +125,7 @@ class Injector:
         return scores
 
     def begin(self, stage: str) -> None:
-        """Strike with what is due; a fault whose victim is not there now waits for the next time."""
+        """Cause the faults that are due. A fault whose victim is not there now waits for the next time."""
         for fault in [f for f in self.due(stage) if f.kind in NAN]:
             pool = self.pools.trainers[KINDS[fault.kind].pool]
             number = fault.number % len(pool.actors)
@@ -131,18 +133,19 @@ class Injector:
             self.tell(fault, f"{pool.name} {number}", during=True)
             self.skipping = [f for f in self.skipping if f != fault] + [fault]
         for fault in [f for f in self.pending if f.at == stage and f.step <= self.step]:
-            if found := self.find(fault):
+            victim = self.find(fault)
+            if victim:
                 self.pending.remove(fault)
-                strike = threading.Thread(target=self.kill, args=(fault, *found), daemon=True)
+                strike = threading.Thread(target=self.kill, args=(fault, *victim), daemon=True)
                 strike.start()
-                if stage == "score":  # which takes milliseconds: later would be when nothing is asked of the victim
+                if stage == "score":  # scoring takes milliseconds, and afterwards the victim has no work
                     strike.join(FIND_S)
 
     def due(self, stage: str) -> list[Fault]:
         return [f for f in self.steps_own if f.at == stage and f.step == self.step]
 
     def find(self, fault: Fault) -> tuple[int, int] | None:
-        """The victim's number and process."""
+        """Return the victim's number and pid, or None if it is not there."""
         engines = self.pools.engines.supervisor
         if fault.kind in ("engine", "engine-idle", "core", "hang"):
             numbers, actors = engines.fleet.which("serving"), engines.actors
@@ -158,7 +161,7 @@ class Injector:
             if fault.kind in ("core", "hang"):
                 pid = next(p.pid for p in psutil.Process(pid).children() if "EngineCore" in " ".join(p.cmdline()))
         except (RayError, psutil.NoSuchProcess, StopIteration):
-            return None  # another fault was faster
+            return None  # another fault came first
         return number, pid
 
     def kill(self, fault: Fault, number: int, pid: int) -> None:
@@ -168,8 +171,8 @@ class Injector:
         os.kill(pid, signal.SIGSTOP if fault.kind == "hang" else signal.SIGKILL)
 
     def tell(self, fault: Fault, victim: str, **more: Any) -> None:
-        if fault.id not in self.told:
-            self.told.add(fault.id)
+        if fault.id not in self.reported:
+            self.reported.add(fault.id)
             fields = {"id": fault.id, "kind": fault.kind, "step": self.step, "stage": fault.at, "victim": victim}
             self.events.write("struck", **fields, **more)
 
@@ -181,7 +184,7 @@ class Injector:
         finally:
             self.running[stage] -= 1
 
-    # What the service does about them.
+    # The reactions of the service.
 
     def logged(self, call: Callable[[], Any], tracker: Any, step: int, metrics: dict[str, float]) -> Any:
         done = call()
@@ -239,7 +242,7 @@ class Injector:
 
 
 def around(owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
-    """``owner.method(*args)`` becomes ``wrapper(call, *args)``, where ``call()`` is the method itself."""
+    """Replace ``owner.method(*args)`` by ``wrapper(call, *args)``, where ``call()`` runs the original method."""
     original = getattr(owner, method)
 
     @wraps(original)

@@ -1,9 +1,9 @@
 """A hundred faults in one training run, and whether it kept its promises: ``make chaos``.
 
-A calm run first (kept in the folder for the next time), then the same with faults by a plan drawn from ``--seed``.
-This process owns what a run depends on: a Ray cluster of several nodes on this machine, an MLflow server, a small
-disk for the run directory, and the driver, which it starts again with the same command whenever it has ended.
-Ends with ``report.md`` and ``report.json`` in the folder, and exit status 1 when a promise was broken.
+First comes a calm run, which is kept in the folder for the next time. Then the same run gets faults, by a plan drawn
+from ``--seed``. This process owns what a run depends on: a Ray cluster of several nodes on this machine, an MLflow
+server, a small disk for the run directory, and the driver, which it restarts with the same command whenever it ends.
+It writes ``report.md`` and ``report.json`` into the folder, and exits with status 1 if a promise was broken.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ HEARTBEAT_S, REWARD_S = 15.0, 2.0
 
 
 def config(model: dict[str, Any], folder: Path, steps: int, mlflow: str | None) -> dict[str, Any]:
+    """Return the config of both runs; ``mlflow`` is the tracking URI, if any."""
     optim = {"policy": {"lr": 2e-4, "warmup_steps": 10}, "critic": {"lr": 5e-4}}
     base = small_config(model, shipped_prompts(folder, PROMPTS))
     return small_config(
@@ -59,7 +60,7 @@ def config(model: dict[str, Any], folder: Path, steps: int, mlflow: str | None) 
         critic={**base["critic"], "optim": optim["critic"], "step_timeout_s": 120},
         trainer={"num_steps": steps, "eval_every": steps // 2, "save_every": 4},
         tracking={"mlflow_uri": mlflow} if mlflow else {},
-        # The harness means it: what is under test is not the budget.
+        # Large enough for all faults: the restart budget is not under test.
         cluster={"restart_backoff_s": 0.5, "restart_backoff_max_s": 5, "max_restarts": 1000},
     )
 
@@ -67,16 +68,19 @@ def config(model: dict[str, Any], folder: Path, steps: int, mlflow: str | None) 
 def options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.long", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--steps", type=int, help="of training; two a fault by default")
+    parser.add_argument("--steps", type=int, help="training steps; by default two for each fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
-    parser.add_argument("--skip", default="", help=f"kinds of faults to leave out, with commas: {', '.join(KINDS)}")
+    parser.add_argument(
+        "--skip", default="", help=f"kinds of faults to leave out, separated by commas: {', '.join(KINDS)}"
+    )
     given = parser.parse_args(arguments)
     given.out = given.out.absolute()
     given.steps = given.steps or max(60, given.faults * 2)
     given.skip = tuple(filter(None, given.skip.split(",")))
-    if strange := set(given.skip) - KINDS.keys():
-        parser.error(f"--skip: no kind {', '.join(strange)}")
+    unknown = set(given.skip) - KINDS.keys()
+    if unknown:
+        parser.error(f"--skip: no kind {', '.join(unknown)}")
     if "disk" not in given.skip and os.geteuid() != 0:
         parser.error("a small disk can be made by root only; leave that fault out: --skip disk")
     return given
@@ -85,7 +89,9 @@ def options(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     given = options(arguments)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: sys.exit(128 + number))  # what was started is ended
+        signal.signal(
+            signum, lambda number, frame: sys.exit(128 + number)
+        )  # so that the exit stack ends what was started
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     model = {"warmstart": WARMSTART}
@@ -108,12 +114,12 @@ def main(arguments: list[str]) -> int:
         harness.run()
         checks = run_checks(harness, calm, PROMPTS, given.steps)
     checks += harness.after_cluster()
-    found = outcomes(events.read(), {"hang": HEARTBEAT_S + DEAD_S, "reward-hang": REWARD_S + DEAD_S})
-    checks += fault_checks(found, [f.id for f in plan], given.faults)
+    faults = outcomes(events.read(), {"hang": HEARTBEAT_S + DEAD_S, "reward-hang": REWARD_S + DEAD_S})
+    checks += fault_checks(faults, [f.id for f in plan], given.faults)
     checks.append(overhead_check(engine_overheads(events.read())))
     facts = {"seed": given.seed, "steps": given.steps, "minutes": round((time.time() - began) / 60, 1)}
-    write_report(work, found, checks, facts | harness.facts())
-    print(table(found))
+    write_report(work, faults, checks, facts | harness.facts())
+    print(table(faults))
     print(*(f"{'ok    ' if c.ok else 'FAILED'} {c.name}: {c.detail}" for c in checks), sep="\n")
     print(json.dumps(facts | harness.facts()), f"report: {work}/report.md", sep="\n")
     return 0 if all(c.ok for c in checks) else 1

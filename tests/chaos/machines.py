@@ -1,4 +1,4 @@
-"""What a run depends on, for a harness to break: a small disk, the newest checkpoint, a process with its children."""
+"""Things that a run depends on and the harness breaks: a small disk, the newest checkpoint, a process tree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRIES = 100
 
 @dataclass
 class SmallDisk:
-    """A tmpfs of ``mib`` at ``folder``, which needs root; None: a plain folder, which cannot be filled."""
+    """A tmpfs of ``mib`` MiB at ``folder``, which needs root; with None a plain folder, which cannot be filled."""
 
     folder: Path
     mib: int | None
@@ -34,7 +34,7 @@ class SmallDisk:
             _run("umount", "--lazy", str(self.folder))
 
     def fill(self, leave: int) -> None:
-        """Ballast until at most ``leave`` bytes are free; more than was there may be taken meanwhile, by a save."""
+        """Write a file until at most ``leave`` bytes are free. A save may take space meanwhile, so that a try fails."""
         with (self.folder / "ballast").open("wb") as file:
             for _ in range(TRIES):
                 if (free := shutil.disk_usage(self.folder).free) <= leave:
@@ -50,19 +50,19 @@ class SmallDisk:
 
 
 def corrupt_newest(checkpoints: Path) -> Path:
-    """Change bytes in the middle of the newest checkpoint's largest file; the checkpoint."""
+    """Change bytes in the middle of the newest checkpoint's largest file. Return the checkpoint's folder."""
     newest = sorted(checkpoints.glob("step-*/state.json"))[-1].parent
     largest = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(largest.stat().st_size // 2)
-        was = file.read(64)
-        file.seek(-len(was), os.SEEK_CUR)
-        file.write(bytes(b ^ 0xFF for b in was))
+        original = file.read(64)
+        file.seek(-len(original), os.SEEK_CUR)
+        file.write(bytes(b ^ 0xFF for b in original))
     return newest
 
 
 def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
-    """All of its processes at once, as when a machine loses its power."""
+    """Kill a process and all its descendants at once, as when a machine loses power."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:

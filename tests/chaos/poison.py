@@ -1,4 +1,4 @@
-"""Within a trainer rank: one optimizer step whose gradients are NaN."""
+"""Make one optimizer step of a trainer rank have NaN gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def poison(rank: Any) -> None:
-    """The next optimizer step of the rank (a worker) has a loss that is NaN, as from a bad batch."""
+    """Make the loss of the rank's next optimizer step NaN, as from a bad batch. ``rank`` is the worker."""
     trainer = rank.trainer
     step = trainer.step
 

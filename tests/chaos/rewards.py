@@ -1,4 +1,4 @@
-"""A reward function that misbehaves where the injector marked the response."""
+"""Reward functions that misbehave if the injector has marked the response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARK = "\x00chaos:"
 
 
 def marked(kind: str) -> str:
-    """In place of a response."""
+    """Return the text that replaces a response to cause a fault of this kind."""
     return MARK + kind
 
 
@@ -32,5 +32,5 @@ def misbehave(response: str) -> Any:
     if kind == "reward-hang":
         time.sleep(3600)
     if kind == "reward-memory":
-        return float(len([bytearray(2**26) for _ in range(2**10)]))  # 64 GiB, as fast as they can be had
+        return float(len([bytearray(2**26) for _ in range(2**10)]))  # 64 GiB, as fast as they can be allocated
     return {"reward-nan": math.nan, "reward-none": None, "reward-text": "0.5"}[kind]

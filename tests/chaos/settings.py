@@ -1,4 +1,4 @@
-"""Configs of the runs that faults go into."""
+"""Configs of the runs with faults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 SHIPPED = Path(__file__).parents[2] / "dvpo_service" / "data" / "shipped"
-# A demo's base model, made once and used by the calm run and by the one with faults.
+# The demo's base model, made once and used by both the calm run and the run with faults.
 WARMSTART = {
     "files": ["shipped:demo-warmstart.jsonl"],
     "hidden_size": 96,
@@ -23,7 +23,7 @@ WARMSTART = {
 
 
 def shipped_prompts(folder: Path, count: int) -> str:
-    """A file of the demo's first ``count`` training prompts: few, so that a run has several epochs."""
+    """Write the demo's first ``count`` training prompts to a file: few, so that a run has several epochs."""
     file = folder / f"train-{count}.jsonl"
     lines = (SHIPPED / "demo-train.jsonl").read_text().splitlines()[:count]
     file.write_text("".join(f"{line}\n" for line in lines))
@@ -31,7 +31,7 @@ def shipped_prompts(folder: Path, count: int) -> str:
 
 
 def small_config(model: dict[str, Any], train_file: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """Two engines, two policy and two critic ranks; ``sections`` are merged one level deep."""
+    """Return a config with two engines, two policy ranks and two critic ranks. ``sections`` are merged in."""
     trainer = {"world_size": 2, "micro_batch_size": 32, "mini_batch_size": 64}
     tree: dict[str, Any] = {
         "model": model,

@@ -75,8 +75,8 @@ def test_losses_and_recoveries_belong_to_the_victim_that_was_struck() -> None:
         of("back", 20.0, number=0),
         of("back", 31.0, number=1),
     ]
-    [found] = outcomes(events, {})
-    assert (found.noticed_s, found.recovered_s, found.limit_s) == (1.0, 21.0, 15.0)
+    [fault] = outcomes(events, {})
+    assert (fault.noticed_s, fault.recovered_s, fault.limit_s) == (1.0, 21.0, 15.0)
 
 
 def test_a_new_driver_is_a_recovery_of_what_the_old_one_had_not_noticed() -> None:
@@ -101,8 +101,8 @@ def test_a_node_s_losses_are_noticed_first_and_recovered_last() -> None:
         of("back", 40.0, "critic"),
         of("back", 50.0, number=1),
     ]
-    [found] = outcomes(events, {})
-    assert (found.noticed_s, found.recovered_s) == (2.0, 40.0)
+    [fault] = outcomes(events, {})
+    assert (fault.noticed_s, fault.recovered_s) == (2.0, 40.0)
 
 
 def test_what_was_missed_late_or_stuck_fails() -> None:
@@ -114,21 +114,21 @@ def test_what_was_missed_late_or_stuck_fails() -> None:
         struck(2, "engine", 90.0),
         of("lost", 91.0),
     ]
-    found = outcomes(events, {"hang": 30.0})
-    checks = {c.name: c for c in fault_checks(found, [0, 1, 2, 3], 3)}
+    faults = outcomes(events, {"hang": 30.0})
+    checks = {c.name: c for c in fault_checks(faults, [0, 1, 2, 3], 3)}
     assert checks["3 faults or more"].ok
     assert checks["every planned fault struck"].detail == "missing: [3]"
     assert checks["noticed in time"].detail == "0 hang (step 0), 1 reward-nan (step 1)"
     assert checks["recovered"].detail == "1 reward-nan (step 1), 2 engine (step 2)"
     assert not any(c.ok for name, c in checks.items() if name != "3 faults or more")
-    assert "| SIGSTOP of an EngineCore, generating | 1 | 40.0 s | 40.0 s | 60.0 s | 60.0 s |" in table(found)
+    assert "| SIGSTOP of an EngineCore, generating | 1 | 40.0 s | 40.0 s | 60.0 s | 60.0 s |" in table(faults)
 
 
 def test_an_engine_that_was_still_starting_when_the_run_finished_is_no_failure() -> None:
     events = [struck(0, "engine", 10.0), of("lost", 11.0), {"event": "end", "time": 20.0, "code": 0}]
-    found = outcomes(events, {})
-    assert found[0].outrun
-    assert all(c.ok for c in fault_checks(found, [0], 1))
+    faults = outcomes(events, {})
+    assert faults[0].outrun
+    assert all(c.ok for c in fault_checks(faults, [0], 1))
     assert not outcomes([*events[:2], {"event": "end", "time": 20.0, "code": 1}], {})[0].outrun
 
 
@@ -138,11 +138,11 @@ def test_an_engine_s_recovery_is_held_against_its_own_start() -> None:
     assert overhead_check(engine_overheads(one)).ok
     slow = [of("lost", 0.0), of("starting", 1.0), of("started", 21.0), of("back", 35.0)]
     assert not overhead_check(engine_overheads(slow)).ok
-    # The weights it waited for came from a group of ranks that was itself starting again: not the engine's doing.
+    # The weights came late because the group of ranks that sends them was restarting: not the engine's fault.
     held_up = [*slow[:2], of("lost", 5.0, "policy"), *slow[2:]]
     assert engine_overheads(held_up) == [(35.0, 20.0, True)]
     assert not overhead_check(engine_overheads(held_up)).ok, "then none was measured"
-    # Or another engine hung in the push that would have given them to it.
+    # Or another engine hung in the push of those weights.
     peer = {**of("lost", 30.0), "number": 1, "cause": "no heartbeat within 15 s"}
     assert engine_overheads([*slow[:3], peer, slow[3]]) == [(35.0, 20.0, True)]
 
@@ -154,7 +154,8 @@ def test_accuracy_may_differ_by_noise_only() -> None:
 
 def test_a_corrupted_checkpoint_differs_and_the_one_before_does_not(tmp_path: Path) -> None:
     for step in (4, 8):
-        (folder := tmp_path / f"step-{step:06d}" / "policy").mkdir(parents=True)
+        folder = tmp_path / f"step-{step:06d}" / "policy"
+        folder.mkdir(parents=True)
         (folder / "shard.safetensors").write_bytes(bytes(1000))
         (folder.parent / "state.json").write_text("{}")
     assert corrupt_newest(tmp_path).name == "step-000008"
@@ -174,7 +175,7 @@ def test_a_small_disk_is_full_and_then_is_not(tmp_path: Path, monkeypatch: pytes
         disk.empty()
         (disk.folder / "large").write_bytes(bytes(2 * 2**20))
         usage = shutil.disk_usage
-        more = [usage(disk.folder)._replace(free=2**30)]  # what was free before a save took it
+        more = [usage(disk.folder)._replace(free=2**30)]  # the free space before a save takes it
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: more.pop() if more else usage(folder))
         disk.fill(leave=2**20)
         assert 0 < usage(disk.folder).free <= 2**20, "a save that is faster does not end the suite"

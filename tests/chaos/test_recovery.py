@@ -1,4 +1,4 @@
-"""Faults at chosen moments of a real run; it finishes, and nothing of its results is changed."""
+"""Faults at chosen moments of a real run: the run finishes, and its results do not change."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY, SEED = 12, 4, 0
 SILENCE_S = 20
-PROMPTS = 100  # of 32 a step: several epochs, whose ends are inside of batches
+PROMPTS = 100  # with 32 prompts a step: several epochs that end inside of batches
 AWAY = range(3, 7)  # steps that the MLflow server misses
-# Not results: how long it took, what was repaired, and what depends on which engine sampled beside what.
+# Not results: durations, repairs, and metrics that depend on which requests an engine sampled together.
 NOT_RESULTS = ("time/", "pool/", "rollout/reused", "rollout/tokens_per_s", "policy/rollout_")
 REWARDS = ("reward-raise", "reward-nan", "reward-none", "reward-text", "reward-memory")
 
@@ -53,7 +53,7 @@ def chaos_config(model: Path, folder: Path, uri: str | None = None) -> dict[str,
 
 
 def of_the_steps() -> list[Fault]:
-    """What belongs to its step, and is in the calm run too: bad rewards, and a NaN in each trainer."""
+    """Return the faults that belong to their step and are in the calm run too: bad rewards, a NaN in each trainer."""
     rng = random.Random(SEED)
     steps = rng.sample(range(1, STEPS), len(REWARDS))
     bad = [Fault(100 + i, kind, steps[i], "score", rng.randrange(128)) for i, kind in enumerate(REWARDS)]
@@ -62,13 +62,13 @@ def of_the_steps() -> list[Fault]:
 
 
 def kills() -> list[Fault]:
-    """One fault of each kind; the seed chooses the moments and the victims."""
+    """Return one fault of each kind that ends or stops a process. The seed chooses the moments and the victims."""
     rng = random.Random(SEED)
     first, second, third = sorted(rng.sample(range(2, STEPS), 3))
     before, after = rng.randrange(1, SAVE_EVERY), rng.randrange(SAVE_EVERY + 1, STEPS - 1)  # the first checkpoint
     return [
         Fault(0, "engine", first, "generate", rng.randrange(2), 0.15),
-        # As a rule while the other one is starting again: generation waits for it, which gets the weights at once.
+        # Usually the other engine is restarting then: generation waits for it, and it gets the weights at once.
         Fault(1, "core", second, "generate", rng.randrange(2), 0.15),
         Fault(2, "hang", third, "generate", rng.randrange(2), 0.15),
         Fault(3, "policy", before, "update", rng.randrange(2), 0.05),
@@ -96,7 +96,8 @@ def family_of(run: subprocess.Popen[str]) -> Family:
 
 
 def finish(run: subprocess.Popen[str], run_dir: Path, meanwhile: Callable[[], None] = lambda: None) -> Family:
-    family, deadline = family_of(run), time.monotonic() + 900
+    family = family_of(run)
+    deadline = time.monotonic() + 900
     while run.poll() is None:
         assert time.monotonic() < deadline, (run_dir / "terminal.txt").read_text()[-3000:]
         family.look()
@@ -116,8 +117,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, Family, set[str]]:
-    """The run directory, its processes, and what it left in /dev/shm; the MLflow server was away for some steps."""
-    folder, before = tmp_path_factory.mktemp("faulty"), shared_memory()
+    """Return the run directory, its processes, and the files it left in /dev/shm. MLflow was away for some steps."""
+    folder = tmp_path_factory.mktemp("faulty")
+    before = shared_memory()
     with MlflowServer(folder / "mlflow") as mlflow:
         config = write_config(folder / "chaos.yaml", chaos_config(tiny_model, folder, mlflow.uri))
         run_dir = folder / "run"
@@ -141,7 +143,7 @@ def results(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "time" and not k.startswith(NOT_RESULTS)} for row in rows(run_dir)]
 
 
-def found(run_dir: Path) -> list[Outcome]:
+def fault_outcomes(run_dir: Path) -> list[Outcome]:
     return outcomes(Events(run_dir / "events.jsonl").read(), {"hang": SILENCE_S + DEAD_S})
 
 
@@ -152,7 +154,7 @@ def test_every_fault_struck_where_it_was_meant_to(faulty: tuple[Path, Family, se
 
 
 def test_each_is_noticed_soon(faulty: tuple[Path, Family, set[str]]) -> None:
-    for fault in found(faulty[0]):
+    for fault in fault_outcomes(faulty[0]):
         print(f"{fault.kind} ({fault.victim}): noticed {fault.noticed_s}, recovered {fault.recovered_s} s after")
         assert fault.noticed_s is not None, fault
         assert fault.limit_s is None or fault.noticed_s < fault.limit_s, fault

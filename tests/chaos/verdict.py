@@ -1,4 +1,4 @@
-"""The calm run, and what a run with faults is held against."""
+"""The calm run, and the checks that compare a run with faults to it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def calm_rows(folder: Path, steps: int, make: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics of a run of the same config without faults, which is made in ``folder`` unless it is there.
+    """Return the metrics of a run of the same config without faults. Train it in ``folder`` unless it is there.
 
-    On a cluster of its own; the base model is made on the way, in ``base-models/``.
+    The run has a cluster of its own, and makes the base model in ``base-models/``.
     """
     run_dir = folder / f"calm-{steps}"
     if not (run_dir / "summary.json").exists():
@@ -43,16 +43,18 @@ def calm_rows(folder: Path, steps: int, make: Callable[[], dict[str, Any]]) -> l
 
 
 def run_checks(harness: Harness, calm: list[dict[str, Any]], prompts: int, steps: int) -> list[Check]:
-    """While the cluster and the disk are still there."""
+    """Check the finished run, while the cluster and the disk are still there."""
     run_dir = harness.run_dir
-    metrics, wrong = rows(run_dir / "metrics.jsonl"), check_ledger(run_dir / "ledger.jsonl", prompts)
-    numbers, ledger = [r["step"] for r in metrics], [r["step"] for r in rows(run_dir / "ledger.jsonl")]
-    whole = harness.finished and numbers == list(range(steps + 1))
+    metrics = rows(run_dir / "metrics.jsonl")
+    wrong = check_ledger(run_dir / "ledger.jsonl", prompts)
+    numbers = [r["step"] for r in metrics]
+    ledger = [r["step"] for r in rows(run_dir / "ledger.jsonl")]
+    complete = harness.finished and numbers == list(range(steps + 1))
     used = sum(len(r["prompts"]) for r in rows(run_dir / "ledger.jsonl"))
     left = survivors(harness.family.actors_left)
     accuracy = metrics[-1].get(ACCURACY) if metrics else None
     return [
-        Check("the run finished, each step once", whole, f"{len(numbers)} rows"),
+        Check("the run finished, each step once", complete, f"{len(numbers)} rows"),
         Check("no unexpected end", not harness.unexpected, "; ".join(harness.unexpected) or "none"),
         Check(
             "no prompt lost or repeated",
@@ -69,7 +71,8 @@ def run_checks(harness: Harness, calm: list[dict[str, Any]], prompts: int, steps
 
 def _mlflow_check(harness: Harness, steps: int) -> Check:
     name = "MLflow has each metric of each step once"
-    client, run_id = MlflowClient(harness.mlflow.uri), harness.mlflow_run()
+    client = MlflowClient(harness.mlflow.uri)
+    run_id = harness.mlflow_run()
     if run_id is None:
         return Check(name, False, "no run")
     wrong = []

@@ -1,4 +1,4 @@
-"""What a person reads when something is wrong: one line, exit code 2, no stack trace."""
+"""Errors of the command line: one line, exit code 2, no stack trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvpo_service.cli import main
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Runs ``dvpo`` and returns the one line of its error."""
+    """Return a function that runs ``dvpo`` and returns the one line of its error."""
 
     def run(*arguments: str, code: int = 2) -> str:
         monkeypatch.setattr(sys, "argv", ["dvpo", *arguments])

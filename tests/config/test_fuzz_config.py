@@ -1,4 +1,4 @@
-"""Any config is either a plan that comes back from YAML as itself, or one clear line."""
+"""Any input is either a config that survives a round trip through YAML, or an error of one line."""
 
 from __future__ import annotations
 

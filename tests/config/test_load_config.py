@@ -1,4 +1,4 @@
-"""The configuration: shipped files, presets, overrides, and what a person is told."""
+"""The configuration: shipped files, presets, overrides and error messages."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_bare_validation_file_names_its_split(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("algorithm.dvpo_alhpa=0.2", r"unknown key 'algorithm\.dvpo_alhpa'; did you mean 'algorithm\.dvpo_alpha'"),
         ("dvpo_alpha=0.2", r"unknown key 'dvpo_alpha'; did you mean 'algorithm\.dvpo_alpha'"),
@@ -86,8 +86,8 @@ def test_a_bare_validation_file_names_its_split(path: str) -> None:
         ("trainer.seed=[", r"override 'trainer\.seed=\[': the value is not valid YAML"),
     ],
 )
-def test_a_mistake_gets_one_clear_line(path: str, override: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as error:
+def test_a_mistake_gets_one_clear_line(path: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
         load_config(path, [override])
     assert "\n" not in str(error.value)
 
@@ -140,7 +140,7 @@ def test_every_estimator_has_a_shipped_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "reason"),
     [
         (["algorithm.dvpo_alpha=0.6", "algorithm.dvpo_beta=0.5"], "the tails would overlap"),
         (["algorithm.n_quantiles=1", "algorithm.quantile_levels=endpoint"], "only rises"),
@@ -152,10 +152,12 @@ def test_every_estimator_has_a_shipped_config() -> None:
         (["algorithm.adv_estimator=ppo"], "use one of dvpo, gae"),
     ],
 )
-def test_combinations_that_mean_nothing_are_refused_with_the_reason(path: str, overrides: list[str], said: str) -> None:
+def test_combinations_that_mean_nothing_are_refused_with_the_reason(
+    path: str, overrides: list[str], reason: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
-    assert said in str(error.value)
+    assert reason in str(error.value)
 
 
 def test_one_head_and_one_quantile_are_a_critic(path: str) -> None:
@@ -163,7 +165,7 @@ def test_one_head_and_one_quantile_are_a_critic(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "meant"),
+    ("overrides", "correction"),
     [
         ([], "none"),
         (["rollout.max_staleness=2"], "truncated"),
@@ -172,5 +174,5 @@ def test_one_head_and_one_quantile_are_a_critic(path: str) -> None:
         (["rollout.importance_correction=truncated"], "truncated"),
     ],
 )
-def test_stale_tokens_are_weighed_unless_told_otherwise(path: str, overrides: list[str], meant: str) -> None:
-    assert load_config(path, overrides).rollout.correction == meant
+def test_stale_tokens_are_weighed_unless_told_otherwise(path: str, overrides: list[str], correction: str) -> None:
+    assert load_config(path, overrides).rollout.correction == correction

@@ -1,4 +1,4 @@
-"""Samples to tensors."""
+"""Turning samples into tensors."""
 
 from __future__ import annotations
 

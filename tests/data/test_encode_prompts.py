@@ -15,9 +15,9 @@ TEMPLATE = (
 @pytest.fixture
 def tokenizer():
     vocab = {c: i for i, c in enumerate("?0123456789+-=<>!")}
-    made = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?", chat_template=TEMPLATE)
+    words = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", chat_template=TEMPLATE)
 
 
 @pytest.fixture

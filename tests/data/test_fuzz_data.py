@@ -1,4 +1,4 @@
-"""Any data file is either a dataset or one clear line: file, row, what, and what to do."""
+"""Any data file is either a dataset, or an error of one line that starts with the file."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def test_jsonl(tmp_path: Path, content: list[bytes], given_options: dict[str, An
     check(path, given_options)
 
 
-# One Arrow type a column: what a table can hold, also what Python has no value for.
+# One Arrow type per column, including values that a table can hold but Python cannot.
 columns = st.one_of(
     st.lists(st.text(max_size=5), min_size=2, max_size=2).map(pa.array),
-    st.just(pa.array([b"\xff", b"a"]).view(pa.string())),  # not UTF-8, though it says so
+    st.just(pa.array([b"\xff", b"a"]).view(pa.string())),  # declared as text, but not UTF-8
     st.just(pa.array([b"\xff", b"a"])),
     st.just(pa.array([2**30, 0], pa.date32())),
     st.just(pa.array([2**62, 0], pa.duration("s"))),
@@ -145,7 +145,7 @@ def test_parquet_of_any_rows(tmp_path: Path, content: list[dict[str, Any]], give
     try:
         pq.write_table(pa.Table.from_pylist(content), path)
     except (pa.ArrowException, ValueError, OverflowError):
-        assume(False)  # rows that make no table
+        assume(False)  # these rows make no table
     check(path, given_options)
 
 

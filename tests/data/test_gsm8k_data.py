@@ -45,8 +45,8 @@ def texts(data):
     ],
 )
 def test_calculation(annotation, operators, expected):
-    found = gsm8k.calculations(f"so <<{annotation}>>that", gsm8k.Options("calculation", operators))
-    assert found == ([expected] if expected else [])
+    kept = gsm8k.calculations(f"so <<{annotation}>>that", gsm8k.Options("calculation", operators))
+    assert kept == ([expected] if expected else [])
 
 
 def test_precedence_and_more_operands():
@@ -93,7 +93,7 @@ def test_val_prompts_that_train_has_are_dropped():
     val = load_prompts([SAMPLE], name="val", gsm8k_mode="calculation", exclude=train.keys())
     assert not set(texts(val)) & set(texts(train))
     assert len(val) == 9
-    assert val.excluded == 6  # 14+9 stands in two problems
+    assert val.excluded == 6  # 14+9 is in two problems
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,4 +1,4 @@
-"""Which prompts were used: one line a step, and a count that finds what is wrong."""
+"""The ledger of prompts used: one line per step, and a check that finds what is wrong."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from dvpo_service.data.ledger import Ledger, check_ledger
 
 
 def test_a_run_that_goes_back_counts_every_prompt_once(tmp_path: Path) -> None:
-    path, cursor = tmp_path / "ledger.jsonl", PromptCursor(10, seed=0)
-    ledger, states = Ledger(path), []
+    path = tmp_path / "ledger.jsonl"
+    cursor = PromptCursor(10, seed=0)
+    ledger = Ledger(path)
+    states = []
     for step in range(5):
         states.append(cursor.state_dict())
         ledger.write(step, cursor.take(4), failed=step)
     cursor.load_state_dict(states[2])
-    for step in (2, 3):  # in the same process
+    for step in (2, 3):  # goes back in the same process
         ledger.write(step, cursor.take(4), failed=0)
     cursor.load_state_dict(states[3])
-    ledger = Ledger(path)  # and in another
+    ledger = Ledger(path)  # goes back in another process
     for step in range(3, 6):
         ledger.write(step, cursor.take(4), failed=0)
     assert check_ledger(path, 10) == []

@@ -22,7 +22,7 @@ def test_each_index_once_per_epoch_through_saves(size, seed, takes):
         if save:
             state = json.loads(json.dumps(cursor.state_dict()))
             cursor = PromptCursor(size, seed)
-            cursor.take(3)  # a used cursor takes a state as well as a new one
+            cursor.take(3)  # a used cursor loads a state just as a new one does
             cursor.load_state_dict(state)
         given_out += cursor.take(n)
         assert cursor.epoch == len(given_out) // size

@@ -1,4 +1,4 @@
-"""The config's data: files to evaluate on, or a share of the training rows."""
+"""The data that a config names: files to evaluate on, or a share of the training rows."""
 
 from __future__ import annotations
 

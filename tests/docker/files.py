@@ -1,4 +1,4 @@
-"""What stands in docker/, read by the tools that will read it: Compose, and a YAML parser for the manifests."""
+"""The files in docker/, read as their users read them: by Compose, and by a YAML parser for the manifests."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def tool(name: str) -> str:
-    """The path of a program that a package of the ``dev`` extra brings."""
+    """Return the path of a program that a package of the ``dev`` extra installs."""
     return str(Path(sys.executable).parent / name)
 
 
 @functools.cache
 def compose(*files: Path) -> dict[str, Any]:
-    """``docker compose config`` of all profiles: checked against Compose's own schema, anchors and variables resolved.
-    Needs no engine. Raises CalledProcessError with Compose's words in ``stderr``."""
+    """Return ``docker compose config`` of all profiles, with anchors and variables resolved.
+
+    Compose checks the files against its own schema, and needs no Docker engine for it.
+
+    Raises:
+      CalledProcessError: a file is wrong; ``stderr`` has Compose's message.
+    """
     command = [tool("docker-compose"), "--env-file", str(DOCKER / ".env.example"), "--profile", "*"]
     for file in files or (COMPOSE,):
         command += ["--file", str(file)]
@@ -55,7 +60,7 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 def pod_templates() -> dict[str, dict[str, Any]]:
-    """Group name to pod template, of the RayCluster."""
+    """Return the pod templates of the RayCluster by the name of their group."""
     spec = manifest("raycluster.yaml")["spec"]
     return {"head": spec["headGroupSpec"]["template"]} | {
         group["groupName"]: group["template"] for group in spec["workerGroupSpecs"]
@@ -63,25 +68,25 @@ def pod_templates() -> dict[str, dict[str, Any]]:
 
 
 def guide_commands(program: str) -> list[str]:
-    """Lines of docs/docker.md's shell blocks that start with ``program``, continued lines joined."""
+    """Return the lines in docs/docker.md's shell blocks that start with ``program``, with continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/docker.md").read_text(), re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines if line.startswith(program)]
 
 
 def programs() -> list[list[str]]:
-    """Every command line that a container or a Ray job is given, one program each: ``ray job submit -- X`` is two."""
+    """Return every command line of a container or a Ray job, one program each: ``ray job submit -- X`` gives two."""
     lines = [[*(s.get("entrypoint") or []), *s["command"]] for s in services().values() if s.get("command")]
     lines.append(shlex.split(manifest("rayjob.yaml")["spec"]["entrypoint"]))
     for line in guide_commands("docker compose"):
         words = shlex.split(line)
         if "train" in words and "dvpo" in words:
             lines.append(words[words.index("dvpo") :])
-    found = []
+    commands = []
     for words in lines:
         if words[:3] == ["tini", "-g", "--"]:
             words = words[3:]
         if words[:3] == ["ray", "job", "submit"] and "--" in words:
-            found.append(words[words.index("--") + 1 :])
-        found.append(words)
-    return found
+            commands.append(words[words.index("--") + 1 :])
+        commands.append(words)
+    return commands

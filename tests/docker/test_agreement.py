@@ -1,4 +1,4 @@
-"""Compose file, manifests, guide and package agree: versions, images, and every command line parses where it goes."""
+"""Compose file, manifests, guide and package agree on versions and images, and every command line can be parsed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ OTHERS: dict[tuple[str, ...], click.Command] = {
 
 
 def parsed(words: list[str]) -> None:
-    """Parse a command line as its program would, and run nothing. Raises click.ClickException, KeyError."""
+    """Parse a command line as its program would, without running it.
+
+    Raises:
+      click.ClickException: the arguments are wrong.
+      KeyError: `dvpo` has no such command.
+    """
     if words[0] == "dvpo":
         context = DVPO.commands[words[1]].make_context(words[1], list(words[2:]))
         if "config" in context.params:

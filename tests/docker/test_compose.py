@@ -1,4 +1,4 @@
-"""compose.yaml, as Docker Compose itself resolves it."""
+"""compose.yaml, as Docker Compose resolves it."""
 
 from __future__ import annotations
 

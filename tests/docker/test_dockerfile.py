@@ -1,4 +1,4 @@
-"""The Dockerfile: hadolint's rules, and what this project promises of its images."""
+"""The Dockerfile: hadolint's rules, and this project's promises about its images."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_nothing_is_added_from_a_url(instructions) -> None:
 
 
 def copied(instructions: list[dict[str, Any]]) -> list[str]:
-    """Paths of the repository that COPY takes."""
+    """Return the paths of the repository that are copied into the image."""
     words = [v.split() for v in values(instructions, "COPY") if not v.startswith("--from")]
     return [source for copy in words for source in copy[:-1]]
 

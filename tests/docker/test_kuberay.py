@@ -1,4 +1,4 @@
-"""The KubeRay manifests: pods and volumes against Kubernetes' schemas; of ray.io's own fields, that they are known."""
+"""The KubeRay manifests: pods and volumes are checked against Kubernetes' schemas, ray.io's fields against a list."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import yaml
 from tests.docker.files import KUBERAY, manifest, pod_templates
 
 KUBERNETES = "1.33"
-# The ray.io/v1 fields used here. Both manifests were held against the CRDs of KubeRay 1.7.0, which are not
-# vendored: a field that is not in this list wants that done again (docs/docker.md says how).
+# The ray.io/v1 fields used here. Both manifests were checked against the CRDs of KubeRay 1.7.0, which are not in this
+# repository. A field that is not in this list requires a new check (docs/docker.md says how).
 CLUSTER = {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
 HEAD = {"rayStartParams", "template"}
 WORKERS = HEAD | {"groupName", "replicas", "minReplicas", "maxReplicas"}

@@ -1,4 +1,4 @@
-"""Hosts on this machine: network namespaces on a bridge, each with its own address, memory files and /tmp.
+"""Hosts on this machine: network namespaces on a bridge, each with its own address, /dev/shm and /tmp.
 
 with Network() as network:
     host = network.host("a")
@@ -21,19 +21,19 @@ from typing import Self
 
 import psutil
 
-SUBNET = f"10.213.{os.getpid() % 250 + 1}"  # another one for each test run on a machine
+SUBNET = f"10.213.{os.getpid() % 250 + 1}"  # differs between test runs on one machine
 
 
 def why_not() -> str | None:
-    """Why this machine cannot make network namespaces; None when it can."""
+    """Return why this machine cannot make network namespaces, or None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "network namespaces need the `ip` command (iproute2)"
     name = f"dvt{uuid.uuid4().hex[:6]}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if made.returncode:
-        return f"`ip netns add` does not work here: {made.stderr.strip()}"
+    added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if added.returncode:
+        return f"`ip netns add` does not work here: {added.stderr.strip()}"
     ip("netns", "del", name)
     return None
 
@@ -47,9 +47,9 @@ def ip(*arguments: str) -> None:
 class Host:
     """A namespace with one interface, ``eth0``, on the bridge.
 
-    ``holder`` keeps a process there, so that the mounts of its own (/dev/shm, and a /tmp of ``folder``) last:
-    what runs on another host sees neither this one's files nor its processes, as between real machines. They
-    all end with it.
+    ``holder`` is a process in the namespace. It keeps the host's own mounts alive: /dev/shm, and a /tmp in ``folder``.
+    Programs on another host see neither the files nor the processes of this one, as between real machines. All
+    processes of the host end with the holder.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Host:
 
     @property
     def inside(self) -> list[str]:
-        """Put before a command, it runs on this host."""
+        """The words to put before a command so that it runs on this host."""
         [first] = psutil.Process(self.holder.pid).children()
         return ["nsenter", f"--target={first.pid}", "--mount", "--net", "--pid", "--"]
 
@@ -76,10 +76,10 @@ class Host:
 
 @dataclass
 class Network:
-    """Hosts on one bridge, which is this machine's too: ``SUBNET``.1. Everything goes when the block ends."""
+    """Hosts on one bridge. This machine is on it as ``SUBNET``.1. Everything is removed when the block ends."""
 
     hosts: list[Host] = field(default_factory=list)
-    # Interfaces' names are at most 15 characters long.
+    # Short, because names of interfaces have at most 15 characters.
     tag: str = field(default_factory=lambda: f"dv{uuid.uuid4().hex[:5]}")
 
     def __enter__(self) -> Self:
@@ -101,7 +101,7 @@ class Network:
         return f"{self.tag}-br"
 
     def host(self, name: str, shared: Sequence[Path] = ()) -> Host:
-        """A new host. ``shared``: folders below /tmp that it sees too, as over NFS."""
+        """Add a host and return it. ``shared``: folders below /tmp that the host sees as well, as over NFS."""
         number = len(self.hosts) + 10
         host_name, address = f"{self.tag}-{name}", f"{SUBNET}.{number}"
         folder = Path(tempfile.mkdtemp(prefix=f"{host_name}-", dir="/var/tmp"))
@@ -121,7 +121,7 @@ class Network:
         return host
 
     def cut(self, host: Host) -> None:
-        """Nothing reaches the host any more, and nothing leaves it; its processes go on."""
+        """Cut a host off the network. Its processes go on."""
         ip("link", "set", host.cable, "down")
 
     def join(self, host: Host) -> None:
@@ -130,7 +130,7 @@ class Network:
 
 
 def _hold(name: str, folder: Path, shared: Sequence[Path]) -> subprocess.Popen[bytes]:
-    """A process in the namespace with mounts of its own. `ip netns exec` gives it a mount namespace already."""
+    """Start a process in the namespace with mounts of its own. `ip netns exec` already gives it a mount namespace."""
     binds = [f"mkdir -p {folder}/{i} && mount --bind {path} {folder}/{i}" for i, path in enumerate(shared)]
     script = [
         "mount -t tmpfs tmpfs /dev/shm",
@@ -141,11 +141,11 @@ def _hold(name: str, folder: Path, shared: Sequence[Path]) -> subprocess.Popen[b
         "echo ready",
         "exec sleep infinity",
     ]
-    # Processes of its own too: Ray's driver looks for a raylet among those that it sees.
+    # Also a process namespace, because Ray's driver looks for a raylet among the processes that it sees.
     alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     command = ["ip", "netns", "exec", name, *alone, "bash", "-euc", "\n".join(script)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert holder.stdout is not None
-    said = holder.stdout.readline()
-    assert said == b"ready\n", said + holder.stdout.read()
+    first = holder.stdout.readline()
+    assert first == b"ready\n", first + holder.stdout.read()
     return holder

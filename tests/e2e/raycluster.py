@@ -1,4 +1,4 @@
-"""A Ray cluster as `ray start` makes it: a head and workers, each with its own resources, on this machine."""
+"""A Ray cluster on this machine, made by `ray start`: a head and workers, each with its own resources."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-# Clusters of this process: nobody else's job gets in, and ours into nobody else's.
+# Only jobs of this process get into its clusters, and they get into no other cluster.
 TOKEN = secrets.token_hex(32)
 
 
 def environment() -> dict[str, str]:
-    """Of a shell with the virtual environment activated; nothing of another cluster."""
+    """Return the environment of a shell with the virtual environment activated, without another cluster's variables."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     kept |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     return kept | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -42,14 +42,14 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class RayNode:
-    """A running `ray start --block`; ``inside`` is the command that runs others where it runs."""
+    """A running `ray start --block`. ``inside`` is put before a command so that it runs on the same host."""
 
     process: subprocess.Popen[bytes]
     log: Path
     inside: Sequence[str] = ()
 
     def end(self) -> None:
-        """End this node's processes, by their numbers."""
+        """End this node's processes, by their pids."""
         try:
             family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         except psutil.NoSuchProcess:
@@ -69,14 +69,18 @@ def end(process: psutil.Process) -> None:
 
 @dataclass
 class RayCluster:
-    """``with RayCluster() as cluster``: a head, then workers as they are added. Ended by process number."""
+    """``with RayCluster() as cluster``: a head, then workers as they are added. All end with the block, by their pids.
+
+    Attributes:
+      variables: additional environment variables for the nodes.
+    """
 
     ip: str = "127.0.0.1"
     nodes: list[RayNode] = field(default_factory=list)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="dvj", dir="/tmp")))
     port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
-    variables: Mapping[str, str] = field(default_factory=dict)  # more for the nodes' environment
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +114,7 @@ class RayCluster:
                     *(*inside, str(BIN / "ray"), "start", "--block", "--disable-usage-stats"),
                     *(*arguments, f"--node-ip-address={ip}", f"--num-cpus={cpus:g}", "--object-store-memory=200000000"),
                     *(f"--{name}={free_port()}" for name in (*ports, "runtime-env-agent-port")),
-                    # Each its own: a raylet that is done with a job's working directory removes it.
+                    # A folder for each node: a raylet removes a job's working directory when it is done with it.
                     f"--temp-dir={self.folder}/{len(self.nodes)}",
                     # Several raylets of one machine would hand out the same ports from a range.
                     *("--min-worker-port=0", "--max-worker-port=0"),
@@ -127,7 +131,7 @@ class RayCluster:
         return node
 
     def ray(self, *arguments: str, cwd: Path | None = None, check: bool = True) -> str:
-        """A `ray` command against this cluster; its output."""
+        """Run a `ray` command against this cluster, and return its output."""
         inside = self.nodes[0].inside
         done = subprocess.run(
             [*inside, str(BIN / "ray"), *arguments],
@@ -141,14 +145,14 @@ class RayCluster:
         return done.stdout
 
     def status(self, job: str) -> str:
-        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        """Return a job's status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
         words = self.ray("job", "status", job).upper()
         return next(s for s in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING") if s in words)
 
     def homes(self, *classes: str) -> dict[str, set[str]]:
-        """By class of actor, the ids of the nodes where some are alive."""
-        said = self.ray("list", "actors", "--filter", "state=ALIVE", "--format", "json", "--limit", "500")
-        listed = [] if said.startswith("No resource") else json.loads(said)
+        """Return the ids of the nodes with living actors, by class of actor."""
+        output = self.ray("list", "actors", "--filter", "state=ALIVE", "--format", "json", "--limit", "500")
+        listed = [] if output.startswith("No resource") else json.loads(output)
         return {c: {a["node_id"] for a in listed if a["class_name"] == c} for c in classes}
 
 

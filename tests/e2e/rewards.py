@@ -2,5 +2,5 @@
 
 
 def short_answer(response: str, answer: str) -> float:
-    """1 for nothing, falling to 0 at eight characters."""
+    """Return 1 for an empty response, falling to 0 at eight characters."""
     return max(0.0, 1.0 - len(response) / 8)

@@ -1,4 +1,4 @@
-"""Generating ahead for real: weights that arrive in the middle of responses, and a run through faults."""
+"""Generating ahead with real engines: weights that arrive in the middle of responses, and a run through faults."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, SyncedEngin
 
 
 def logprobs(folder: Path, prompt: Prompt, sample: Sample) -> Tensor:
-    """By plain transformers, of the sample's tokens."""
+    """Return the log-probs of the sample's tokens, by plain transformers."""
     ids = torch.tensor([prompt.token_ids + sample.token_ids])
     with torch.no_grad():
-        found = token_logprobs(load_causal_lm(str(folder))(input_ids=ids).logits[:, :-1], ids[:, 1:])[0]
-    return found[len(prompt.token_ids) - 1 :]
+        all_logprobs = token_logprobs(load_causal_lm(str(folder))(input_ids=ids).logits[:, :-1], ids[:, 1:])[0]
+    return all_logprobs[len(prompt.token_ids) - 1 :]
 
 
 def test_a_response_goes_on_with_the_new_weights_and_each_token_has_the_log_prob_of_its_own(
@@ -56,7 +56,7 @@ def test_a_response_goes_on_with_the_new_weights_and_each_token_has_the_log_prob
     prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (2, 20 + i % 9, 3)) for i in range(64)]
     sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=96)
     weights.push(0)
-    weights.generate(prompts[:4], sampling, run_seed=0, step=0)  # what the first generation compiles
+    weights.generate(prompts[:4], sampling, run_seed=0, step=0)  # compiles what the first generation needs
     policy.call(PolicyWorker.export, str(tmp_path / "old"))
     policy.call(ScrambledPolicy.scramble, 0.05)
     policy.call(PolicyWorker.export, str(tmp_path / "new"))
@@ -85,12 +85,13 @@ def test_a_response_goes_on_with_the_new_weights_and_each_token_has_the_log_prob
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A run that generates ahead: an engine and a policy rank are lost, it is told to stop, and continued."""
+    """A run that generates ahead. It loses an engine and a policy rank, is asked to stop, and is continued."""
     folder = tmp_path_factory.mktemp("ahead")
     tree = chaos_config(tiny_model, folder)
     tree["rollout"]["max_staleness"] = BOUND
-    tree["critic"] = tree["critic"] | {"world_size": 1}  # none of them is lost here
-    config, faults = write_config(folder / "chaos.yaml", tree), [k for k in kills() if k.kind in ("engine", "policy")]
+    tree["critic"] = tree["critic"] | {"world_size": 1}  # no critic rank is lost in this run
+    config = write_config(folder / "chaos.yaml", tree)
+    faults = [k for k in kills() if k.kind in ("engine", "policy")]
     process = start(config, folder / "run", faults)
     family = family_of(process)
     wait_for_step(process, folder / "run", STOP_AT)

@@ -1,4 +1,4 @@
-"""`ray job submit` on a cluster of three nodes: logs, stop with a checkpoint, resubmit to the end."""
+"""`ray job submit` on a cluster of three nodes: logs, a stop with a checkpoint, and a second job to the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cluster() -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """What a user submits from: a config, and a reward function that no node has installed."""
+    """A folder to submit from, with a config and a reward function that no node has installed."""
     folder = tmp_path_factory.mktemp("project")
     tree = yaml.safe_load(write_config(folder, tiny_model).read_text())
     tree["reward"]["function"] = "my_reward:short_answer"
@@ -46,7 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 def submit(cluster: RayCluster, project: Path, name: str, runs: Path) -> None:
-    # TOKENIZERS_PARALLELISM is also one of the service's own: the job's value wins, and nothing conflicts.
+    # The service sets TOKENIZERS_PARALLELISM too: the value of the job wins, without a conflict.
     variables = {"DVPO_RUNS": str(runs), "RAY_JOB_STOP_WAIT_TIME_S": "90", "TOKENIZERS_PARALLELISM": "false"}
     cluster.ray(
         *("job", "submit", "--no-wait", "--submission-id", name, "--working-dir", "."),
@@ -75,23 +75,23 @@ def test_stop_checkpoints_and_resubmit_continues(cluster: RayCluster, project: P
     assert len(set().union(*homes.values())) == 3, f"pools on every node: {homes}"
     cluster.ray("job", "stop", "first")
     assert cluster.status("first") == "STOPPED"
-    said = cluster.ray("job", "logs", "first")
+    log = cluster.ray("job", "logs", "first")
     record = json.loads(max(run.glob("checkpoints/*/state.json")).read_text())
     step = record["state"]["step"]
     assert 2 <= step < STEPS
-    assert f"stopping: checkpoint at step {step} written; the same command continues" in said
-    assert "16 prompts x 8" in said
-    assert f"step 2/{STEPS} reward=" in said, "plain lines, no bars"
-    assert "\x1b[" not in said.split("16 prompts x 8")[1]
+    assert f"stopping: checkpoint at step {step} written; the same command continues" in log
+    assert "16 prompts x 8" in log
+    assert f"step 2/{STEPS} reward=" in log, "plain lines, no bars"
+    assert "\x1b[" not in log.split("16 prompts x 8")[1]
     client = MlflowClient(default_tracking_uri(run))
     assert client.get_run(record["mlflow_run_id"]).info.status == "KILLED"
     wait_until(lambda: not any(cluster.homes("Rank", "VllmEngine").values()), 60, "the first job's actors end")
 
     submit(cluster, project, "second", tmp_path)
     wait_until(lambda: cluster.status("second") not in ("PENDING", "RUNNING"), JOB_S, "the second job's end")
-    said = cluster.ray("job", "logs", "second")
-    assert cluster.status("second") == "SUCCEEDED", said[-4000:]
-    assert f"at step {step}" in said
+    log = cluster.ray("job", "logs", "second")
+    assert cluster.status("second") == "SUCCEEDED", log[-4000:]
+    assert f"at step {step}" in log
     assert [row["step"] for row in rows(run)] == list(range(STEPS + 1))
     assert client.get_run(record["mlflow_run_id"]).info.status == "FINISHED"
     assert json.loads((run / "summary.json").read_text())["where"]["mlflow_run_id"] == record["mlflow_run_id"]

@@ -1,4 +1,4 @@
-"""A cluster that crosses a network: five hosts, one of them spare, each with its own address and files."""
+"""A cluster across a network: five hosts, one of them spare, each with its own address and files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BEGUN, STEPS = 4, 12
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
     with Network() as network:
-        # A clone below /tmp would be out of their sight.
+        # The hosts have a /tmp of their own, so a clone below /tmp has to be shared with them.
         shared = [ROOT] if ROOT.is_relative_to("/tmp") else []
         for name in "abcde":
             network.host(name, shared)
@@ -39,7 +39,7 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def s3(network: Network) -> Iterator[dict[str, str]]:
-    """An S3 beside the hosts, as the environment that reaches it."""
+    """An S3 server that the hosts can reach. Yields the environment variables for it."""
     port = free_port()
     server = ThreadedMotoServer(ip_address=f"{SUBNET}.1", port=port, verbose=False)
     server.start()
@@ -59,7 +59,7 @@ def s3(network: Network) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def cluster(network: Network, s3: dict[str, str]) -> Iterator[RayCluster]:
-    """Every host a Ray node of two CPUs; they have the S3's variables in their environment."""
+    """A Ray cluster with every host as a node of two CPUs, and the S3 variables in its environment."""
     first, *others = network.hosts
     with RayCluster(ip=first.address) as cluster:
         cluster.start_head(cpus=2, inside=first.inside)
@@ -70,7 +70,7 @@ def cluster(network: Network, s3: dict[str, str]) -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """No two of engine, critic and the policy's two ranks fit one host of two CPUs."""
+    """A config in which no two of engine, critic and the policy's two ranks fit on one host of two CPUs."""
     tree = yaml.safe_load(write_config(tmp_path_factory.mktemp("config")).read_text())
     tree["policy"] |= {"world_size": 2}
     tree["cluster"] = {"cpus_per_trainer": 1.5, "cpus_per_engine": 2, "cpus_per_reward_worker": 0.5}
@@ -80,7 +80,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(cluster: RayCluster, host: Host, config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`dvpo train` on ``host``, whose /tmp no other sees; the cluster is in RAY_ADDRESS."""
+    """Run `dvpo train` on ``host``, whose /tmp no other host sees. RAY_ADDRESS names the cluster."""
     host.run("bash", "-c", f"mkdir -p /tmp/mine && cat > /tmp/mine/tiny.yaml <<'END'\n{config}\nEND")
     more = {"RAY_ADDRESS": f"{cluster.ip}:{cluster.port}", "XDG_CACHE_HOME": "/tmp/mine/cache"}
     return subprocess.run(
@@ -105,7 +105,7 @@ def test_a_run_directory_that_other_hosts_do_not_see_is_one_line(
 
 @pytest.fixture(scope="module")
 def begun(cluster: RayCluster, network: Network, config: str) -> list[dict[str, Any]]:
-    """The metrics of a run that the first host began and ended."""
+    """The metrics of a run that the first host trained to step ``BEGUN``."""
     done = train(cluster, network.hosts[0], config, "--run-dir", RUN, f"trainer.num_steps={BEGUN}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
     return rows()
@@ -117,14 +117,14 @@ def rows(name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def test_training_across_hosts(begun: list[dict[str, Any]]) -> None:
     assert [r["step"] for r in begun] == list(range(BEGUN + 1))
-    # Exact weights, through the object store: an engine cannot read the file of a trainer on another host.
+    # The weights are exact. They went through the object store: engines cannot read files on a trainer's host.
     assert all(r["policy/rollout_kl"] < 1e-8 for r in begun[1:])
     shards = list((UPath(RUN) / f"checkpoints/step-{BEGUN:06d}/policy").iterdir())
     assert len(shards) == 2, "a file from each of the policy's ranks"
 
 
 def test_a_cut_host_cannot_be_reached_until_it_is_joined(network: Network) -> None:
-    """The harness's own promise."""
+    """The network harness itself works."""
     a, b = network.hosts[:2]
     port = free_port()
     listening = subprocess.Popen([*b.inside, str(BIN / "python"), "-m", "http.server", str(port), "--bind", b.address])
@@ -147,7 +147,7 @@ def test_a_cut_host_cannot_be_reached_until_it_is_joined(network: Network) -> No
 
 
 def test_nothing_is_left_on_the_hosts(cluster: RayCluster, begun: list[dict[str, Any]]) -> None:
-    """When a run has ended its engines and ranks are gone from every host; the cluster itself goes on."""
+    """When a run has ended, its engines and ranks are gone from every host; the cluster itself goes on."""
     left = [
         p.info["cmdline"]
         for p in psutil.process_iter(["cmdline"])
@@ -177,7 +177,7 @@ def test_another_host_with_nothing_but_the_url_goes_on_while_one_is_cut_off(
         wait_until(lambda: training.done() or next_one.exists(), 300, "the next checkpoint")
         assert not training.done(), training.result().stderr[-3000:]
         homes = {host_of[i] for i in cluster.homes("Rank")["Rank"]}
-        # Neither the cluster's head nor the one that the job runs on.
+        # Neither the cluster's head nor the host that the job runs on.
         victim = next(h for h in network.hosts[1:-1] if h.address in homes)
         network.cut(victim)
         try:

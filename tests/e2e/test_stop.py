@@ -1,4 +1,4 @@
-"""A real run asked to stop, as a terminal or a scheduler asks: checkpoint, clean end, and the same numbers after."""
+"""A real run is asked to stop, as by a terminal or a scheduler: checkpoint, clean end, and the same numbers after."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUTLIVED_S = 90.0
 
 
 def start(config: Path, run: Path) -> subprocess.Popen[str]:
-    """`dvpo train` in a process group of its own, as a shell starts it; output in a file beside the run."""
+    """Start `dvpo train` in a process group of its own, as a shell does, with its output in a file in the run."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / "terminal.txt").open("a") as terminal:
         return subprocess.Popen(
@@ -57,11 +57,11 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         time.sleep(0.05)
 
 
-ENGINE = "policy/rollout_"  # its own log-probs against the trainer's: what no update reads at the default correction
+ENGINE = "policy/rollout_"  # compares engine and trainer log-probs; unused by updates at the default correction
 
 
 def learned(run: Path) -> list[dict[str, Any]]:
-    """All metrics of all steps but what a clock measures, and but ``ENGINE``'s."""
+    """Return all metrics of all steps, except for times and speeds and for the metrics of ``ENGINE``."""
     return [
         {k: v for k, v in row.items() if not k.startswith(("time", ENGINE)) and not k.endswith("_per_s")}
         for row in rows(run)
@@ -69,14 +69,14 @@ def learned(run: Path) -> list[dict[str, Any]]:
 
 
 def mismatch(run: Path, name: str) -> list[float]:
-    """One of ``ENGINE``'s, of all steps. Its last digit depends on which requests vLLM took into a batch together."""
+    """Return a metric of ``ENGINE`` by step. Its last digit depends on which requests vLLM batched together."""
     return [row[f"{ENGINE}{name}"] for row in rows(run) if f"{ENGINE}{name}" in row]
 
 
 def test_stopped_and_killed_and_continued_equals_a_run_left_alone(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(tmp_path, tiny_model)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    alone = start(config, whole)  # beside the first of the others: there is a core for each
+    alone = start(config, whole)  # runs beside the first part of the other run: there is a core for each
 
     process = start(config, cut)
     wait_for_step(process, cut, 2)
@@ -86,18 +86,18 @@ def test_stopped_and_killed_and_continued_equals_a_run_left_alone(tmp_path: Path
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT, (cut / "terminal.txt").read_text()[-3000:]
     assert psutil.wait_procs(family, timeout=20)[1] == [], "every process of the run has ended"
-    said = (cut / "terminal.txt").read_text()
+    printed = (cut / "terminal.txt").read_text()
     state = json.loads(next(cut.glob("checkpoints/*/state.json")).read_text())
     reached = state["state"]["step"]
     assert 2 <= reached < STEPS
-    assert f"stopping: checkpoint at step {reached} written; the same command continues" in said
-    assert "Traceback" not in said
+    assert f"stopping: checkpoint at step {reached} written; the same command continues" in printed
+    assert "Traceback" not in printed
     client = MlflowClient(default_tracking_uri(cut))
     assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
     assert alone.wait(WAIT_S) == 0, (whole / "terminal.txt").read_text()[-3000:]
 
-    # SIGKILL about when the last checkpoint is written: it is torn and the steps are done again, or it is
-    # whole and only the export and the summary are left to do.
+    # SIGKILL at about the time of the last checkpoint. Either the checkpoint is torn and the steps are repeated, or it
+    # is complete and only the export and the summary are left to do.
     process = start(config, cut)
     wait_for_step(process, cut, STEPS)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -108,7 +108,7 @@ def test_stopped_and_killed_and_continued_equals_a_run_left_alone(tmp_path: Path
 
     process = start(config, cut)
     assert process.wait(WAIT_S) == 0, (cut / "terminal.txt").read_text()[-3000:]
-    # Two of Ray's agents report to its killed server for a minute.
+    # Two of Ray's agents keep reporting to the killed server for a minute.
     left = psutil.wait_procs(family, timeout=max(0.0, killed + OUTLIVED_S - time.monotonic()))[1]
     assert left == [], "nothing outlives a killed driver"
     assert [p.name for p in (cut / "checkpoints").iterdir() if p.name.startswith(".")] == [], "nothing torn is left"
@@ -117,8 +117,8 @@ def test_stopped_and_killed_and_continued_equals_a_run_left_alone(tmp_path: Path
     assert learned(cut) == learned(whole)
     for name in ("kl", "ess"):
         assert mismatch(cut, name) == pytest.approx(mismatch(whole, name), rel=1e-4, abs=1e-9)
-    # The mean of what float32 rounds off a log-prob, of either sign: nothing but noise, so it is held to a unit in the
-    # last place and not to the other run's noise.
+    # The mean of float32 rounding errors of log-probs, which have either sign, is nothing but noise. It is therefore
+    # compared with zero, to a unit in the last place, and not with the other run's noise.
     for run in (cut, whole):
         assert len(mismatch(run, "kl_k1")) == STEPS
         assert mismatch(run, "kl_k1") == pytest.approx([0.0] * STEPS, abs=6e-8)

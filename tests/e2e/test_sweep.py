@@ -1,4 +1,4 @@
-"""A sweep as a user runs it, with a trial killed, the whole sweep killed, and continued."""
+"""A sweep as a user runs it: a trial is killed, then the whole sweep is killed and continued."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ GRID = {
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """``dvpo sweep`` in the background, its output in a file."""
-    config, grid = write_config(folder), folder / "gain.yaml"
+    """Start ``dvpo sweep`` in the background, with its output in a file."""
+    config = write_config(folder)
+    grid = folder / "gain.yaml"
     grid.write_text(yaml.safe_dump(GRID))
     keys = [f"trainer.num_steps={STEPS}", "trainer.eval_every=3", "trainer.save_every=1", "data.val_limit=16"]
     command = [
@@ -57,10 +58,12 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def wait_for(what: Callable[[], Any], sweep: subprocess.Popen[str], folder: Path, timeout_s: float = 300) -> Any:
+    """Wait until ``what()`` is true, and return it. Fails if the sweep ends before."""
     deadline = time.time() + timeout_s
     while time.time() < deadline:
-        if found := what():
-            return found
+        result = what()
+        if result:
+            return result
         assert sweep.poll() is None, (folder / "log").read_text()[-4000:]
         time.sleep(0.3)
     raise AssertionError((folder / "log").read_text()[-4000:])

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: real Ray, vLLM, FSDP2, MLflow; cut off and continued."""
+"""A training run as a user starts it, interrupted and continued, with real Ray, vLLM, FSDP2 and MLflow."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WARMSTART = {
 
 
 def write_config(folder: Path, model: Path | None = None) -> Path:
-    """Two splits, noisy rewards from a user's own function, a reference policy; a base model made there, or given."""
+    """Write a config: two splits, noisy rewards from a user's function, a reference policy, warm start or ``model``."""
     config = {
         "model": {"path": str(model)} if model else {"warmstart": WARMSTART},
         "data": {
@@ -74,9 +74,10 @@ def dvpo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained to half, then continued to the end by the same command."""
+    """A run that is trained to half its steps, then continued to the end by the same command."""
     folder = tmp_path_factory.mktemp("runs")
-    config, run = write_config(folder), folder / "tiny"
+    config = write_config(folder)
+    run = folder / "tiny"
     for steps in (STEPS // 2, STEPS):
         done = dvpo("train", "--config", str(config), "--run-dir", str(run), f"trainer.num_steps={steps}")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -156,10 +157,10 @@ def test_the_exported_policy_loads_and_scores_the_same(run_dir: Path, rows: list
     done = dvpo("eval", "--run", str(run_dir), "--n", "4", "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pass@4" in done.stdout
-    found = json.loads(output.read_text())
-    assert found["step"] == STEPS
+    results = json.loads(output.read_text())
+    assert results["step"] == STEPS
     for split in ("id", "ood"):
-        figures = found["splits"][split]
+        figures = results["splits"][split]
         assert figures["prompts"] == 32
         for name in ("accuracy", "greedy"):
             assert figures[name] == pytest.approx(rows[-1][f"eval/{split}/{name}"], abs=0.02)
@@ -190,7 +191,8 @@ def test_checkpoints_export_to_what_training_exports(run_dir: Path) -> None:
 
 def test_an_estimator_without_a_critic_learns_without_its_pool(run_dir: Path) -> None:
     """GRPO with dynamic sampling, packing and the overlong penalty, from the same base model."""
-    config, run = str(run_dir.parent / "tiny.yaml"), run_dir.parent / "grpo"
+    config = str(run_dir.parent / "tiny.yaml")
+    run = run_dir.parent / "grpo"
     keys = ["algorithm.adv_estimator=grpo", "policy.loss_agg=seq_mean_token_mean", "policy.packing=true"]
     keys += ["rollout.dynamic_sampling=true", "reward.overlong_buffer=2", "policy.dual_clip=3", "trainer.num_steps=8"]
     done = dvpo("train", "--config", config, "--run-dir", str(run), *keys)

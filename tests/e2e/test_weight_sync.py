@@ -1,4 +1,4 @@
-"""Weights reach the engine: its log-probs are the trainer's, after a model has changed a lot."""
+"""Weights reach the engine: its log-probs equal the trainer's, also after the model has changed a lot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SEQUENCES = [
 
 
 class ScrambledPolicy(PolicyWorker):
-    """A policy that can jump far from where it started, as a long training would take it."""
+    """A policy whose weights can be changed as much as a long training would change them."""
 
     def scramble(self, scale: float) -> None:
         torch.manual_seed(1)
@@ -71,24 +71,26 @@ def policy_and_engines(config: Config, model: Path) -> Iterator[tuple[RankPool, 
 
 @pytest.fixture(scope="module")
 def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, SyncedEngines]]:
-    # torch.compile is on: the compiled graph is what can hold on to old weights.
+    # torch.compile is on, because a compiled graph could keep old weights.
     config = make_config(tiny_model, policy={"world_size": 2, "mini_batch_size": 8}, rollout={"enforce_eager": False})
     with policy_and_engines(config, tiny_model) as system:
         yield system
 
 
 def engine_logprobs(engines: EnginePool) -> list[Tensor]:
-    """One sequence at a time: what is batched beside it, which depends on arrival, would move the last digits."""
+    """Return the engine's log-probs, one sequence at a time: other sequences in a batch change the last digits."""
     return [torch.tensor(ray.get(engines.actors[0].score.remote([s]), timeout=60)[0]) for s in SEQUENCES]
 
 
 def model_logprobs(folder: Path | str) -> list[Tensor]:
-    """Plain transformers, no part of the service."""
+    """Return the log-probs of a model folder by plain transformers, without any part of the service."""
     model = load_causal_lm(str(folder))
+    results = []
     with torch.no_grad():
-        return [
-            token_logprobs(model(input_ids=(ids := torch.tensor([s]))).logits[:, :-1], ids[:, 1:])[0] for s in SEQUENCES
-        ]
+        for sequence in SEQUENCES:
+            ids = torch.tensor([sequence])
+            results.append(token_logprobs(model(input_ids=ids).logits[:, :-1], ids[:, 1:])[0])
+    return results
 
 
 def furthest(a: list[Tensor], b: list[Tensor]) -> float:
@@ -117,7 +119,7 @@ def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
     system: tuple[RankPool, EnginePool, SyncedEngines], tmp_path: Path
 ) -> None:
     policy, _, weights = system
-    # More prompt tokens at once than the engine takes in one batch.
+    # Together the prompts have more tokens than the engine takes in one batch.
     ask = ({"role": "user", "content": "?"},)
     prompts = [Prompt(i, ask, "1", "t", (2, *([20 + i % 9] * 40), 3)) for i in range(150)]
     weights.push(7)
@@ -145,7 +147,7 @@ def test_samples_carry_the_version_and_the_log_probs_of_their_weights(
 
 
 class FarClient(EngineClient):
-    """As if every engine were on another host than the trainer."""
+    """A client for which every engine is on another host than the trainer."""
 
     def reading(self, path: str) -> dict[int, bool]:
         return dict.fromkeys(super().reading(path), False)
@@ -172,7 +174,7 @@ def test_an_engine_on_another_host_gets_the_same_weights_to_the_bit(
 def test_stale_weights_are_seen(
     system: tuple[RankPool, EnginePool, SyncedEngines], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The comparison above fails when the engine does not take the weights: it is no formality."""
+    """The comparison in the tests above does fail if the engine does not take the weights."""
     policy, engines, weights = system
     weights.push(8)
     policy.call(ScrambledPolicy.scramble, 0.3)
@@ -217,7 +219,7 @@ def test_prompts_at_the_limit_are_sampled_and_one_beyond_is_one_line(
     for length in (1, limit):
         for s in sample(length):
             assert 1 <= len(s.token_ids) == len(s.logprobs) <= 8
-    # Data of that length never gets here (data.max_prompt_tokens); an engine would refuse it, and live.
+    # data.max_prompt_tokens keeps data of that length out; an engine refuses it and goes on.
     with pytest.raises(PoolError) as caught:
         sample(engines.config.max_model_len + 1)
     assert "\n" not in str(caught.value)

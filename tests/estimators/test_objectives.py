@@ -1,4 +1,4 @@
-"""Objectives and estimators as a config makes them."""
+"""Objectives and estimators, built from a config."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def estimate(*, pretraining: bool = False, seed: int = 0, **algorithm: Any) -> t
     z = torch.randn(b, t, objective.heads, objective.quantiles, generator=rng)
     z_end = torch.randn(b, objective.heads, objective.quantiles, generator=rng)
     seeds = torch.arange(b)
-    found = objective.estimate(z, z_end, part, seeds=seeds, pretraining=pretraining, stats=STATS)
-    return found, z, part
+    result = objective.estimate(z, z_end, part, seeds=seeds, pretraining=pretraining, stats=STATS)
+    return result, z, part
 
 
 @pytest.mark.parametrize("form", ["paper", "calibrated"])
@@ -57,18 +57,18 @@ def test_risk_is_the_mean_at_its_neutral_value(form: str, neutral: dict[str, Any
 )
 def test_risk_changes_the_advantage_elsewhere(risky: dict[str, Any]) -> None:
     mean, _, part = estimate(form="calibrated")
-    found, _, _ = estimate(form="calibrated", **risky)
-    assert not torch.allclose(found.advantages, mean.advantages)
-    assert torch.isfinite(found.advantages).all()
-    assert (found.advantages[~part.response_mask] == 0).all()
+    risk, _, _ = estimate(form="calibrated", **risky)
+    assert not torch.allclose(risk.advantages, mean.advantages)
+    assert torch.isfinite(risk.advantages).all()
+    assert (risk.advantages[~part.response_mask] == 0).all()
 
 
 def test_the_advantage_is_scalar_gae_on_the_mean_atom() -> None:
-    found, z, part = estimate(form="paper", lam=0.9, bootstrap_truncated=False)
+    dvpo, z, part = estimate(form="paper", lam=0.9, bootstrap_truncated=False)
     value = z.sort(-1).values.mean((-1, -2))
     expected, _ = scalar_gae(part.rewards, value, part.response_mask, torch.zeros(len(part)), 1.0, 0.9)
-    assert_close(found.advantages, expected)
-    assert_close(found.targets.mean(-1) - found.values, expected, atol=1e-5, rtol=1e-5)
+    assert_close(dvpo.advantages, expected)
+    assert_close(dvpo.targets.mean(-1) - dvpo.values, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cut_response_is_bootstrapped_and_a_finished_one_is_not() -> None:
@@ -83,9 +83,9 @@ def test_a_cut_response_is_bootstrapped_and_a_finished_one_is_not() -> None:
 @pytest.mark.parametrize("estimator", ["dvpo", "gae", "robust_gae"])
 def test_pretraining_aims_at_plain_returns(estimator: str) -> None:
     rho = {"robust_rho": 0.0} if estimator == "robust_gae" else {}
-    found, _, part = estimate(pretraining=True, lam=0.5, adv_estimator=estimator, bootstrap_truncated=False, **rho)
+    pretrained, _, part = estimate(pretraining=True, lam=0.5, adv_estimator=estimator, bootstrap_truncated=False, **rho)
     returns = torch.where(part.response_mask, part.scores.nan_to_num()[:, None], 0.0)
-    assert_close(found.targets, returns[..., None].expand_as(found.targets))
+    assert_close(pretrained.targets, returns[..., None].expand_as(pretrained.targets))
 
 
 def test_decoupled_lambdas() -> None:
@@ -118,12 +118,12 @@ def test_group_estimators_need_no_critic_and_leave_failed_samples_out(estimator:
     config = AlgorithmConfig.model_validate({"adv_estimator": estimator})
     assert not config.has_critic
     part = make_rollouts()
-    found, metrics = GroupEstimator(config).advantages(part, 0)
-    assert torch.isfinite(found.advantages).all()
-    assert (found.advantages[~part.response_mask] == 0).all()
-    assert (found.advantages[0] == 0).all(), "its scoring failed"
+    result, metrics = GroupEstimator(config).advantages(part, 0)
+    assert torch.isfinite(result.advantages).all()
+    assert (result.advantages[~part.response_mask] == 0).all()
+    assert (result.advantages[0] == 0).all(), "its scoring failed"
     assert metrics["advantage/std"] > 0
     if estimator != "reinforce_plus_plus":  # the first group has one failed sample; outcomes balance without it
         outcomes = part.scores[1:4]
-        signs = found.advantages[1:4, 0].sign()
+        signs = result.advantages[1:4, 0].sign()
         assert torch.equal(signs, (outcomes - outcomes.mean()).sign())

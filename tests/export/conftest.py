@@ -22,15 +22,15 @@ from actors.training.trainer import full_state
 from dvpo_service.config import Config, to_yaml
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
-from dvpo_service.runs.integrity import sums_of, write_record
-from tests.builders import make_config, make_rollouts
+from dvpo_service.runs.integrity import write_record
+from tests.builders import make_config, make_rollouts, sums_of
 
 STEP = 3
 STATE = {"state": {"step": STEP}, "mlflow_run_id": "run-7"}
 
 
 def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, run: str, checkpoint: str) -> None:
-    """Train both pools for a step; save, export live, and keep the whole state as the module has it."""
+    """Train both pools for one step, save a checkpoint, export, and keep the module's whole state to compare with."""
     torch.set_num_threads(1)
     rollouts = make_rollouts()
     policy = PolicyWorker(config, model, Rendezvous(rank, world, "127.0.0.1", ports[0], 120))
@@ -65,7 +65,10 @@ def _free_ports(count: int) -> list[int]:
 
 
 def write_run(run: Path, config: Config, model: Path, world: int) -> None:
-    """``run`` as ``dvpo train`` leaves it when it is cut off after step 3, with ``live/`` beside to compare with."""
+    """Write ``run`` as ``dvpo train`` leaves it when it is cut off after step 3.
+
+    Its ``live/`` holds what the trainers exported themselves, to compare with.
+    """
     checkpoint = run / "checkpoints" / f"step-{STEP:06d}"
     for folder in (checkpoint / "policy", checkpoint / "estimator", run / "live"):
         folder.mkdir(parents=True)
@@ -91,19 +94,19 @@ def _train(model: Path, folder: Path, world: int) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a DVPO run. Read only."""
+    """Return the run directory of a DVPO run. Tests only read it."""
     return _train(tiny_model, tmp_path_factory.mktemp("trained"), 1)
 
 
 @pytest.fixture(scope="session")
 def trained_on_two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on two ranks, so that every tensor is in two files. Read only."""
+    """Return the run directory of a DVPO run on two ranks: every tensor is in two files. Tests only read it."""
     return _train(tiny_model, tmp_path_factory.mktemp("trained-on-two"), 2)
 
 
 @pytest.fixture(scope="session")
 def tied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a scalar critic, of a policy whose output layer is its input embedding. Read only."""
+    """Return a run with a scalar critic and a policy whose output layer is its input embedding. Tests only read it."""
     folder = tmp_path_factory.mktemp("tied")
     model: Any = load_causal_lm(str(tiny_model))
     model.config.tie_word_embeddings = True
@@ -118,5 +121,5 @@ def tied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+    """Return a copy of ``trained`` that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""The model card: true to the run, and its code runs."""
+"""The model card states what the run did, and its code runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_accuracy_before_and_at_the_step_exported(trained: Path, tmp_path: Path) -> None:
-    """Of four rows of metrics: not of the step without an evaluation, nor of one after the checkpoint."""
+    """The card ignores the step without an evaluation and the evaluation after the checkpoint."""
     card = (export(trained, tmp_path / "out").folder / "README.md").read_text()
     assert "Before training, and after 2 updates." in card
     assert "| val | 25.0% | 75.0% | 50.0% | - |" in card
@@ -63,10 +63,11 @@ def test_training_files_are_named_without_their_folders(config: Config) -> None:
 def test_the_code_in_card_and_guide_runs(trained: Path, tmp_path: Path) -> None:
     folder = export(trained, tmp_path / "demo-policy").folder
     guide = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
-    card, written = (PYTHON.findall(text) for text in ((folder / "README.md").read_text(), guide))
-    assert (len(card), len(written)) == (2, 1)
-    code = "\n".join([*card, "import os", "os.chdir('..')", *written, "print('spread', disagreement.shape)"])
+    card_code = PYTHON.findall((folder / "README.md").read_text())
+    guide_code = PYTHON.findall(guide)
+    assert (len(card_code), len(guide_code)) == (2, 1)
+    code = "\n".join([*card_code, "import os", "os.chdir('..')", *guide_code, "print('spread', disagreement.shape)"])
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for said in ("mean tensor(", "CVaR tensor(", "spread torch.Size"):
-        assert said in done.stdout
+    for text in ("mean tensor(", "CVaR tensor(", "spread torch.Size"):
+        assert text in done.stdout

@@ -1,4 +1,4 @@
-"""Runs at URLs: exported and evaluated as those in folders are."""
+"""Runs at URLs are exported and evaluated like runs in local folders."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run_a_checkpoint_and_an_export_at_a_url(run: Path, bucket: str, tmp_p
     for source in (f"{bucket}/runs/x", f"{bucket}/runs/x/policy"):
         with local_copy(source) as local:
             assert newest(local)[0] == STEP
-            assert not list(local.rglob("checkpoints")), "of equals policy/, which is exported already"
+            assert not list(local.rglob("checkpoints")), "at equal steps policy/, which is exported already"
             assert differing(export(local, tmp_path / "out").folder, wanted) == []
     assert open_export(tmp_path / "out").step == STEP
 

@@ -1,4 +1,4 @@
-"""What an export holds is what the trainer held, from a checkpoint of any number of ranks."""
+"""An export holds the trainer's weights, from a checkpoint written by any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.builders import make_config
 from tests.export.conftest import STEP
 
 
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+def same(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return state.keys() == wanted.keys() and all(torch.equal(state[k], wanted[k]) for k in wanted)
 
 
 RANKS = pytest.mark.parametrize("fixture", ["trained", "trained_on_two"])
@@ -48,7 +48,7 @@ def test_a_checkpoint_becomes_the_policy_and_critic_that_were_trained(
 
 
 def test_the_base_models_generation_config_is_kept(run: Path, tmp_path: Path) -> None:
-    """Chat models end at tokens that only it names."""
+    """Chat models end responses at tokens that only the generation config names."""
     file = run / "base" / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [1, 2]}))
     done = export(run, tmp_path / "out")
@@ -63,8 +63,8 @@ def test_the_end_of_training_writes_the_same_weights(
     done = export(trained, tmp_path / "out")
     live = load_causal_lm(str(trained / "live" / "policy")).state_dict()
     assert same(live, load_causal_lm(str(done.folder)).state_dict())
-    critics = (DistributionalCritic.from_pretrained(f) for f in (trained / "live" / "critic", tmp_path / "out/critic"))
-    first, second = critics
+    first = DistributionalCritic.from_pretrained(trained / "live" / "critic")
+    second = DistributionalCritic.from_pretrained(tmp_path / "out/critic")
     assert first.spec == second.spec
     assert same(first.state_dict(), second.state_dict())
 
@@ -88,7 +88,7 @@ def test_newest_is_the_last_whole_state(run: Path, tmp_path: Path) -> None:
     (checkpoints / ".step-000010.tmp").mkdir()
     assert newest(run) == (3, first)
     policy = export(run, run / "policy").folder
-    assert newest(run) == (3, policy), "of equals what is exported already"
+    assert newest(run) == (3, policy), "at equal steps the one that is exported already"
     assert newest(policy) == (3, policy)
     later = Path(shutil.copytree(first, checkpoints / "step-000008"))
     (later / "state.json").write_text(json.dumps({"state": {"step": 8}}))
@@ -153,7 +153,7 @@ def test_a_run_without_a_critic_exports_none(run: Path, tmp_path: Path) -> None:
     checkpoint = run / "checkpoints/step-000003"
     shutil.rmtree(checkpoint / "estimator")
     record, files = read_record(checkpoint)
-    write_record(checkpoint, record, {name: found for name, found in files.items() if name.startswith("policy/")})
+    write_record(checkpoint, record, {name: sums for name, sums in files.items() if name.startswith("policy/")})
     done = export(run, tmp_path / "out")
     assert done.critic is None
     assert not (done.folder / "critic").exists()
@@ -205,14 +205,15 @@ def test_a_critic_folder_that_is_wrong_says_how(trained: Path, tiny_model: Path,
 
 
 def test_an_output_layer_that_is_the_embedding_is_saved_and_exported_once(tied: Path, tmp_path: Path) -> None:
-    """So most small models are made."""
+    """Most small models have such an output layer."""
     done = export(tied, tmp_path / "out")
-    found = load_causal_lm(str(done.folder)).state_dict()
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
-    assert same(found, load_causal_lm(str(tied / "live" / "policy")).state_dict())
+    exported = load_causal_lm(str(done.folder)).state_dict()
+    assert torch.equal(exported["lm_head.weight"], exported["model.embed_tokens.weight"])
+    assert same(exported, load_causal_lm(str(tied / "live" / "policy")).state_dict())
     assert "lm_head.weight" not in load_file(done.folder / "model.safetensors")
-    first, second = (load_file(f / "model.safetensors") for f in (tied.parent / "model", done.folder))
-    assert not same(first, second), "it was trained"
+    before = load_file(tied.parent / "model" / "model.safetensors")
+    after = load_file(done.folder / "model.safetensors")
+    assert not same(before, after), "it was trained"
 
 
 def test_the_base_is_kept_without_weights(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Versions in a real MLflow registry, in SQLite."""
+"""Exports become versions of a model in a real MLflow registry, on SQLite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.builders import make_config
 
 @pytest.fixture
 def local_run(run: Path) -> Path:
-    """Its store is the SQLite file beside it."""
+    """Return a run whose MLflow store is the SQLite file beside its folder."""
     config = run_config(run)
     tracking = config.tracking.model_copy(update={"mlflow_uri": None})
     (run / "config.yaml").write_text(to_yaml(config.model_copy(update={"tracking": tracking})))
@@ -52,7 +52,7 @@ def test_a_server_gets_the_folder_itself(local_run: Path, tmp_path: Path, monkey
     uri = default_tracking_uri(local_run)
     client = open_store(uri)
     mlflow_run = client.create_run(client.create_experiment("e", (tmp_path / "artifacts").as_uri())).info.run_id
-    monkeypatch.setattr(registry, "sqlite_path", lambda uri: None)  # as for any store but SQLite
+    monkeypatch.setattr(registry, "sqlite_path", lambda uri: None)  # as if the store were a server
     version = register(client, uri, "arithmetic", done.folder, step=3, run_id=mlflow_run)
     kept = client.get_model_version("arithmetic", version)
     assert kept.source == f"runs:/{mlflow_run}/export/step-000003"

@@ -1,4 +1,7 @@
-"""The same exactness over NCCL, in bf16. Needs two GPUs: one for the policy, one for the engine."""
+"""Over NCCL, in bf16, the engine's log-probs equal the trainer's, as tests/e2e/test_weight_sync.py checks on a CPU.
+
+This needs two GPUs: one for the policy, one for the engine.
+"""
 
 from __future__ import annotations
 

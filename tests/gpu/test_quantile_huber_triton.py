@@ -1,4 +1,4 @@
-"""The kernel on a real device against the torch path on the same device."""
+"""The kernel on a real GPU against the torch path on the same GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exceptions as one line."""
+"""Turning exceptions into one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which interface gloo takes."""
+"""Which network interface gloo takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvpo_service.host.network import own_address, use_interface_of
 
 def test_the_interface_of_an_address_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "x")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")  # so that it is put back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")  # so that monkeypatch restores it afterwards
     use_interface_of("203.0.113.9")
     assert "GLOO_SOCKET_IFNAME" not in os.environ, "an address of no interface: gloo's own choice"
     use_interface_of("127.0.0.1")

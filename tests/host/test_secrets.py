@@ -1,4 +1,4 @@
-"""No secret leaves through parameters, the YAML or an error message."""
+"""Parameters, the YAML dump and error messages show no secret."""
 
 from __future__ import annotations
 

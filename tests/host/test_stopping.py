@@ -1,4 +1,4 @@
-"""Requests to stop, on in-memory roles: what is saved, and that nothing is done twice or lost."""
+"""Requests to stop, with roles in memory: what is saved, and that nothing is done twice or lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = make_config("model", trainer=TRAINER)
 
 
 def after(stage: Callable[..., Any], step: int, act: Callable[[], object]) -> Callable[..., Any]:
-    """``stage``, which in that step is followed by ``act``: what the process is doing when a request comes."""
+    """Return ``stage`` changed to call ``act`` at its end in one step, as when a request comes at that point."""
 
     def wrapped(*args: Any) -> Any:
         result = stage(*args)
@@ -34,7 +34,7 @@ def after(stage: Callable[..., Any], step: int, act: Callable[[], object]) -> Ca
 
 
 def stopped_run(folder: Path, role: str, method: str, step: int, stopping: Stopping) -> tuple[Roles, Stopped]:
-    """A run that is asked to stop, by a real signal, at the end of ``method`` of a step."""
+    """Train, and send a real signal at the end of ``method`` in one step; return the roles and the Stopped raised."""
     roles = make_roles(Log())
     part = getattr(roles, role)
     setattr(part, method, after(getattr(part, method), step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -46,9 +46,9 @@ def stopped_run(folder: Path, role: str, method: str, step: int, stopping: Stopp
 @pytest.mark.parametrize(
     ("role", "method", "saved"),
     [
-        ("stream", "next", 2),  # the trainers have not moved: at once
+        ("stream", "next", 2),  # the trainers are unchanged: stops at once
         ("policy", "logprobs", 2),
-        ("estimator", "advantages", 3),  # the critic has: after the step
+        ("estimator", "advantages", 3),  # the critic has changed: stops after the step
         ("estimator", "update_async", 3),
         ("evaluator", "run", 2),
     ],
@@ -56,31 +56,32 @@ def stopped_run(folder: Path, role: str, method: str, step: int, stopping: Stopp
 def test_a_checkpoint_of_a_boundary_and_a_run_that_continues_as_if_nothing_was(
     tmp_path: Path, role: str, method: str, saved: int
 ) -> None:
-    said: list[str] = []
-    roles, stopped = stopped_run(tmp_path, role, method, 2, Stopping(said.append))
+    lines: list[str] = []
+    roles, stopped = stopped_run(tmp_path, role, method, 2, Stopping(lines.append))
     assert str(stopped) == f"stopping: checkpoint at step {saved} written; the same command continues"
     assert stopped.exit_code == 143
-    assert said[-1] == f"stopping: writing the checkpoint of step {saved}"
-    assert len(said) == (1 if method in ("next", "logprobs") else 2)
+    assert lines[-1] == f"stopping: writing the checkpoint of step {saved}"
+    assert len(lines) == (1 if method in ("next", "logprobs") else 2)
     assert sorted(roles.tracker.rows) == list(range(saved + 1)), "what the checkpoint holds has been logged"  # type: ignore[attr-defined]
 
-    found = Checkpoints(tmp_path, keep=2).latest()
-    assert found is not None
-    assert found.record["state"]["step"] == saved
-    assert found.record["stream"] == {"taken": saved}, "the cursor as it was at the boundary"
+    latest = Checkpoints(tmp_path, keep=2).latest()
+    assert latest is not None
+    assert latest.record["state"]["step"] == saved
+    assert latest.record["stream"] == {"taken": saved}, "the cursor as it was at the boundary"
 
     whole, rest = Log(), Log()
     train(CONFIG, make_roles(whole), Checkpoints(tmp_path / "whole", keep=2), TrainState())
     again = make_roles(rest)
-    again.stream.load_state_dict(found.record["stream"])
-    train(CONFIG, again, Checkpoints(tmp_path, keep=2), TrainState(**found.record["state"]))
+    again.stream.load_state_dict(latest.record["stream"])
+    train(CONFIG, again, Checkpoints(tmp_path, keep=2), TrainState(**latest.record["state"]))
     assert rest.calls[1:] == whole.calls[-len(rest.calls) + 1 :]
     assert sorted(again.tracker.rows) == list(range(saved + 1, 5))  # type: ignore[attr-defined]
 
 
 def test_a_wait_at_a_boundary_is_cut_short(tmp_path: Path) -> None:
-    """What ranks and engines are asked is asked whole; only the waiting for it ends."""
-    log, waits = Log(), Stopping()
+    """A call reaches all ranks and engines before the run stops; only the waiting for its result is cut short."""
+    log = Log()
+    waits = Stopping()
     roles = make_roles(log)
 
     def generating(step: int) -> Any:
@@ -94,7 +95,7 @@ def test_a_wait_at_a_boundary_is_cut_short(tmp_path: Path) -> None:
     with waits.listening(), pytest.raises(Stopped, match="checkpoint at step 0 written"):
         train(CONFIG, roles, Checkpoints(tmp_path, keep=2), TrainState(), waits)
     assert log.names()[-1] == "asked"
-    check()  # nobody listens any more
+    check()  # raises nothing: no Stopping listens any more
 
 
 def test_what_ray_makes_of_an_exception_in_its_depths_is_still_a_stop() -> None:
@@ -109,10 +110,10 @@ def test_what_ray_makes_of_an_exception_in_its_depths_is_still_a_stop() -> None:
 
 def test_before_the_first_step_the_evaluation_is_not_done_again(tmp_path: Path) -> None:
     stopped_run(tmp_path, "stream", "next", 0, Stopping())
-    found = Checkpoints(tmp_path, keep=2).latest()
-    assert found is not None
+    latest = Checkpoints(tmp_path, keep=2).latest()
+    assert latest is not None
     log = Log()
-    train(CONFIG, make_roles(log), Checkpoints(tmp_path, keep=2), TrainState(**found.record["state"]))
+    train(CONFIG, make_roles(log), Checkpoints(tmp_path, keep=2), TrainState(**latest.record["state"]))
     assert log.names()[:2] == ["push", "generate"]
 
 
@@ -125,13 +126,14 @@ def test_before_training_there_is_nothing_to_save(tmp_path: Path) -> None:
 def test_a_request_in_the_last_step_ends_after_its_checkpoint(tmp_path: Path) -> None:
     _, stopped = stopped_run(tmp_path, "estimator", "advantages", 3, Stopping())
     assert "the last step is saved" in str(stopped)
-    found = Checkpoints(tmp_path, keep=2).latest()
-    assert found is not None
-    assert found.record["state"]["step"] == 4
+    latest = Checkpoints(tmp_path, keep=2).latest()
+    assert latest is not None
+    assert latest.record["state"]["step"] == 4
 
 
 def test_a_second_request_ends_at_once_without_a_checkpoint(tmp_path: Path) -> None:
-    roles, stopping = make_roles(Log()), Stopping()
+    roles = make_roles(Log())
+    stopping = Stopping()
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -145,7 +147,8 @@ def test_a_second_request_ends_at_once_without_a_checkpoint(tmp_path: Path) -> N
 
 
 def test_a_second_request_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
-    roles, stopping = make_roles(Log()), Stopping()
+    roles = make_roles(Log())
+    stopping = Stopping()
     config = make_config("model", trainer=TRAINER | {"save_every": 2})
     roles.stream.next = after(roles.stream.next, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # type: ignore[method-assign]
     save = roles.policy.save
@@ -158,13 +161,15 @@ def test_a_second_request_while_the_checkpoint_is_written_leaves_the_one_before(
     roles.policy.save = slow  # type: ignore[method-assign]
     with stopping.listening(), pytest.raises(Stopped, match="stopped at once"):
         train(config, roles, Checkpoints(tmp_path, keep=2), TrainState(), stopping)
-    found = Checkpoints(tmp_path, keep=2).latest()
-    assert found is not None
-    assert found.record["state"]["step"] == 2
+    latest = Checkpoints(tmp_path, keep=2).latest()
+    assert latest is not None
+    assert latest.record["state"]["step"] == 2
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None:
-    roles, stopping, saves = make_roles(Log()), Stopping(), []
+    roles = make_roles(Log())
+    stopping = Stopping()
+    saves = []
     config = make_config("model", trainer=TRAINER | {"save_every": 1})
     save = roles.policy.save
     roles.policy.save = lambda folder: saves.append(folder) or save(folder)  # type: ignore[method-assign, func-returns-value]

@@ -1,4 +1,4 @@
-"""Policy and critic on a padded batch give what plain transformers gives on each sequence alone."""
+"""Policy and critic on a padded batch return what plain transformers returns on each sequence alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_critic(folder: Path, seed: int = 0) -> DistributionalCritic:
 
 
 def sequence(rollouts: Rollouts, row: int) -> tuple[Tensor, int, int]:
-    """One row's tokens without padding, its prompt's length and its response's."""
+    """Return one row's tokens without padding, the length of its prompt and the length of its response."""
     prompt, response = int(rollouts.prompt_lens[row]), int(rollouts.response_lens[row])
     return rollouts.tokens[row, : prompt + response], prompt, response
 

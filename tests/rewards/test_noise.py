@@ -17,7 +17,7 @@ def group(responses, answer="1", score=EXACT, seeds=SEEDS, **noise):
 
 
 def test_sample_seed_is_stable_and_distinct():
-    assert sample_seed(0, 1, 2, 3) == 5628492896039661565  # written down once: runs depend on it
+    assert sample_seed(0, 1, 2, 3) == 5628492896039661565  # fixed: runs must stay repeatable
     seeds = {sample_seed(a, b, c, d) for a in range(4) for b in range(4) for c in range(4) for d in range(4)}
     assert len(seeds) == 256
     assert sample_seed(1, 11, 1, 1) != sample_seed(1, 1, 11, 1) != sample_seed(11, 1, 1, 1)
@@ -34,7 +34,9 @@ def test_flip():
     assert all(s.clean == 1.0 for s in scores)
     assert statistics.mean(s.reward for s in scores) == pytest.approx(0.8, abs=0.02)
     assert scores == group(["1"] * 4000, kind="flip", p=0.2)
-    assert scores[7:9] == group(["1"] * 2, seeds=SEEDS[7:9], kind="flip", p=0.2)  # by seed, not by place
+    assert scores[7:9] == group(
+        ["1"] * 2, seeds=SEEDS[7:9], kind="flip", p=0.2
+    )  # depends on the seed, not on the position
     assert all(s.reward == 0 for s in group(["1"] * 50, kind="flip", p=1.0))
     assert all(s.reward == 1 for s in group(["1"] * 50, kind="flip", p=0.0))
 

@@ -29,7 +29,7 @@ def test_built_in(name):
     assert scorer("72", "72") == 1.0
     assert scorer("71", "72") == 0.0
     assert scorer.extract("72") == "72"
-    assert pickle.loads(pickle.dumps(scorer)) == scorer  # noqa: S301 - how Ray sends it
+    assert pickle.loads(pickle.dumps(scorer)) == scorer  # noqa: S301 - Ray sends it this way
 
 
 def test_own_function():

@@ -1,4 +1,4 @@
-"""What a reward worker does in its process, without the process."""
+"""A reward worker, called directly rather than as an actor."""
 
 from __future__ import annotations
 

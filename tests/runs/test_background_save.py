@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the loop goes on, on roles in memory: cut off, failed, lost, resumed."""
+"""Checkpoints that are written while the loop goes on, with roles in memory: cut off, failed, lost, resumed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from dvpo_service.errors import CheckpointError
 from dvpo_service.loop import Roles, TrainingStopped, TrainState, train
 from dvpo_service.runs.checkpoint import Checkpoints
-from dvpo_service.runs.integrity import Files, sums_of
+from dvpo_service.runs.integrity import Files
 from tests.actors.training.test_recovery import Run, lost
-from tests.builders import make_config
+from tests.builders import make_config, sums_of
 from tests.fakes import Log
 from tests.test_loop import make_roles
 
@@ -23,12 +23,12 @@ CONFIG = make_config("model", trainer={"num_steps": 8, "save_every": 2, "eval_ev
 
 
 class Killed(BaseException):
-    """SIGKILL of the driver: nothing after it runs."""
+    """Stands for SIGKILL of the driver: nothing runs after it."""
 
 
 @dataclass
 class SlowSave:
-    """Written after it was asked for so many times whether it is."""
+    """A save that is written once ``done`` has been called ``polls`` times."""
 
     folder: Path
     text: str
@@ -48,10 +48,10 @@ class SlowSave:
 
 @dataclass
 class Slow:
-    """Roles whose policy is saved slowly and whose weights are the number of updates; any call may be the last."""
+    """Roles whose policy is saved slowly; its weights are the number of updates. Call ``kill_at`` is the last."""
 
     polls: int = 2
-    kill_at: int | None = None  # of all calls
+    kill_at: int | None = None  # counted over all roles
     log: Log = field(default_factory=Log)
     steps: int = 0
 
@@ -90,16 +90,17 @@ class Slow:
 
 
 def start(run: Path, slow: Slow) -> tuple[Roles, Checkpoints, TrainState]:
-    """As `dvpo train` starts: from the newest checkpoint, if there is one."""
-    roles, checkpoints = slow.roles(), Checkpoints(run, keep=2)
-    found = checkpoints.latest()
-    if found is None:
+    """Start as `dvpo train` does, from the newest checkpoint if there is one."""
+    roles = slow.roles()
+    checkpoints = Checkpoints(run, keep=2)
+    latest = checkpoints.latest()
+    if latest is None:
         slow.steps = 0
         return roles, checkpoints, TrainState()
-    slow.steps = int((Path(str(found.folder)) / "policy" / "weights").read_text())
-    assert slow.steps == found.record["state"]["step"]
-    roles.stream.load_state_dict(found.record["stream"])
-    return roles, checkpoints, TrainState(**found.record["state"])
+    slow.steps = int((Path(str(latest.folder)) / "policy" / "weights").read_text())
+    assert slow.steps == latest.record["state"]["step"]
+    roles.stream.load_state_dict(latest.record["stream"])
+    return roles, checkpoints, TrainState(**latest.record["state"])
 
 
 def folders(run: Path) -> list[str]:
@@ -145,7 +146,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_and_the_one_before_is_th
 
     roles.weights.push = pushing  # type: ignore[method-assign]
     train(CONFIG, roles, checkpoints, state)
-    # Begun after step 2, and written when it is asked about the fourth time, after the push of step 4.
+    # Begun after step 2, and written at the fourth poll, after the push of step 4.
     assert there[3:6] == [[], [], ["step-000002"]]
     rows: Any = roles.tracker.rows  # type: ignore[attr-defined]
     assert [s for s, row in rows.items() if "time/checkpoint_write" in row] == [4, 6, 8]
@@ -161,7 +162,8 @@ def test_a_save_that_is_not_written_when_the_next_begins_is_waited_for(tmp_path:
 def test_a_disk_that_is_full_in_the_background_is_one_line_soon_and_costs_nothing_before(tmp_path: Path) -> None:
     slow = Slow(polls=0)
     roles, checkpoints, state = start(tmp_path, slow)
-    save, full = roles.policy.save, OSError(errno.ENOSPC, "No space left on device")
+    save = roles.policy.save
+    full = OSError(errno.ENOSPC, "No space left on device")
 
     def saving(folder: Any) -> Any:
         job: Any = save(folder)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there."""
+"""Checkpoints are either complete or absent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dvpo_service.commands.resume import resume_point
 from dvpo_service.config import load_config, to_yaml
 from dvpo_service.errors import CheckpointError
 from dvpo_service.runs.checkpoint import Checkpoints
-from dvpo_service.runs.integrity import Written, sums_of
+from dvpo_service.runs.integrity import Written
+from tests.builders import sums_of
 
 
 def write(text: str) -> Any:
@@ -30,8 +31,8 @@ def save(checkpoints: Checkpoints, step: int, parts: dict[str, Any] | None = Non
 
 
 def latest_step(checkpoints: Checkpoints) -> int | None:
-    found = checkpoints.latest()
-    return found.record["state"]["step"] if found else None
+    latest = checkpoints.latest()
+    return latest.record["state"]["step"] if latest else None
 
 
 def test_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path) -> None:
@@ -39,10 +40,10 @@ def test_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path) -> Non
     assert checkpoints.latest() is None
     for step in (5, 10, 100):
         save(checkpoints, step, {"policy": write(str(step))})
-    found = checkpoints.latest()
-    assert found is not None
-    assert found.record == {"state": {"step": 100}}
-    assert (found.folder / "policy" / "data").read_text() == "100"
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.record == {"state": {"step": 100}}
+    assert (latest.folder / "policy" / "data").read_text() == "100"
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000100"]
 
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are never loaded: the one before is, or one line says what to do."""
+"""A damaged checkpoint is never loaded: the one before it is, or an error of one line says what to do."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from dvpo_service.errors import CheckpointError
 from dvpo_service.runs.checkpoint import Checkpoints
 from dvpo_service.runs.directory import RunDir
-from dvpo_service.runs.integrity import Written, sums_of
+from dvpo_service.runs.integrity import Written
 from dvpo_service.runs.remote_checkpoint import checkpoints_of
 from dvpo_service.runs.storage import StoragePath
+from tests.builders import sums_of
 
 STEPS = (2, 4)
 DAMAGES = ("truncate", "flip", "remove", "swap", "empty", "extra")
 
 
 def write_two(checkpoints: Checkpoints) -> None:
-    """Two checkpoints of two shards and a critic each; no two files are the same."""
+    """Write two checkpoints of two parts with two shards each; no two files are the same."""
     for step in STEPS:
 
         def part(folder: StoragePath, step: int = step) -> Written:
@@ -75,32 +76,36 @@ def test_whatever_is_damaged_is_not_loaded(
     two: Path, kind: str, which: int, where: float, bit: int, both: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
-        run, lines = Path(shutil.copytree(two, f"{name}/run")), list[str]()
+        run = Path(shutil.copytree(two, f"{name}/run"))
+        lines: list[str] = []
         checkpoints = Checkpoints(run, keep=2)
         record = {"state": {"step": 4}, "stream": {"taken": 3}}
         for step in STEPS if both else STEPS[1:]:
             damage(run / "checkpoints" / f"step-{step:06d}", kind, which, where, bit)
-        found, said = None, ""
+        latest = None
+        message = ""
         try:
-            found = checkpoints.latest(lines.append)
+            latest = checkpoints.latest(lines.append)
         except CheckpointError as error:
-            said = str(error)
-        if said:
+            message = str(error)
+        if message:
             assert both
-            assert "\n" not in said
-            assert "trainer.resume=never" in said
+            assert "\n" not in message
+            assert "trainer.resume=never" in message
             with pytest.raises(CheckpointError, match="No whole checkpoint is left"):
-                Checkpoints(run, keep=2).latest()  # nor does the next start begin anew in silence
+                Checkpoints(run, keep=2).latest()  # the next start does not silently begin anew either
             return
-        if found is None:  # without its state.json a checkpoint was not written to its end
+        if latest is None:  # a checkpoint without state.json counts as not finished
             assert both
             assert kind == "remove"
             return
-        if found.folder.name == "step-000004":  # JSON spells a number or a blank in several ways
-            assert found.record == record
+        if (
+            latest.folder.name == "step-000004"
+        ):  # the flipped bit left the same JSON: it has several ways to write a value
+            assert latest.record == record
             assert kind == "flip"
             return
-        assert found.record == record | {"state": {"step": 2}}
+        assert latest.record == record | {"state": {"step": 2}}
         if kind != "remove" or lines:
             [line] = lines
             assert "step-000004 is damaged: " in line
@@ -116,19 +121,20 @@ def test_one_bit_anywhere_in_the_record_is_noticed_or_means_the_same(two: Path, 
         flipped = data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :]
         (copy / "checkpoints/step-000004/state.json").write_bytes(flipped)
         checkpoints = Checkpoints(copy, keep=2)
-        found = checkpoints.latest(lambda line: None)
-        assert found
-        assert found.record["state"]["step"] == 2 or found.record == {"state": {"step": 4}, "stream": {"taken": 3}}
+        latest = checkpoints.latest(lambda line: None)
+        assert latest
+        assert latest.record["state"]["step"] == 2 or latest.record == {"state": {"step": 4}, "stream": {"taken": 3}}
         shutil.rmtree(copy)
 
 
 def test_a_record_without_checksums_is_not_believed(tmp_path: Path) -> None:
-    checkpoints, lines = Checkpoints(tmp_path, keep=2), list[str]()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    lines: list[str] = []
     write_two(checkpoints)
     (tmp_path / "checkpoints/step-000004/state.json").write_text(json.dumps({"state": {"step": 4}}))
-    found = checkpoints.latest(lines.append)
-    assert found
-    assert found.record["state"]["step"] == 2
+    latest = checkpoints.latest(lines.append)
+    assert latest
+    assert latest.record["state"]["step"] == 2
     assert "has no checksums" in lines[0]
 
 
@@ -136,16 +142,17 @@ def test_a_folder_under_another_steps_name_is_not_that_step(tmp_path: Path) -> N
     checkpoints = Checkpoints(tmp_path, keep=2)
     write_two(checkpoints)
     (tmp_path / "checkpoints/step-000002").rename(tmp_path / "checkpoints/step-000009")
-    found = checkpoints.latest(lambda line: None)
-    assert found
-    assert found.record["state"]["step"] == 4
+    latest = checkpoints.latest(lambda line: None)
+    assert latest
+    assert latest.record["state"]["step"] == 4
 
 
 def test_at_a_url_the_marker_gets_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = RunDir(f"memory://damaged/{tmp_path.name}")
     run.open()
-    checkpoints, lines = checkpoints_of(run, keep=2), list[str]()
+    checkpoints = checkpoints_of(run, keep=2)
+    lines: list[str] = []
     write_two(checkpoints)
     for step, expected in ((4, 2), (2, None)):
         shard = checkpoints.folder / f"step-{step:06d}" / "policy" / "shard-2"
@@ -154,14 +161,14 @@ def test_at_a_url_the_marker_gets_another_name(tmp_path: Path, monkeypatch: pyte
             with pytest.raises(CheckpointError, match=r"policy/shard-2 differs.*No whole checkpoint is left"):
                 checkpoints.latest(lines.append)
             continue
-        found = checkpoints.latest(lines.append)
-        assert found
-        assert found.record["state"]["step"] == expected
+        latest = checkpoints.latest(lines.append)
+        assert latest
+        assert latest.record["state"]["step"] == expected
         assert (checkpoints.folder / f"step-{step:06d}" / "state.json.damaged").exists()
     assert "continuing from step-000002" in lines[0]
     with pytest.raises(CheckpointError, match=r"state\.json\.damaged is damaged"):
         checkpoints_of(run, keep=2).latest()
     write_two(checkpoints)
-    found = checkpoints.latest()
-    assert found
-    assert found.record["state"]["step"] == 4
+    latest = checkpoints.latest()
+    assert latest
+    assert latest.record["state"]["step"] == 4

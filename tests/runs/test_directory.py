@@ -1,4 +1,4 @@
-"""Run directories: where a relative one ends up, and runs at a URL, on an S3 of our own among others."""
+"""Run directories: where a relative one ends up, and runs at a URL (S3, memory and file systems)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 from dvpo_service.errors import CheckpointError, UserError
 from dvpo_service.runs.checkpoint import Checkpoints
 from dvpo_service.runs.directory import JOB_CONFIG, RunDir, resolve_run_dir
-from dvpo_service.runs.integrity import Written, sums_of
+from dvpo_service.runs.integrity import Written
 from dvpo_service.runs.remote_checkpoint import checkpoints_of
 from dvpo_service.runs.storage import StoragePath, read_locally, written_locally
+from tests.builders import sums_of
 
 
 @pytest.fixture(params=["s3", "memory", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A run directory at a URL that nothing has been written to; configured by the environment alone."""
+    """The URL of an unused run directory; only the environment configures the access to it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if request.param == "memory":
         return f"memory://bucket/{uuid.uuid4().hex}/demo"
@@ -79,12 +80,12 @@ def test_a_checkpoint_comes_back_and_old_ones_go(url: str) -> None:
     assert names == {"step-000010", "step-000100"}
 
     for file in run.local.iterdir():
-        file.unlink()  # another machine continues
+        file.unlink()  # as if another machine continues
     again = opened(url)
-    found = checkpoints_of(again, keep=2).latest()
-    assert found is not None
-    assert found.record == {"state": {"step": 100}}
-    with read_locally(str(found.folder / "policy")) as local:
+    latest = checkpoints_of(again, keep=2).latest()
+    assert latest is not None
+    assert latest.record == {"state": {"step": 100}}
+    with read_locally(str(latest.folder / "policy")) as local:
         assert (Path(local) / "data").read_text() == "100"
     assert (again.local / "metrics.jsonl").read_text() == "up to 100"
 
@@ -105,13 +106,13 @@ def test_without_its_marker_a_checkpoint_does_not_count(url: str) -> None:
 
     with pytest.raises(CheckpointError, match=r"step-000002: the network is gone"):
         save(checkpoints, 2, {"policy": broken})
-    found = checkpoints.latest()
-    assert found is not None
-    assert found.record["state"]["step"] == 1
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.record["state"]["step"] == 1
     save(checkpoints, 2, {"policy": write("whole")})
-    found = checkpoints.latest()
-    assert found is not None
-    with read_locally(str(found.folder / "policy")) as local:
+    latest = checkpoints.latest()
+    assert latest is not None
+    with read_locally(str(latest.folder / "policy")) as local:
         assert [(f.name, f.read_text()) for f in Path(local).iterdir()] == [("data", "whole")]
 
 

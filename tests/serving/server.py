@@ -1,4 +1,4 @@
-"""A server to test against: a small export, and ``dvpo serve`` in a process of its own."""
+"""Helpers: write a small export, and run ``dvpo serve`` on it in a process of its own."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ START_S = 300.0
 def make_export(
     folder: Path, *, step: int = 10, seed: int = 0, critic: bool = True, hidden_size: int = 64, **shape: int
 ) -> Exported:
-    """An untrained policy and critic, as a run exports them."""
+    """Write an untrained policy and critic as a run exports them."""
     size = {"num_layers": 2, "num_heads": hidden_size // 32, "max_positions": 128} | shape
     save_small_model(folder, hidden_size=hidden_size, seed=seed, **size)
     if critic:
-        made = DistributionalCritic(
+        value_model = DistributionalCritic(
             load_backbone(str(folder)),
             width=32,
             num_heads=3,
@@ -42,7 +42,7 @@ def make_export(
             quantile_levels="midpoint",
             beta=0.2,
         )
-        made.save_pretrained(folder / CRITIC)
+        value_model.save_pretrained(folder / CRITIC)
     config = make_config(folder, rollout={"enforce_eager": True})
     (folder / CONFIG_FILE).write_text(to_yaml(config.model_copy(update={"name": "tiny"})))
     (folder / EXPORT_FILE).write_text(json.dumps({"step": step}))
@@ -56,12 +56,12 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """``dvpo serve`` on a free port of loopback, until the block ends."""
+    """``dvpo serve`` on a free loopback port, until the ``with`` block ends."""
 
     def __init__(self, source: Path, *arguments: str, environment: dict[str, str] | None = None):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process runs
         command = [sys.executable, "-m", "dvpo_service", "serve", "--run", str(source), f"serve.port={self.port}"]
         self.process = subprocess.Popen(
             [*command, *arguments],

@@ -1,11 +1,11 @@
-"""The HTTP side, over replicas in memory: limits, refusals, ranking, streams that are cut off."""
+"""The gateway on fake replicas in memory: limits, refusals, ranking, streams that are cut off."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,20 @@ import pytest
 
 from dvpo_service.config import ServeConfig
 from dvpo_service.serving.gateway import Gateway
-from dvpo_service.serving.policy import Answer
+from dvpo_service.serving.policy import Answer, PolicyServer
 from dvpo_service.serving.replicas import Unavailable
 from dvpo_service.serving.requests import BadRequest
+from dvpo_service.serving.value_server import ValueServer
 from dvpo_service.serving.values import ResponseValues, ValueQuery
 
 
 @dataclass
 class FakePolicy:
-    """Answers with ``n`` choices; ``hold`` keeps requests under way; ``lost`` fails like a pool without replicas."""
+    """Answers with ``n`` choices.
+
+    ``hold`` keeps requests under way until it is set; ``lost`` fails as if no replica were left; ``cut`` ends a stream
+    in its middle, as when its replica dies.
+    """
 
     hold: asyncio.Event = field(default_factory=asyncio.Event)
     lost: bool = False
@@ -32,10 +37,10 @@ class FakePolicy:
     def __post_init__(self) -> None:
         self.hold.set()
 
-    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+    async def call(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
         if self.lost:
             raise Unavailable("no answer within 1 s")
-        if method == "ready":
+        if method is PolicyServer.ready:
             return "step-000007"
         self.seen.append(args[1])
         await self.hold.wait()
@@ -45,7 +50,7 @@ class FakePolicy:
         ]
         return Answer(200, json.dumps({"choices": choices}).encode(), "step-000007")
 
-    async def stream(self, method: str, kind: str, body: dict[str, Any]) -> AsyncIterator[Any]:
+    async def stream(self, method: Callable[..., Any], kind: str, body: dict[str, Any]) -> AsyncIterator[Any]:
         if body.get("bad"):
             yield Answer(400, b'{"error": {"message": "no"}}', "step-000007")
             return
@@ -61,10 +66,10 @@ class FakePolicy:
 class FakeValues:
     seen: list[ValueQuery] = field(default_factory=list)
 
-    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        if method == "ready":
+    async def call(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
+        if method is ValueServer.ready:
             return "step-000007"
-        if method == "along":
+        if method is ValueServer.along:
             if len(args[0].response) > 5:
                 raise BadRequest("too long")
             return {"body": {"states": []}, "version": "step-000007"}
@@ -108,8 +113,8 @@ async def status(c: httpx.AsyncClient, path: str, body: Any, **headers: str) -> 
 )
 def test_what_is_beyond_the_limits_is_refused_in_words(body: Any, code: int, says: str) -> None:
     c = client(values=FakeValues(), max_n=10, max_new_tokens=50, max_body_kib=2)
-    found, message = asyncio.run(status(c, COMPLETIONS, body))
-    assert found == code
+    answered, message = asyncio.run(status(c, COMPLETIONS, body))
+    assert answered == code
     assert says in message
 
 

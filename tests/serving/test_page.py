@@ -1,4 +1,4 @@
-"""The page at ``/`` in headless Chromium: a prompt typed, the tokens coloured by value, the fan chart drawn."""
+"""The page at ``/`` in headless Chromium: it takes a prompt, colours the tokens by value and draws the fan chart."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.e2e, needs(None if CHROMIUM else "no Chromium on the P
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     export = make_export(tmp_path_factory.mktemp("page") / "export")
-    with ServerProcess(export.folder) as found:
-        yield found
+    with ServerProcess(export.folder) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

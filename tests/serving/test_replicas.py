@@ -1,4 +1,4 @@
-"""Calls outlive replicas; streams do until their first event. And what a policy replica does around its engine."""
+"""Calls survive the death of a replica, and streams do until their first event; a policy replica and its engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tests.builders import make_config
 
 
 class Items:
-    """As Serve's response generator: an asynchronous iterator that can be cancelled."""
+    """A fake of Ray Serve's response generator: an asynchronous iterator that can be cancelled.
+
+    A float among the items is a pause in seconds, and an exception is raised.
+    """
 
     def __init__(self, items: list[Any]):
         self.items = iter(items)
@@ -37,11 +40,13 @@ class Items:
 
 
 class Handle:
-    """Gives the scripted outcomes in turn."""
+    """A fake deployment handle: each call has the next of the scripted outcomes."""
 
     def __init__(self, *outcomes: Any):
-        self.outcomes, self.calls = list(outcomes), 0
+        self.outcomes = list(outcomes)
+        self.calls = 0
         self.method = self
+        self.events = self
 
     def options(self, stream: bool) -> Handle:
         return self
@@ -62,6 +67,15 @@ class Handle:
         return call()
 
 
+async def method() -> Any:
+    """Stand for a method of a deployment; ``Handle`` has one of this name."""
+
+
+async def events() -> AsyncIterator[Any]:
+    """Stand for a method of a deployment that streams; ``Handle`` has one of this name."""
+    yield
+
+
 def replicas(*outcomes: Any, timeout_s: float = 5.0) -> Replicas:
     return Replicas(Handle(*outcomes), timeout_s=timeout_s)  # type: ignore[arg-type]
 
@@ -72,43 +86,43 @@ async def listed(items: AsyncIterator[Any]) -> list[Any]:
 
 def test_a_call_is_made_again_when_its_replica_dies() -> None:
     pool = replicas(ActorDiedError(), ActorDiedError(), "answer")
-    assert asyncio.run(pool.call("method")) == "answer"
+    assert asyncio.run(pool.call(method)) == "answer"
     assert pool.handle.calls == 3  # type: ignore[attr-defined]
 
 
 def test_a_call_ends_at_its_deadline() -> None:
     with pytest.raises(Unavailable, match=r"within 0\.3 s"):
-        asyncio.run(replicas(9.0, timeout_s=0.3).call("method"))
+        asyncio.run(replicas(9.0, timeout_s=0.3).call(method))
     with pytest.raises(Unavailable):
-        asyncio.run(replicas(*[ActorDiedError()] * 9, timeout_s=0.3).call("method"))
+        asyncio.run(replicas(*[ActorDiedError()] * 9, timeout_s=0.3).call(method))
 
 
 def test_what_the_method_raises_comes_back_and_is_not_tried_again() -> None:
     cause = BadRequest("no", status=413)
     pool = replicas(RayTaskError("method", "trace", cause))
     with pytest.raises(BadRequest, match="no") as caught:
-        asyncio.run(pool.call("method"))
+        asyncio.run(pool.call(method))
     assert caught.value.status == 413
     assert pool.handle.calls == 1  # type: ignore[attr-defined]
 
 
 def test_a_stream_starts_again_until_its_first_event_and_no_later() -> None:
     died = ActorDiedError()
-    assert asyncio.run(listed(replicas([died], ["ok", died], ["ok", "a", "b"]).stream("method"))) == ["ok", "a", "b"]
-    assert asyncio.run(listed(replicas(["only a header"]).stream("method"))) == ["only a header"]
+    assert asyncio.run(listed(replicas([died], ["ok", died], ["ok", "a", "b"]).stream(events))) == ["ok", "a", "b"]
+    assert asyncio.run(listed(replicas(["only a header"]).stream(events))) == ["only a header"]
 
     async def scenario() -> None:
-        events = replicas(["ok", "a", died], ["ok", "again"]).stream("method")
-        assert [await anext(events), await anext(events)] == ["ok", "a"]
+        stream = replicas(["ok", "a", died], ["ok", "again"]).stream(events)
+        assert [await anext(stream), await anext(stream)] == ["ok", "a"]
         with pytest.raises(Unavailable, match="its replica died"):
-            await anext(events)
+            await anext(stream)
 
     asyncio.run(scenario())
 
 
 def test_a_stream_ends_at_its_deadline() -> None:
     with pytest.raises(Unavailable, match="request_timeout_s"):
-        asyncio.run(listed(replicas(["ok", 9.0], timeout_s=0.2).stream("method")))
+        asyncio.run(listed(replicas(["ok", 9.0], timeout_s=0.2).stream(events)))
 
 
 def test_chunks_come_together_in_order_and_errors_come_through() -> None:
@@ -119,10 +133,10 @@ def test_chunks_come_together_in_order_and_errors_come_through() -> None:
         if fail:
             raise ValueError("engine")
 
-    found = asyncio.run(listed(together(chunks(False), 0.02)))
-    assert "".join(found) == "".join(f"{i}," for i in range(50))
-    assert found[0] == "0,", "the first at once"
-    assert len(found) < 25
+    parts = asyncio.run(listed(together(chunks(False), 0.02)))
+    assert "".join(parts) == "".join(f"{i}," for i in range(50))
+    assert parts[0] == "0,", "the first at once"
+    assert len(parts) < 25
     with pytest.raises(ValueError, match="engine"):
         asyncio.run(listed(together(chunks(True), 0.02)))
 
@@ -155,8 +169,10 @@ def test_new_weights_wait_for_responses_under_way_and_new_requests_for_the_weigh
         config = config.model_copy(
             update={"serve": config.serve.model_copy(update={"drain_timeout_s": drain_timeout_s})}
         )
-        server, engine = PolicyServer(config, "m"), FakeEngine()
-        server.engine, server.version = engine, "old"
+        engine = FakeEngine()
+        server = PolicyServer(config, "m")
+        server.engine = engine
+        server.version = "old"
         server._open.set()
         seen = []
 
@@ -182,7 +198,7 @@ def test_new_weights_wait_for_responses_under_way_and_new_requests_for_the_weigh
 
 
 class Exited(BaseException):
-    """In place of a process that ends."""
+    """Raised where the process would end."""
 
 
 @pytest.fixture
@@ -192,7 +208,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> PolicyServer:
 
     monkeypatch.setattr("os._exit", exit_now)
     server = PolicyServer(make_config("m"), "m")
-    server.engine, server.version = FakeEngine(), "old"
+    server.engine = FakeEngine()
+    server.version = "old"
     server._open.set()
     return server
 
@@ -201,9 +218,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> PolicyServer:
 def test_a_replica_ends_with_its_engine_before_the_error_is_an_event(
     server: PolicyServer, monkeypatch: pytest.MonkeyPatch, events_before: int
 ) -> None:
-    """As vLLM does: the stream goes on with an event that says what happened."""
+    """When its engine dies, vLLM's stream goes on with an event that says what happened."""
 
-    async def made(kind: str, body: dict[str, Any]) -> AsyncIterator[str]:
+    async def handle(kind: str, body: dict[str, Any]) -> AsyncIterator[str]:
         async def events() -> AsyncIterator[str]:
             for i in range(events_before):
                 yield f"data: {i}"
@@ -213,7 +230,7 @@ def test_a_replica_ends_with_its_engine_before_the_error_is_an_event(
 
         return events()
 
-    monkeypatch.setattr(server, "_handle", made)
+    monkeypatch.setattr(server, "_handle", handle)
     seen: list[Any] = []
 
     async def read() -> None:

@@ -1,4 +1,4 @@
-"""``dvpo serve`` for real: Ray Serve, vLLM, the critic, the ``openai`` package, and processes killed under load."""
+"""``dvpo serve`` with Ray Serve, vLLM, the critic and the ``openai`` package; processes are killed under load."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REPLICAS = 2
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory whose finished policy can be replaced by a newer one."""
+    """Return a run directory whose finished policy can be replaced by a newer one."""
     folder = tmp_path_factory.mktemp("served") / "run"
     folder.mkdir()
     make_export(folder / "policy", step=10)
@@ -43,8 +43,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(run_dir: Path) -> Iterator[ServerProcess]:
     keys = [f"serve.min_replicas={REPLICAS}", f"serve.max_replicas={REPLICAS}", f"serve.gateways={REPLICAS}"]
     keys += ["serve.follow_every_s=1"]
-    with ServerProcess(run_dir, "--follow", *keys, environment={"DVPO_API_KEY": "secret"}) as found:
-        yield found
+    with ServerProcess(run_dir, "--follow", *keys, environment={"DVPO_API_KEY": "secret"}) as running:
+        yield running
 
 
 @pytest.fixture
@@ -69,13 +69,13 @@ def test_the_openai_package_chats_completes_and_streams(client: OpenAI) -> None:
     )
     text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
     assert text == whole.choices[0].message.content
-    made = client.completions.create(model="tiny", prompt=["1+1=", "2+2="], n=2, max_tokens=4, logprobs=1)
-    assert [c.index for c in made.choices] == [0, 1, 2, 3]
-    assert made.choices[0].logprobs
+    four = client.completions.create(model="tiny", prompt=["1+1=", "2+2="], n=2, max_tokens=4, logprobs=1)
+    assert [c.index for c in four.choices] == [0, 1, 2, 3]
+    assert four.choices[0].logprobs
 
 
 def test_ports_beyond_loopback_ask_for_the_cluster_s_token(server: ServerProcess) -> None:
-    """Ray Serve's replicas listen on all interfaces and unpickle what comes: what their own cluster sends, no more."""
+    """Ray Serve's replicas listen on all interfaces and unpickle what they receive, so only their cluster may call."""
     ports = {port for address, port in listening(psutil.Process(server.process.pid)) if address != "127.0.0.1"}
     assert len(ports) >= 2 * REPLICAS, "else the test can go, and the token with it"
     call = ASGIRequest(pickled_request_metadata=b"not even a pickle")
@@ -103,16 +103,16 @@ def test_errors_are_those_that_openai_clients_know(server: ServerProcess, client
 
 
 def test_values_are_the_critics_own(server: ServerProcess, run_dir: Path) -> None:
-    found = values(server, prompt="12+7=", response="19", levels="all", alpha=0.25)
-    assert [s["token"] for s in found["states"]] == [None, "1", "9"]
-    ids = [s["token_id"] for s in found["states"][1:]]
+    states = values(server, prompt="12+7=", response="19", levels="all", alpha=0.25)["states"]
+    assert [s["token"] for s in states] == [None, "1", "9"]
+    ids = [s["token_id"] for s in states[1:]]
     prompt = (20, 21, 14, 26, 32)
     from dvpo_service.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(run_dir / "policy"))
     prompt = tuple(tokenizer("12+7=")["input_ids"])
     [wanted] = ValueModel(run_dir / "policy" / "critic").values([ValueQuery(prompt, tuple(ids), None, 0.25)])
-    for i, state in enumerate(found["states"]):
+    for i, state in enumerate(states):
         assert state["quantiles"] == pytest.approx(wanted.quantiles[i], abs=1e-5)
         assert state["cvar"] == pytest.approx(wanted.cvar[i], abs=1e-5)
         assert state["head_disagreement"] == pytest.approx(wanted.head_disagreement[i], abs=1e-5)
@@ -121,8 +121,9 @@ def test_values_are_the_critics_own(server: ServerProcess, run_dir: Path) -> Non
 @pytest.mark.parametrize("by", ["mean", "cvar", "upper_tail"])
 def test_the_best_of_n_is_the_one_that_values_say(server: ServerProcess, client: OpenAI, by: str) -> None:
     ask: Any = {"model": "tiny", "prompt": "12+7=", "n": 6, "max_tokens": 5, "seed": 3}
-    made = client.completions.create(**ask, extra_body={"rank_by": by, "return_token_ids": True})
-    [choice], ranking = made.choices, made.model_extra["ranking"]  # type: ignore[index]
+    ranked = client.completions.create(**ask, extra_body={"rank_by": by, "return_token_ids": True})
+    [choice] = ranked.choices
+    ranking = ranked.model_extra["ranking"]  # type: ignore[index]
     assert len(ranking) == 6
     assert ranking[0][by] == max(r[by] for r in ranking)
     everything = client.completions.create(**ask, extra_body={"return_token_ids": True})
@@ -136,12 +137,13 @@ Rows = list[dict[str, Any]]
 def hammer(
     server: ServerProcess, clients: int, meanwhile: Callable[[], None], *, seconds: float, until: Callable[[Rows], bool]
 ) -> Rows:
-    """Requests from ``clients`` at once, with something done in between; one row an answer.
+    """Send requests from ``clients`` threads at once, run ``meanwhile`` in between, and return a row per answer.
 
-    Until ``until`` of the rows, and ``seconds`` more; no longer than three minutes.
+    The threads stop ``seconds`` after ``until(rows)`` is true, and after three minutes at the latest.
     """
     rows: Rows = []
-    enough, deadline = threading.Event(), time.monotonic() + 180
+    enough = threading.Event()
+    deadline = time.monotonic() + 180
 
     def one(number: int) -> None:
         with httpx.Client(headers={"authorization": "Bearer secret"}, timeout=120) as http:
@@ -169,7 +171,7 @@ def processes(server: ServerProcess, name: str) -> list[psutil.Process]:
 
 
 def test_64_clients_get_answers_and_no_error(server: ServerProcess) -> None:
-    rows = hammer(server, 64, lambda: None, seconds=2, until=lambda found: len(found) > 128)
+    rows = hammer(server, 64, lambda: None, seconds=2, until=lambda rows: len(rows) > 128)
     assert len(rows) > 128
     assert {r["status"] for r in rows} == {200}
 
@@ -182,7 +184,7 @@ def test_a_process_killed_under_load_costs_no_request(server: ServerProcess, vic
         doomed.send_signal(signal.SIGKILL)
 
     killed: list[int] = []
-    rows = hammer(server, 16, kill, seconds=4, until=lambda found: len(found) > 64)
+    rows = hammer(server, 16, kill, seconds=4, until=lambda rows: len(rows) > 64)
     assert {r["status"] for r in rows} == {200}
     assert len(values(server, prompt="1+1=", response="2")["states"]) == 2, "a value waits for its replica"
     assert killed[0] not in {p.pid for p in all_back(server, victim, 1 if "values" in victim else REPLICAS)}
@@ -190,16 +192,16 @@ def test_a_process_killed_under_load_costs_no_request(server: ServerProcess, vic
 
 
 def all_back(server: ServerProcess, name: str, count: int = REPLICAS) -> list[psutil.Process]:
-    """The processes of that name, once there are ``count`` again."""
+    """Wait until there are ``count`` processes of that name again, and return them."""
     until = time.monotonic() + 240
-    while len(found := processes(server, name)) < count:
-        assert time.monotonic() < until, f"only {len(found)} of {name}"
+    while len(running := processes(server, name)) < count:
+        assert time.monotonic() < until, f"only {len(running)} of {name}"
         time.sleep(0.5)
-    return found
+    return running
 
 
 def test_gateways_share_a_port_and_one_that_dies_comes_back(server: ServerProcess) -> None:
-    """What it had in its hands is lost, as with any HTTP server; who asks anew meets the other one."""
+    """The requests of the dead gateway are lost, as with any HTTP server; a new connection reaches the other one."""
     before = {p.pid: p for p in all_back(server, "ServeReplica:dvpo:gateway")}
     killed = next(iter(before))
     before[killed].send_signal(signal.SIGKILL)
@@ -210,7 +212,7 @@ def test_gateways_share_a_port_and_one_that_dies_comes_back(server: ServerProces
 
 
 def test_a_stream_that_has_not_begun_outlives_its_engine(server: ServerProcess) -> None:
-    """Whole, or cut off after it began and then says so; never an error in place of a first event."""
+    """A stream is whole, or it is cut off after its first event and ends with an error; it never begins with one."""
     streams: list[list[str]] = []
     enough = threading.Event()
 
@@ -250,12 +252,12 @@ def test_newer_weights_are_served_without_a_failed_request(server: ServerProcess
         shutil.move(run_dir / "policy", run_dir / "older")
         os.replace(run_dir / "newer", run_dir / "policy")
 
-    rows = hammer(server, 16, publish, seconds=1, until=lambda found: any(r["version"] == "step-000020" for r in found))
+    rows = hammer(server, 16, publish, seconds=1, until=lambda rows: any(r["version"] == "step-000020" for r in rows))
     assert {r["status"] for r in rows} == {200}
     assert {r["version"] for r in rows} == {"step-000010", "step-000020"}
     assert server.wait_ready()["versions"] == {"policy": "step-000020", "values": "step-000020"}
     assert values(server, prompt="12+7=", response="19")["states"][0]["mean"] != before
-    until = time.monotonic() + 120  # it says so when every replica has them, those that were killed above too
+    until = time.monotonic() + 120  # printed once every replica has them, also those that were killed above
     while "updated: step-000010 -> step-000020" not in server.output():
         assert time.monotonic() < until, server.output()[-2000:]
         time.sleep(0.5)
@@ -263,15 +265,15 @@ def test_newer_weights_are_served_without_a_failed_request(server: ServerProcess
 
 
 def test_the_new_weights_are_the_new_folders(server: ServerProcess, client: OpenAI, run_dir: Path) -> None:
-    """After the update: greedy log-probs equal those of plain transformers on the new folder."""
+    """After the update, greedy log-probs equal those of plain transformers on the new folder."""
     import torch
 
     from dvpo_service.models.load import load_causal_lm
 
-    made = client.completions.create(
+    completion = client.completions.create(
         model="tiny", prompt="12+7=", max_tokens=6, temperature=0, logprobs=1, extra_body={"return_token_ids": True}
     )
-    [choice] = made.choices
+    [choice] = completion.choices
     assert choice.model_extra
     assert choice.logprobs
     prompt, response = choice.model_extra["prompt_token_ids"], choice.model_extra["token_ids"]
@@ -283,7 +285,7 @@ def test_the_new_weights_are_the_new_folders(server: ServerProcess, client: Open
 
 
 def test_nothing_is_left_when_the_server_ends(server: ServerProcess) -> None:
-    """Last in this file: it ends the server."""
+    """This test stays the last of the file: it ends the server."""
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert processes(server, "VLLM::EngineCore")
     server.process.send_signal(signal.SIGTERM)

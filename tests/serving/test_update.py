@@ -1,4 +1,4 @@
-"""``dvpo serve`` again on the cluster where a server runs: newer weights for it, and nothing else changes."""
+"""``dvpo serve`` on a cluster where a server runs already updates the weights and changes nothing else."""
 
 from __future__ import annotations
 

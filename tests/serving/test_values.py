@@ -1,4 +1,4 @@
-"""Values along a response, against the critic called by hand and NumPy."""
+"""Values along a response equal those of the critic called directly, and of NumPy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dvpo_service.algo.quantiles import interpolate_quantiles
 from dvpo_service.models.critic import DistributionalCritic
-from dvpo_service.serving.values import ResponseValues, ValueModel, ValueQuery, as_json, interpolate, rank
+from dvpo_service.serving.values import ResponseValues, ValueModel, ValueQuery, as_json, rank
 from tests.serving.server import make_export
 
 
@@ -26,7 +27,7 @@ PROMPT, RESPONSE = (2, 20, 21, 14, 3), (25, 26, 27, 1)
 
 
 def by_hand(folder: Path, prompt: tuple[int, ...], response: tuple[int, ...]) -> np.ndarray:
-    """Sorted atoms [T + 1, H, M]: one unpadded forward pass per state."""
+    """Return the sorted atoms [T + 1, H, M], from one unpadded forward pass per state."""
     critic = DistributionalCritic.from_pretrained(folder)
     states = []
     for read in range(len(response) + 1):
@@ -41,15 +42,15 @@ def by_hand(folder: Path, prompt: tuple[int, ...], response: tuple[int, ...]) ->
 def test_each_state_is_the_critic_after_that_many_tokens(critic_folder: Path) -> None:
     model = ValueModel(critic_folder)
     longer = ValueQuery((2, 20), (30,) * 9, None)  # its padding must not matter
-    [found, _] = model.values([ValueQuery(PROMPT, RESPONSE, None), longer])
+    [along, _] = model.values([ValueQuery(PROMPT, RESPONSE, None), longer])
     atoms = by_hand(critic_folder, PROMPT, RESPONSE)
-    law = atoms.mean(1)
-    assert np.allclose(found.quantiles, law, atol=1e-5)
-    assert np.allclose(found.mean, law.mean(-1), atol=1e-5)
-    assert np.allclose(found.cvar, law[:, :2].mean(-1), atol=1e-5), "alpha 0.1 of 20 atoms is the lowest 2"
-    assert np.allclose(found.upper_tail, law[:, -4:].mean(-1), atol=1e-5), "beta 0.2 is the critic's own"
-    assert np.allclose(found.head_disagreement, atoms.mean(-1).std(-1), atol=1e-5)
-    assert len(found.mean) == len(RESPONSE) + 1
+    distribution = atoms.mean(1)
+    assert np.allclose(along.quantiles, distribution, atol=1e-5)
+    assert np.allclose(along.mean, distribution.mean(-1), atol=1e-5)
+    assert np.allclose(along.cvar, distribution[:, :2].mean(-1), atol=1e-5), "alpha 0.1 of 20 atoms is the lowest 2"
+    assert np.allclose(along.upper_tail, distribution[:, -4:].mean(-1), atol=1e-5), "beta 0.2 is the critic's own"
+    assert np.allclose(along.head_disagreement, atoms.mean(-1).std(-1), atol=1e-5)
+    assert len(along.mean) == len(RESPONSE) + 1
 
 
 def test_the_last_state_alone_and_other_tails(critic_folder: Path) -> None:
@@ -58,15 +59,15 @@ def test_the_last_state_alone_and_other_tails(critic_folder: Path) -> None:
         [ValueQuery(PROMPT, RESPONSE, (), 0.5, 1.0), ValueQuery(PROMPT, RESPONSE, (), 0.5, 1.0, only_last=True)]
     )
     assert last.mean == pytest.approx(whole.mean[-1:])
-    law = by_hand(critic_folder, PROMPT, RESPONSE)[-1].mean(0)
-    assert last.cvar[0] == pytest.approx(law[:10].mean(), abs=1e-5)
+    distribution = by_hand(critic_folder, PROMPT, RESPONSE)[-1].mean(0)
+    assert last.cvar[0] == pytest.approx(distribution[:10].mean(), abs=1e-5)
     assert last.upper_tail == pytest.approx(last.mean), "the upper tail of everything is the mean"
     assert last.quantiles == [[]]
 
 
 def test_an_empty_response_has_one_state(critic_folder: Path) -> None:
-    [found] = ValueModel(critic_folder).values([ValueQuery(PROMPT, ())])
-    assert len(found.mean) == 1
+    [along] = ValueModel(critic_folder).values([ValueQuery(PROMPT, ())])
+    assert len(along.mean) == 1
 
 
 @given(
@@ -74,15 +75,16 @@ def test_an_empty_response_has_one_state(critic_folder: Path) -> None:
     st.lists(st.floats(0, 1), min_size=1, max_size=9),
 )
 def test_quantiles_between_atoms_are_numpys(atoms: list[float], levels: list[float]) -> None:
-    law, m = torch.tensor(atoms, dtype=torch.float64).sort().values[None], len(atoms)
+    distribution = torch.tensor(atoms, dtype=torch.float64).sort().values[None]
+    m = len(atoms)
     at = (torch.arange(m, dtype=torch.float64) + 0.5) / m
-    found = interpolate(law, at, torch.tensor(levels, dtype=torch.float64))
-    assert np.allclose(found[0], np.interp(levels, at, law[0]), atol=1e-6)
+    quantiles = interpolate_quantiles(distribution, at, torch.tensor(levels, dtype=torch.float64))
+    assert np.allclose(quantiles[0], np.interp(levels, at, distribution[0]), atol=1e-6)
 
 
 def test_one_atom_is_every_quantile() -> None:
-    law = torch.tensor([[0.3], [0.4]])
-    assert interpolate(law, torch.tensor([0.5]), torch.tensor([0.1, 0.9])).tolist() == [
+    distributions = torch.tensor([[0.3], [0.4]])
+    assert interpolate_quantiles(distributions, torch.tensor([0.5]), torch.tensor([0.1, 0.9])).tolist() == [
         pytest.approx([0.3, 0.3]),
         pytest.approx([0.4, 0.4]),
     ]
@@ -93,7 +95,8 @@ def values(mean: float, cvar: float, upper: float) -> ResponseValues:
 
 
 def test_responses_rank_by_what_is_asked_for() -> None:
-    safe, bold = values(0.5, 0.4, 0.6), values(0.45, 0.1, 0.9)
+    safe = values(0.5, 0.4, 0.6)
+    bold = values(0.45, 0.1, 0.9)
     assert rank([bold, safe], "mean") == [1, 0]
     assert rank([bold, safe], "cvar") == [1, 0]
     assert rank([bold, safe], "upper_tail") == [0, 1]
@@ -101,8 +104,8 @@ def test_responses_rank_by_what_is_asked_for() -> None:
 
 
 def test_states_as_json_name_the_token_read_last() -> None:
-    found = ResponseValues(0.1, 0.2, [0.5], [[1.0], [2.0]], [1.0, 2.0], [0.0, 1.0], [2.0, 3.0], [0.1, 0.2])
-    body = as_json(found, ["7"], [26])
+    two_states = ResponseValues(0.1, 0.2, [0.5], [[1.0], [2.0]], [1.0, 2.0], [0.0, 1.0], [2.0, 3.0], [0.1, 0.2])
+    body = as_json(two_states, ["7"], [26])
     assert [s["token"] for s in body["states"]] == [None, "7"]
     assert body["states"][1] == {
         "token": "7",

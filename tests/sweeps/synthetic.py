@@ -1,4 +1,4 @@
-"""Sweep folders as a sweep leaves them, with seeded random numbers in place of training."""
+"""Make sweep folders like those of a real sweep, with seeded random numbers in place of training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tune_sweeps.grid import GRIDS, Grid
 from tune_sweeps.records import Sweep, TrialState, save_sweep, trial_name
 
 TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")
-# What removing a term does here, in accuracy: (in distribution, out of it).
+# Effect of each arm on accuracy in this synthetic data: (in distribution, out of distribution).
 EFFECT = {"no-gain": (-0.01, -0.09), "no-cvar": (-0.04, -0.05), "no-shift": (0.03, 0.02), "qr-only": (-0.08, -0.15)}
 
 
 def save_grid(folder: Path, grid: Grid | str, seeds: Sequence[int] = (0, 1, 2), **fields: Any) -> Sweep:
-    """``sweep.json`` alone."""
+    """Write ``sweep.json`` only."""
     grid = GRIDS[grid] if isinstance(grid, str) else grid
-    given: dict[str, Any] = {"overrides": [], "mlflow_run_id": None, "mlflow_uri": None} | fields
-    sweep = Sweep(folder=folder, grid=grid, config="demo", seeds=list(seeds), **given)
+    rest: dict[str, Any] = {"overrides": [], "mlflow_run_id": None, "mlflow_uri": None} | fields
+    sweep = Sweep(folder=folder, grid=grid, config="demo", seeds=list(seeds), **rest)
     save_sweep(sweep)
     return sweep
 
@@ -38,11 +38,11 @@ def save_trial(
     warnings: Sequence[str] = (),
     **state: Any,
 ) -> Path:
-    """One trial as given; ``after`` and ``before`` by split make its summary."""
+    """Write one trial and return its folder. The accuracies ``after`` and ``before``, by split, make its summary."""
     trial = folder / "trials" / trial_name(arm, seed)
     trial.mkdir(parents=True)
-    given: dict[str, Any] = {"status": "done", "attempts": 1, "seconds": 60.0} | state
-    TrialState(arm, seed, **given).save(trial)
+    fields: dict[str, Any] = {"status": "done", "attempts": 1, "seconds": 60.0} | state
+    TrialState(arm, seed, **fields).save(trial)
     (trial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if after is not None:
         summary = {
@@ -66,15 +66,15 @@ def random_sweep(
     critic: bool = True,
     noise: float = 0.0,
 ) -> Sweep:
-    """Every arm with every seed, finished."""
+    """Write a sweep in which every arm has finished with every seed."""
     sweep = save_grid(folder, grid, seeds, overrides=["trainer.num_steps=60"])
     for arm in sweep.grid.arms:
         for seed in seeds:
             rng = np.random.default_rng([seed, zlib.crc32(arm.name.encode())])
             rows = list(_rows(rng, arm.name, arm.removes, seed, splits, steps, critic, noise))
             ends = [{s: row[f"eval/{s}/accuracy"] for s in splits} for row in (rows[0], rows[-1])]
-            said = ["step 25 [critic_not_learning] The critic explains nothing"] if seed == 1 else []
-            save_trial(folder, arm.name, seed, before=ends[0], after=ends[1], rows=rows, warnings=said)
+            warnings = ["step 25 [critic_not_learning] The critic explains nothing"] if seed == 1 else []
+            save_trial(folder, arm.name, seed, before=ends[0], after=ends[1], rows=rows, warnings=warnings)
     return sweep
 
 

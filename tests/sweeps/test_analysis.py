@@ -1,4 +1,4 @@
-"""What a sweep's records say: hand-computed pairs, and records with holes."""
+"""The analysis of a sweep's records: hand-computed pairs, and incomplete records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.sweeps.synthetic import random_sweep, save_grid, save_trial
-from tune_sweeps.analysis import Analysis, analyse, by_chance, find_columns, interval, judge
+from tune_sweeps.analysis import Analysis, analyse, find_columns
+from tune_sweeps.comparison import by_chance, interval, judge
 from tune_sweeps.grid import GRIDS, Arm, Grid
 from tune_sweeps.guide import GuideRow, guide_rows, own_losses
 from tune_sweeps.records import read_sweep
@@ -18,7 +19,7 @@ TWO = Grid("two", "Two arms", (Arm("base", {}), Arm("other", {"trainer.num_steps
 
 
 def pairs(folder: Path, base: list[float | None], other: list[float | None], **before: float) -> Analysis:
-    """One split, a seed per number."""
+    """Return the analysis of two arms on one split. Each number is the accuracy of one seed after training."""
     save_grid(folder, TWO, range(len(base)))
     for arm, values in (("base", base), ("other", other)):
         for seed, value in enumerate(values):
@@ -28,13 +29,13 @@ def pairs(folder: Path, base: list[float | None], other: list[float | None], **b
 
 def test_paired_differences(tmp_path: Path) -> None:
     analysis = pairs(tmp_path, [0.50, 0.60, 0.70], [0.52, 0.61, 0.76])
-    (found,) = analysis.accuracy
-    assert found.by_seed == pytest.approx({0: 0.02, 1: 0.01, 2: 0.06})
-    assert found.mean == pytest.approx(0.03)
-    assert (found.reference_mean, found.arm_mean) == pytest.approx((0.60, 0.63))
-    # All 27 resamples of three: the rarest ends, 1/27 each, are wider than 2.5 %.
-    assert (found.low, found.high) == pytest.approx((0.01, 0.06))
-    assert found.verdict == "higher"
+    (comparison,) = analysis.accuracy
+    assert comparison.by_seed == pytest.approx({0: 0.02, 1: 0.01, 2: 0.06})
+    assert comparison.mean == pytest.approx(0.03)
+    assert (comparison.reference_mean, comparison.arm_mean) == pytest.approx((0.60, 0.63))
+    # Three values have 27 resamples. The lowest and the highest mean have 1/27 each, which is more than 2.5 %.
+    assert (comparison.low, comparison.high) == pytest.approx((0.01, 0.06))
+    assert comparison.verdict == "higher"
     level = analysis.arms[1].levels["in"]
     assert level.change == pytest.approx(0.23)
     assert level.sd == pytest.approx(0.12124, abs=1e-4)  # of 0.52, 0.61, 0.76 with n - 1
@@ -51,9 +52,9 @@ def test_paired_differences(tmp_path: Path) -> None:
     ],
 )
 def test_verdicts(tmp_path: Path, other: list[float | None], verdict: str, reason: str) -> None:
-    (found,) = pairs(tmp_path, [0.5, 0.5, 0.5], other).accuracy
-    assert found.verdict == verdict
-    assert reason in found.reason
+    (comparison,) = pairs(tmp_path, [0.5, 0.5, 0.5], other).accuracy
+    assert comparison.verdict == verdict
+    assert reason in comparison.reason
 
 
 def test_an_interval_that_holds_zero_says_nothing() -> None:
@@ -99,7 +100,7 @@ def test_trials_that_did_not_finish_are_counted_and_enter_no_mean(tmp_path: Path
     for seed in range(4):
         save_trial(tmp_path, "base", seed, after={"val": 0.5})
     save_trial(tmp_path, "other", 0, after={"val": 0.6})
-    # A summary of an earlier attempt may lie there: a failed trial has no result all the same.
+    # The folder may have the summary of an earlier attempt; a failed trial has no result all the same.
     save_trial(tmp_path, "other", 1, after={"val": 0.9}, status="failed", error="no memory")
     save_trial(tmp_path, "other", 2, rows=[{"step": 0, "eval/val/accuracy": 0.4}], status="running")
     analysis = analyse(read_sweep(tmp_path))
@@ -121,9 +122,9 @@ def test_no_reference_compares_nothing(tmp_path: Path) -> None:
 def test_reference_without_a_trial(tmp_path: Path) -> None:
     save_grid(tmp_path, TWO, (0,))
     save_trial(tmp_path, "other", 0, after={"val": 0.6})
-    (found,) = analyse(read_sweep(tmp_path)).accuracy
-    assert (found.by_seed, found.mean) == ({}, None)
-    assert found.verdict == "the seeds cannot tell"
+    (comparison,) = analyse(read_sweep(tmp_path)).accuracy
+    assert (comparison.by_seed, comparison.mean) == ({}, None)
+    assert comparison.verdict == "the seeds cannot tell"
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,8 @@ def test_collapse(tmp_path: Path) -> None:
 def test_skipped_steps_and_warnings_by_name(tmp_path: Path) -> None:
     save_grid(tmp_path, TWO, (0, 1))
     rows = [{"step": 1, "policy/skipped_steps": 1.0, "critic/skipped_steps": 2.0}, {"step": 2}]
-    said = ["step 3 [heads_disagree] a", "step 9 [heads_disagree] [b]", "no name"]
-    save_trial(tmp_path, "base", 0, after={"val": 0.5}, rows=rows, warnings=said)
+    warnings = ["step 3 [heads_disagree] a", "step 9 [heads_disagree] [b]", "no name"]
+    save_trial(tmp_path, "base", 0, after={"val": 0.5}, rows=rows, warnings=warnings)
     save_trial(tmp_path, "base", 1, rows=rows, status="failed")
     arm = analyse(read_sweep(tmp_path)).arms[0]
     assert arm.skipped_steps == 6
@@ -202,7 +203,7 @@ def test_guide_without_a_critic_or_an_ood_split(tmp_path: Path) -> None:
 
 
 def test_diagnostics_by_hand(tmp_path: Path) -> None:
-    """Ten updates; the critic's bias is 0.2 from step 3 to 4 and -0.1 from 9 to 10; a null is left out."""
+    """Ten updates: the critic's bias is 0.2 at steps 3 and 4 and -0.1 at steps 9 and 10. A null is left out."""
     grid = Grid("g", "g", (Arm("full", {}), Arm("no-shift", {}, "shift"), Arm("no-cvar", {}, "cvar")), "full")
     save_grid(tmp_path, grid, (0,))
     bias = [0.0, 0.0, 0.2, 0.2, 0, 0, 0, 0, -0.1, -0.1]
@@ -214,14 +215,14 @@ def test_diagnostics_by_hand(tmp_path: Path) -> None:
     for arm in grid.arms:
         save_trial(tmp_path, arm.name, 0, after={"val": 0.5}, rows=rows)
     sweep = read_sweep(tmp_path)
-    found = {row.term: row.comparison.arm_mean for row in guide_rows(sweep, analyse(sweep))}
-    assert found["shift"] == pytest.approx(-0.1)
+    means = {row.term: row.comparison.arm_mean for row in guide_rows(sweep, analyse(sweep))}
+    assert means["shift"] == pytest.approx(-0.1)
     # Changes 1 -> 2, 7 -> 9, and three of 0: sd of 1, 2, 0, 0, 0.
-    assert found["cvar"] == pytest.approx(0.8944, abs=1e-4)
+    assert means["cvar"] == pytest.approx(0.8944, abs=1e-4)
 
 
 def test_shift_has_to_underestimate(tmp_path: Path) -> None:
-    """Lower than the reference, yet above the returns: the guide's underestimation is not there."""
+    """The predictions are lower than the reference's but above the returns, so there is no underestimation."""
     grid = Grid("g", "g", (Arm("full", {}), Arm("no-shift", {}, "shift")), reference="full")
     save_grid(tmp_path, grid, range(3))
     for arm, bias in (("full", 0.3), ("no-shift", 0.1)):

@@ -1,4 +1,4 @@
-"""Grids become checked configs; what cannot work is refused before anything starts."""
+"""Grids become checked configs; a grid that cannot work is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def test_a_drawn_setting_is_an_arm_of_its_own(tmp_path: Path) -> None:
 
 
 def refusal(tmp_path: Path, tree: object) -> str:
+    """Return the error for a grid file with this content."""
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError) as error:
@@ -77,7 +78,7 @@ def refusal(tmp_path: Path, tree: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("tree", "said"),
+    ("tree", "message"),
     [
         ({}, "give either arms"),
         ({"arms": {}}, "give either arms"),
@@ -92,8 +93,8 @@ def refusal(tmp_path: Path, tree: object) -> str:
         ({"space": {"policy.optim.lr": 3}}, "write one of choice"),
     ],
 )
-def test_a_grid_that_means_nothing_is_refused_with_the_reason(tmp_path: Path, tree: object, said: str) -> None:
-    assert said in refusal(tmp_path, tree)
+def test_a_grid_that_means_nothing_is_refused_with_the_reason(tmp_path: Path, tree: object, message: str) -> None:
+    assert message in refusal(tmp_path, tree)
 
 
 def test_no_such_grid() -> None:

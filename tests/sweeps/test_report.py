@@ -1,4 +1,4 @@
-"""The page, its Markdown and its JSON, from sweep folders on disk."""
+"""The report as a page, Markdown and JSON, from sweep folders on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tune_sweeps.sections import repeat_command
 
 
 class Page(HTMLParser):
-    """Tags, what they load, and the text between them."""
+    """The tags, links, ids and text of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -49,15 +49,15 @@ def test_a_whole_sweep(tmp_path: Path) -> None:
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
     html = path.read_text(encoding="utf-8")
-    found = Page(html)
+    report = Page(html)
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     for arm in GRIDS["leave-one-out"].arms:
-        assert arm.name in found.text
+        assert arm.name in report.text
         assert f"| {arm.name}" in markdown
     for term in ("risk", "cvar", "gain", "shift", "shape", "curv", "consist"):
-        assert f"critic/loss/{term}" in found.text
+        assert f"critic/loss/{term}" in report.text
     for words in ("jagged quantiles", "a collapse of generalization", "one time in 4", "? the seeds cannot tell"):
-        assert words in found.text
+        assert words in report.text
         assert words in markdown
     assert "▼ lower" in markdown
     assert html.count("<svg") == 1 + 6 + 1 + 2  # differences, the guide's strips (risk is not tested), losses, curves
@@ -66,13 +66,13 @@ def test_a_whole_sweep(tmp_path: Path) -> None:
 def test_the_page_stands_alone(tmp_path: Path) -> None:
     random_sweep(tmp_path)
     html = write_report(tmp_path).read_text(encoding="utf-8")
-    found = Page(html)
-    assert all(link.startswith("#") for link in found.links)
-    assert {link[1:] for link in found.links} <= set(found.ids)
-    assert len(found.ids) == len(set(found.ids))
-    assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)
+    report = Page(html)
+    assert all(link.startswith("#") for link in report.links)
+    assert {link[1:] for link in report.links} <= set(report.ids)
+    assert len(report.ids) == len(set(report.ids))
+    assert not {"script", "link", "img", "iframe", "object"} & set(report.tags)
     assert not re.findall(r"url\((?!#)|@import", html)
-    # What is left of the web are the names of the SVG namespaces.
+    # The only URLs are the names of the SVG namespaces.
     assert set(re.findall(r'https?://[^"\s<]+', html)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -85,9 +85,9 @@ def test_odd_names_are_escaped(tmp_path: Path) -> None:
     save_grid(tmp_path, grid, (0,))
     for arm in grid.arms:
         save_trial(tmp_path, arm.name, 0, after={"<split>": 0.5}, rows=[{"step": 0, "eval/<split>/accuracy": 0.5}])
-    found = page(tmp_path)
-    assert not {"script", "b>title", "i", "split"} & set(found.tags)
-    assert odd in found.text
+    report = page(tmp_path)
+    assert not {"script", "b>title", "i", "split"} & set(report.tags)
+    assert odd in report.text
     row = next(x for x in (tmp_path / "report.md").read_text().splitlines() if "script" in x and x.startswith("|"))
     assert "<script" not in row
     assert "\\|pipe\\|" in row
@@ -125,7 +125,7 @@ def test_no_reference(tmp_path: Path) -> None:
 
 
 def test_a_searched_space(tmp_path: Path) -> None:
-    """Its arms are in the trials alone."""
+    """The arms of a searched space are known from its trials only."""
     grid = Grid("lr", "Learning rates", space={"policy.optim.lr": {"loguniform": [1e-5, 1e-3]}}, num_samples=2)
     save_grid(tmp_path, grid, (0,))
     for i in range(2):
@@ -139,13 +139,14 @@ def test_a_searched_space(tmp_path: Path) -> None:
 def test_numbers(tmp_path: Path) -> None:
     random_sweep(tmp_path, steps=12)
     write_report(tmp_path)
-    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert found["reference"] == "full"
-    assert len(found["accuracy"]) == 16
-    assert found["comparisons_with_interval"] == 16 + 5  # the guide's: risk has no noise, gain is counted already
-    assert found["directions_expected_by_chance"] == pytest.approx(21 / 4)
-    assert len(found["trials"]) == 27
-    assert len(found["conclusion"]) == 2
+    numbers = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert numbers["reference"] == "full"
+    assert len(numbers["accuracy"]) == 16
+    # The guide adds five: risk has no noise, and gain is counted already.
+    assert numbers["comparisons_with_interval"] == 16 + 5
+    assert numbers["directions_expected_by_chance"] == pytest.approx(21 / 4)
+    assert len(numbers["trials"]) == 27
+    assert len(numbers["conclusion"]) == 2
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A real MLflow server on loopback that can be killed, stopped and started again on the same store."""
+"""Run a real MLflow server on loopback that can be killed, frozen and started again on the same store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_S = 300.0
 
 
 class MlflowServer:
-    """``folder`` holds its store and its artifacts; the address stays the same through every start."""
+    """An MLflow server with its store and artifacts in ``folder``. Every start uses the same address."""
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
@@ -36,7 +36,7 @@ class MlflowServer:
         self.kill()
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server, and return when it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -50,14 +50,14 @@ class MlflowServer:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """SIGKILL to the server and its workers."""
+        """Kill the server and its workers with SIGKILL."""
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
             self.process = None
 
     def freeze(self) -> None:
-        """From now on connections are accepted, and nothing is answered."""
+        """Stop the server: from now on it accepts connections, and answers nothing."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGSTOP)
 

@@ -1,4 +1,4 @@
-"""Pictures render, and show the numbers they were given."""
+"""Pictures can be drawn, and show the numbers that they are given."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def chart(text="48+1", outcome=1.0, title="12+36="):
 
 
 def two_heads(apart, text="48+1"):
-    """Heads whose means are ``apart`` x the token's place from each other."""
-    found = chart(text)
+    """Return a chart of two heads whose means differ by ``apart`` x the token's index."""
+    with_two = chart(text)
     shift = apart * np.arange(len(text))[:, None, None] * np.array([0.0, 1.0])[:, None]
-    found.heads = LEVELS + shift
-    return found
+    with_two.heads = LEVELS + shift
+    return with_two
 
 
 def png(figure, path):
@@ -82,7 +82,8 @@ def test_nothing_to_draw_is_an_error():
 
 
 def test_the_heat_map_has_a_row_per_level_and_one_colour_scale(tmp_path):
-    low, high = chart(outcome=0.0), chart()
+    low = chart(outcome=0.0)
+    high = chart()
     high.heads = high.heads + 10
     figure = quantile_heatmap([low, high], step=5)
     (first,), (second,) = (ax.collections for ax in figure.axes[:2])

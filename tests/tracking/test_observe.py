@@ -1,4 +1,4 @@
-"""The observer on a fake critic: what it asks for, and what reaches the tracker."""
+"""The observer on a fake critic: which responses it sends, and what the tracker receives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = (torch.arange(ATOMS) + 0.5) / ATOMS
 
 
 class FakeCritic:
-    """Head h of response b predicts b + h / 10 everywhere, plus how often it was asked."""
+    """A critic whose head h predicts b + h / 10 everywhere along response b, plus the number of calls so far."""
 
     def __init__(self):
         self.asked = []

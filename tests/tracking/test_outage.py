@@ -1,4 +1,4 @@
-"""A real MLflow server that is killed, or hangs, in the middle of a run: everything arrives, once, in order."""
+"""A real MLflow server is killed, or hangs, in the middle of a run: everything arrives once and in order."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from dvpo_service.tracking.figures import FanData
 from dvpo_service.tracking.tracker import UNSENT, Tracker
+from tests.tracking.conftest import wait_until
 from tests.tracking.server import MlflowServer
 
 FAN = FanData("1+1=", ["2"], np.linspace(0, 1, 5), np.random.default_rng(0).random((1, 2, 5)), 1.0)
@@ -23,12 +24,12 @@ PICTURES = ("fan_over_training", "head_disagreement", "quantile_heatmap", "value
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as made:
-        yield made
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as running:
+        yield running
 
 
 def log(tracker: Tracker, step: int) -> float:
-    """One step with everything that a run logs; how long the loop was held up, in seconds."""
+    """Log one step with everything that a run logs; return how long the loop was held up, in seconds."""
     began = time.monotonic()
     tracker.log(step, {"reward/mean": step / 10, "critic/loss/qr": math.inf})
     tracker.log_samples(step, [{"prompt": "1+1=", "response": str(step), "reward": math.nan}])
@@ -37,13 +38,13 @@ def log(tracker: Tracker, step: int) -> float:
 
 
 def check_all_there(server: MlflowServer, run_id: str | None, run_dir: Path, steps: int, tmp_path: Path) -> None:
-    """Every step's metrics, pictures and samples once, in order; nothing waits any more."""
+    """Check that MLflow has every step's metrics, pictures and samples once and in order, and that no file waits."""
     assert run_id
     client = MlflowClient(tracking_uri=server.uri)
 
     def paths(folder: str | None = None) -> list[str]:
-        found = client.list_artifacts(run_id, folder)
-        return [p for item in found for p in (paths(item.path) if item.is_dir else [item.path])]
+        items = client.list_artifacts(run_id, folder)
+        return [p for item in items for p in (paths(item.path) if item.is_dir else [item.path])]
 
     for name, value in (("reward/mean", lambda s: s / 10), ("trainer/step", float)):
         points = client.get_metric_history(run_id, name)
@@ -66,8 +67,10 @@ def test_a_server_killed_and_started_again(server: MlflowServer, tmp_path: Path,
     log(tracker, 0)
     server.kill()
     held_up = [log(tracker, step) for step in range(1, 4)]
-    assert tracker._sink
-    assert tracker._sink.drawing.wait_idle(60)  # pictures are drawn, and wait in files, while the server is away
+    # Pictures are drawn, and wait in files, while the server is away.
+    figures = tmp_path / "a" / UNSENT / "figures"
+    drawn = [figures / name / f"step-{step:06d}.png" for name in PICTURES for step in range(1, 4)]
+    wait_until(lambda: all(picture.is_file() for picture in drawn), 60)
     assert len(list((tmp_path / "a" / UNSENT).rglob("*.png"))) >= 3 * len(PICTURES)
     server.start()
     log(tracker, 4)

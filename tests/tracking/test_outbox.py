@@ -1,4 +1,4 @@
-"""The background thread: order, outages, bounds, deadline."""
+"""The outbox: the order of calls, outages, the bound on waiting calls, and the deadline."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import threading
 import time
 
 from dvpo_service.tracking.outbox import Outbox
+from tests.tracking.conftest import wait_until
 
 
 class Server:
+    """A fake server: it receives calls while it is up."""
+
     def __init__(self):
-        self.up, self.got = True, []
+        self.up = True
+        self.got = []
 
     def call(self, what):
         def send():
@@ -27,14 +31,14 @@ def test_an_outage_keeps_the_order_and_warns_once_per_outage():
     server.up = False
     for i in range(3):
         box.put(f"m{i}", server.call(i), keep=True)
-        assert box.wait_idle(5)
+        wait_until(lambda attempts=i + 1: box.failures == attempts)
     assert server.got == []
     assert box.failures == 3
     assert len(warnings) == 1
     assert "m0 not sent (kept, sent later): ConnectionError: down" in warnings[0]
     server.up = True
     box.put("m3", server.call(3), keep=True)
-    assert box.wait_idle(5)
+    wait_until(lambda: len(server.got) == 4)
     assert server.got == [0, 1, 2, 3]
     server.up = False
     box.put("m4", server.call(4), keep=True)
@@ -47,7 +51,7 @@ def test_what_need_not_be_kept_is_left_out_and_does_not_block():
     box = Outbox(warnings.append)
     server.up = False
     box.put("figure", server.call("figure"))
-    assert box.wait_idle(5)
+    wait_until(lambda: box.failures == 1)
     server.up = True
     box.put("m", server.call("m"), keep=True)
     assert box.close(5) == 0
@@ -73,9 +77,10 @@ def test_memory_is_bounded_and_pictures_go_first():
     server = Server()
     box = Outbox(lambda text: None, limit=3)
     server.up = False
-    for name, keep in (("a", True), ("picture", False), ("b", True), ("c", True), ("d", True)):
+    calls = (("a", True), ("picture", False), ("b", True), ("c", True), ("d", True))
+    for i, (name, keep) in enumerate(calls):
         box.put(name, server.call(name), keep=keep)
-    assert box.wait_idle(5)
+        wait_until(lambda attempts=i + 1: box.failures == attempts)
     server.up = True
     assert box.close(5) == 0
     assert server.got == ["b", "c", "d"]

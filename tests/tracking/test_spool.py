@@ -1,4 +1,4 @@
-"""Artifacts that wait in files: the newest state of each, within a bound."""
+"""Artifacts wait in files: the newest version of each, up to a size limit."""
 
 from __future__ import annotations
 

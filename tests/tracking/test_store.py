@@ -1,4 +1,4 @@
-"""Opening an MLflow store of one's own."""
+"""Open an MLflow store on SQLite."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def test_runs_that_start_together_in_a_new_folder_share_its_store(tmp_path):
         subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    said = [process.communicate(timeout=100) for process in started]
-    assert [process.returncode for process in started] == [0] * 3, said
-    assert len({out for out, _ in said}) == 1, "one experiment"
+    outputs = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0] * 3, outputs
+    assert len({out for out, _ in outputs}) == 1, "one experiment"

@@ -1,4 +1,4 @@
-"""The tracker on a real MLflow with SQLite: what a person finds there after a run."""
+"""The tracker on a real MLflow with SQLite: what MLflow holds after a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from dvpo_service.tracking import store
 from dvpo_service.tracking.figures import FanData
 from dvpo_service.tracking.store import default_tracking_uri
 from dvpo_service.tracking.tracker import Tracker, _description
+from tests.tracking.conftest import wait_until
 
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory):
-    """MLflow takes seconds to make its tables: once here, copied for each test."""
+    """Return a SQLite file with MLflow's tables. Creating them takes seconds, so every test gets a copy."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
     return path
@@ -49,15 +50,16 @@ def samples_of(tracker, folder):
 
 
 def paths_of(tracker, folder=None):
-    found = []
+    paths = []
     for item in client_of(tracker).list_artifacts(tracker.run_id, folder):
-        found += paths_of(tracker, item.path) if item.is_dir else [item.path]
-    return sorted(found)
+        paths += paths_of(tracker, item.path) if item.is_dir else [item.path]
+    return sorted(paths)
 
 
 class Display:
     def __init__(self):
-        self.steps, self.notes = [], []
+        self.steps = []
+        self.notes = []
 
     def update(self, step, metrics):
         self.steps.append((step, dict(metrics)))
@@ -104,7 +106,7 @@ def test_a_whole_run(tmp_path, make_config):
     table = samples_of(tracker, tmp_path / "got")
     assert table["columns"] == ["step", "prompt", "response", "reward"]
     assert [row[0] for row in table["data"]] == [0, 0, 1, 1, 2, 2]
-    # What MLflow's own UI looks at to show the table.
+    # MLflow's UI shows a table only when the run has this tag.
     assert "samples.json" in run.data.tags["mlflow.loggedArtifacts"]
     everything = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
     assert any("mlartifacts" in p.parts for p in everything)
@@ -187,7 +189,7 @@ def test_an_outage_costs_no_step_and_no_metric(tmp_path, make_config, monkeypatc
     monkeypatch.setattr(tracker._sink._client, "log_batch", down)
     for step in range(3):
         tracker.log(step, {"reward/mean": float(step)})
-        assert tracker._sink.outbox.wait_idle(10)
+        wait_until(lambda attempts=step + 1: tracker._sink.outbox.failures == attempts)
     assert len(read_metrics(tmp_path / "a" / "metrics.jsonl")) == 3
     assert history(tracker, "reward/mean") == []
     assert caplog.text.count("server down") == 1
@@ -249,9 +251,9 @@ def test_an_unreachable_store_is_one_clear_line(tmp_path, make_config, uri):
 
 
 def test_a_server_that_never_answers_is_given_up_in_time(tmp_path, make_config, monkeypatch):
-    assert store._IMPATIENT == {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    monkeypatch.setitem(store._IMPATIENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setitem(store._IMPATIENT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert store._START_TIMEOUTS == {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    monkeypatch.setitem(store._START_TIMEOUTS, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setitem(store._START_TIMEOUTS, "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(8)

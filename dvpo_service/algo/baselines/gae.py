@@ -1,4 +1,4 @@
-"""PPO's scalar critic (arXiv 1707.06347); its advantages are ``advantages.scalar_gae``."""
+"""The loss of PPO's scalar critic (arXiv 1707.06347). The advantages of PPO are ``advantages.scalar_gae``."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ def value_loss(
     clip: float | None = None,
     denominator: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``0.5 (V - R)^2`` over valid tokens, if wanted with PPO's value clipping.
+    """Return the mean of ``0.5 (V - R)^2`` over valid tokens, optionally with PPO's value clipping.
 
-    Clipped, a token's loss is the greater of that and ``0.5 (V_old + clamp(V - V_old, -clip, clip) - R)^2``:
-    once V has moved by more than ``clip`` away from R's side it has no gradient. It stands in PPO's code
-    rather than in the paper.
+    With clipping, the loss of a token is the larger of that and ``0.5 (V_old + clamp(V - V_old, -clip, clip) - R)^2``.
+    It has no gradient where V has moved by more than ``clip`` and the clipped value is the one farther from R. Value
+    clipping is in PPO's code, not in the paper.
 
     Args:
-      values: [B, T], the prediction; gradient flows here alone.
+      values: [B, T], the prediction; the only argument with a gradient.
       returns: [B, T].
       mask: [B, T] bool.
-      old_values: [B, T], the prediction before the update; needed where ``clip`` is given.
+      old_values: [B, T], the prediction before the update; required with ``clip``.
       clip: > 0, in units of the return; None for no clipping.
-      denominator: the global count of valid tokens (``masked_mean``).
+      denominator: the number of valid tokens over all micro-batches and ranks (see ``masked_mean``).
 
     Returns:
-      The loss (scalar, float32 or better), and [B, T] bool: valid tokens whose loss is the clipped one.
+      (loss, clipped): a scalar, float32 or better, and [B, T] bool, True for valid tokens whose loss is the clipped
+      one.
 
     Raises:
-      ValueError: on shapes that differ, a ``clip`` without ``old_values`` or not above 0.
+      ValueError: when shapes differ, or ``clip`` is given without ``old_values`` or is not above 0.
     """
     values = zero_masked(float32_or_better(values), mask)
     returns = zero_masked(returns.detach().to(values.dtype), mask)

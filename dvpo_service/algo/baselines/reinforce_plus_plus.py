@@ -8,12 +8,18 @@ from dvpo_service.algo.advantages import returns_to_go
 
 
 def reinforce_plus_plus(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """The discounted return to go of every valid token, [B, T].
+    """Return the discounted return to go of every valid token, [B, T], 0 where masked.
 
-    rewards [B, T] per token: the outcome on the last valid one, minus a KL penalty on each where the method
-    is run as published. The normalisation over all valid tokens of the global batch is
-    ``advantages.whiten``'s and not done here.
+    The method also normalises over all valid tokens of the global batch. ``advantages.whiten`` does that, not this
+    function.
 
-    Raises ValueError for shapes that do not fit or gamma outside [0, 1].
+    Args:
+      rewards: [B, T], the outcome on the last valid token, minus a KL penalty on each token where the method is run as
+        published.
+      mask: [B, T] bool.
+      gamma: discount, in [0, 1].
+
+    Raises:
+      ValueError: when the shapes do not fit, or gamma is outside [0, 1].
     """
     return returns_to_go(rewards, mask, gamma)

@@ -10,12 +10,12 @@ from dvpo_service.algo.baselines.groups import grouped_outcomes, over_tokens
 
 @torch.no_grad()
 def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
-    """``outcome - mean of the group's other outcomes`` on every valid token, [B, T].
+    """Return ``outcome - mean of the group's other outcomes`` on every valid token, [B, T], 0 where masked.
 
-    That is ``n / (n - 1)`` times the deviation from the mean of all n. A group of one has no others, hence
-    no baseline, and gets 0: a bare outcome would push on a policy that nothing is compared with.
+    This equals ``n / (n - 1)`` times the deviation from the mean of all n. A group of one has no other outcomes and so
+    no baseline. It gets 0, because an outcome without a baseline says nothing about how good the answer was.
 
-    Arguments and ValueError as in ``grpo``.
+    Takes the arguments of ``grpo`` and raises ValueError as ``grpo`` does.
     """
-    found = grouped_outcomes(rewards, mask, groups)
-    return over_tokens(found.deviation * found.count / (found.count - 1).clamp(min=1), rewards, mask)
+    outcomes = grouped_outcomes(rewards, mask, groups)
+    return over_tokens(outcomes.deviation * outcomes.count / (outcomes.count - 1).clamp(min=1), rewards, mask)

@@ -1,8 +1,8 @@
 """PPO with a robust Bellman backup under R-contamination.
 
-Wang and Zou, "Online Robust Reinforcement Learning with Model Uncertainty" (arXiv 2109.14523) and "Policy
-Gradient Method For Robust Reinforcement Learning" (ICML 2022, arXiv 2205.07344): with probability rho a
-transition leads to the worst state in place of the one the model says, hence
+The method is Wang and Zou's, "Online Robust Reinforcement Learning with Model Uncertainty" (arXiv 2109.14523) and
+"Policy Gradient Method For Robust Reinforcement Learning" (ICML 2022, arXiv 2205.07344). With probability rho a
+transition leads to the worst state instead of the state that the model gives, so the backup is
 
     T V(s) = r + gamma [ (1 - rho) V(s') + rho min V ]
 """
@@ -30,30 +30,32 @@ def robust_gae(
     worst: float,
     ended: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """GAE whose one-step backup is the robust one:
+    """Return advantages and returns of GAE with the robust one-step backup:
 
         delta_t = r_t + gamma [(1 - rho) V_{t+1} + rho worst] - V_t
         A_t     = delta_t + gamma lam (1 - rho) A_{t+1}
 
-    the trace of ``lam`` going on only where the transition was the model's own. For lam = 1, ``V + A`` is the
-    robust return of the sampled path. rho = 0 is ``scalar_gae``, bit for bit.
+    The trace of ``lam`` has the factor 1 - rho because it continues only where the transition was the model's own. For
+    lam = 1, ``V + A`` is the robust return of the sampled path. For rho = 0 the result equals ``scalar_gae``, bit for
+    bit.
 
     Args:
       rewards, values: [B, T].
       mask: [B, T] bool.
-      v_end: [B], what follows the last valid token: 0 where the sequence ended, else the critic's value.
-      gamma, lam: discount and trace, in [0, 1]; lam a number or per token as in ``scalar_gae``.
+      v_end: [B], the value after the last valid token: 0 where the sequence ended, else the critic's value.
+      gamma, lam: discount and trace, in [0, 1]; lam is a number or a tensor as in ``scalar_gae``.
       rho: the contamination, in [0, 1].
-      worst: the least value of any state; in practice the least over the global batch. The caller's to
-        find, for it must be one number for all ranks.
-      ended: [B] bool. No transition follows the last token of a sequence that ended, so its backup is
-        ``r + gamma v_end`` uncontaminated; one that was cut is contaminated like any other.
+      worst: the smallest value of any state; in practice the smallest in the global batch. The caller computes it,
+        because it must be the same number on all ranks.
+      ended: [B] bool. No transition follows the last token of a sequence that ended, so the backup of that token is
+        ``r + gamma v_end``, without contamination. The last token of a sequence that was cut is contaminated like any
+        other.
 
     Returns:
-      (advantages [B, T], returns = values + advantages [B, T]), 0 where masked.
+      (advantages, returns = values + advantages), both [B, T] and 0 where masked.
 
     Raises:
-      ValueError: on shapes that do not fit, a parameter outside [0, 1] or a ``worst`` that is not finite.
+      ValueError: when the shapes do not fit, a parameter is outside [0, 1], or ``worst`` is not finite.
     """
     values, rewards, lam = check_inputs(rewards, values, mask, v_end, gamma, lam, axes=2)
     if ended.shape != mask.shape[:1]:

@@ -13,16 +13,18 @@ BUDGET = Budget(max_restarts=3, window_s=100.0, backoff_s=1.0, backoff_max_s=8.0
 
 
 class History(RuleBasedStateMachine):
-    """Whatever happens to a pool of three, in any order; time goes on in between."""
+    """Events of a pool of three actors, in any order, with time passing between them."""
 
     @initialize()
     def begin(self) -> None:
-        self.fleet, self.now, self.granted = Fleet(3, BUDGET), 0.0, list[float]()
+        self.fleet = Fleet(3, BUDGET)
+        self.now = 0.0
+        self.granted = list[float]()
         self.states = ["starting"] * 3
 
     def some(self, data: st.DataObject, *states: str) -> int | None:
-        found = self.fleet.which(*states)  # type: ignore[arg-type]
-        return data.draw(st.sampled_from(found)) if found else None
+        members = self.fleet.which(*states)  # type: ignore[arg-type]
+        return data.draw(st.sampled_from(members)) if members else None
 
     @rule(seconds=st.floats(0, 60))
     def time_passes(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Folders sent to nodes that lack them; that nodes get them is tested across hosts in tests/e2e/test_netns.py."""
+"""Packing and unpacking of model folders. tests/e2e/test_netns.py tests that nodes on other hosts get them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def model(folder: Path) -> Path:
 
 
 def test_a_folder_arrives_as_it_was(tmp_path: Path) -> None:
-    source, target = model(tmp_path / "here"), tmp_path / "away" / "there"
+    source = model(tmp_path / "here")
+    target = tmp_path / "away" / "there"
     assert listing(target) is None
     assert unpack(target, packed(source)) is None
     assert listing(target) == listing(source) == {"config.json": 2, "nested/weights": 1000}
@@ -24,7 +25,8 @@ def test_a_folder_arrives_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_came_meanwhile_stays(tmp_path: Path) -> None:
-    source, target = model(tmp_path / "here"), tmp_path / "there"
+    source = model(tmp_path / "here")
+    target = tmp_path / "there"
     target.mkdir()
     assert unpack(target, packed(source)) is None
     assert listing(target) == {}

@@ -1,4 +1,4 @@
-"""Whether a plan fits, as a pure function."""
+"""The check whether a plan fits the cluster, as a pure function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Linux is asked to do for our processes, done for real."""
+"""The Linux features that our processes use, tested with real processes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def child(parent: int) -> None:
 def test_a_child_ends_with_a_parent_that_was_killed(stopped: bool) -> None:
     parent = subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    first, second = parent.stdout.readline(), parent.stdout.readline()
-    pid = int((first + second).replace("ready", ""))
+    lines = parent.stdout.readline() + parent.stdout.readline()  # the pid and "ready", in either order
+    pid = int(lines.replace("ready", ""))
     if stopped:
         os.kill(pid, signal.SIGSTOP)
     parent.kill()

@@ -1,4 +1,4 @@
-"""vLLM's own queues, in real processes: their names go while they are used, and their end is quiet."""
+"""vLLM's own queues in real processes: they work without their names, and close without an error."""
 
 from __future__ import annotations
 

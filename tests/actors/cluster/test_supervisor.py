@@ -1,4 +1,4 @@
-"""The watch over a pool's actors, without Ray: what becomes of whoever waits when the watch itself fails."""
+"""The watch over a pool's actors, without Ray: when it fails, callers that wait get its error."""
 
 from __future__ import annotations
 

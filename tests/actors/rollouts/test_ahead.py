@@ -1,4 +1,4 @@
-"""The stream that generates ahead, on engines in memory: admission, order, the ledger, faults."""
+"""The stream that generates ahead, with engines in memory: the age limit, order, the ledger, faults."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from tests.actors.rollouts.test_stream import FakeLedger, FakeRewards
 from tests.builders import make_config
 
 WAIT_S = 20.0
-PROMPTS, PER_STEP = 10, 4  # epochs end inside of batches
+PROMPTS, PER_STEP = 10, 4  # an epoch ends in the middle of a batch
 
 
 class Engines:
-    """Sample with the version that they hold when asked. ``gate``: a batch waits there while it is shut."""
+    """Engines that sample with the version they hold when asked. While ``gate`` is not set, ``generate`` waits."""
 
     def __init__(self) -> None:
-        self.version, self.asked, self.revived = 0, list[tuple[int, int]](), 0
-        self.gate, self.waiting = threading.Event(), threading.Event()
+        self.version = 0
+        self.asked = list[tuple[int, int]]()
+        self.revived = 0
+        self.gate = threading.Event()
+        self.waiting = threading.Event()
         self.gate.set()
         self.fail: dict[int, Exception] = {}
 
@@ -53,21 +56,21 @@ Make = Callable[..., AheadStream]
 
 @pytest.fixture
 def make(tiny_model: Path) -> Iterator[Make]:
-    made: list[AheadStream] = []
+    streams: list[AheadStream] = []
 
     def stream(max_staleness: int = 1, steps: int = 30, **rollout: Any) -> AheadStream:
         rollout = {"prompts_per_step": PER_STEP, "n": 4, "max_staleness": max_staleness} | rollout
         rows = tuple(Prompt(i, ({"role": "user", "content": "?"},), str(i), "test", (7, 8)) for i in range(PROMPTS))
         config = make_config(tiny_model, rollout=rollout, trainer={"num_steps": steps})
         data = Dataset("test", rows, ("",) * PROMPTS)
-        found = AheadStream(config, data, Engines(), FakeRewards(), FakeLedger())  # type: ignore[arg-type]
-        made.append(found)
-        return found
+        new = AheadStream(config, data, Engines(), FakeRewards(), FakeLedger())  # type: ignore[arg-type]
+        streams.append(new)
+        return new
 
     yield stream
-    for one in made:
-        one.engines.gate.set()  # type: ignore[attr-defined]
-        one.close()
+    for each in streams:
+        each.engines.gate.set()  # type: ignore[attr-defined]
+        each.close()
 
 
 def engines_of(stream: AheadStream) -> Engines:
@@ -103,7 +106,7 @@ def test_the_next_batch_is_under_way_while_the_trainers_work(make: Make) -> None
     stream = make(1)
     stream.next(0)
     assert stream._ahead.keys() == {1}
-    stream._ahead[1].result(WAIT_S)  # made without being asked for
+    stream._ahead[1].result(WAIT_S)  # it was generated before anyone asked for it
 
 
 def test_a_checkpoint_knows_of_what_was_given_only(make: Make) -> None:
@@ -207,7 +210,9 @@ def test_whatever_is_done_again_the_ledger_is_exact(
     rollout = {"prompts_per_step": PER_STEP, "n": 4, "max_staleness": bound, "reuse_gib": memory}
     config = make_config(tiny_model, rollout=rollout | {"dynamic_sampling": dynamic}, trainer={"num_steps": 12})
     stream = AheadStream(config, Dataset("test", rows, ("",) * PROMPTS), Engines(), FakeRewards(), FakeLedger())  # type: ignore[arg-type]
-    states, ledger, step = {}, dict[int, list[int]](), 0
+    states = {}
+    ledger = dict[int, list[int]]()
+    step = 0
     back = {at: to for at, to in backs if to <= at}
     while step < 12:
         states[step] = stream.state_dict()

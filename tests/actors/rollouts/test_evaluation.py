@@ -1,4 +1,4 @@
-"""What is counted in an evaluation, with engines and rewards in memory."""
+"""What an evaluation measures, with engines and rewards in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.builders import make_config
 
 
 class Engines:
-    """Answers with the number of the sample; greedy ones with ``greedy``."""
+    """Engines whose samples are their own number as text; greedy samples are the text "greedy"."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -30,7 +30,7 @@ class Engines:
 
 
 class Rewards:
-    """Sample 0 is right, sample 1 cannot be scored, greedy ones are right for prompts that say so."""
+    """Sample 0 is right and sample 1 cannot be scored. Greedy samples are right where the prompt's answer is "easy"."""
 
     def score(self, groups: list[Any], *, noisy: bool) -> list[list[Score]]:
         assert not noisy
@@ -56,10 +56,12 @@ def held_out(tiny_model: Path) -> HeldOutEvaluator:
 
 def test_every_prompt_is_sampled_n_times_and_greedily(held_out: HeldOutEvaluator) -> None:
     done: list[int] = []
-    found = held_out.measure(4, done.append)
-    assert [(p.split, p.source) for p in found] == [("id", f"source-{i % 2}") for i in range(5)] + [("ood", "source-0")]
-    assert all((p.samples, p.failed) == ((1.0, 0.0, 0.0), 1) for p in found)
-    assert [p.greedy for p in found] == [1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    results = held_out.measure(4, done.append)
+    assert [(p.split, p.source) for p in results] == [("id", f"source-{i % 2}") for i in range(5)] + [
+        ("ood", "source-0")
+    ]
+    assert all((p.samples, p.failed) == ((1.0, 0.0, 0.0), 1) for p in results)
+    assert [p.greedy for p in results] == [1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
     assert done == [2, 4, 5, 6], "as many at a time as the engine runs side by side"
     assert max(held_out.engines.batches) == 8  # type: ignore[attr-defined]
 

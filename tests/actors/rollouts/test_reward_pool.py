@@ -1,4 +1,4 @@
-"""Reward workers in real processes: what hangs, dies or raises costs its own samples only."""
+"""Reward workers in real processes: a call that hangs, dies or raises costs only its own samples."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pool(tiny_model: Path) -> Iterator[RewardPool]:
 def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -> None:
     groups = [Work(["ok", "no"], "ok", [1, 2]) for _ in range(6)]
     groups[1] = Work(["hang"], "ok", [1])
-    groups[3] = Work(["die"], "ok", [1])  # of the same worker as what hangs
+    groups[3] = Work(["die"], "ok", [1])  # on the same worker as the group that hangs
     groups[2] = Work(["raise", "ok"], "ok", [1, 2])
     noted: list[tuple[str, float]] = []
     pool.note = lambda text: noted.append((text, time.perf_counter()))
@@ -69,7 +69,8 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
 def test_a_worker_lost_while_idle_is_replaced_before_it_is_needed(pool: RewardPool, signum: int, why: str) -> None:
     assert pool.score([Work(["ok"], "ok", [1])] * 2, noisy=False), "both are up"
     noted: list[str] = []
-    pool.note, before = noted.append, pool.restarts
+    pool.note = noted.append
+    before = pool.restarts
     os.kill(ray.get(pool.workers[1].__ray_call__.remote(lambda _: os.getpid()), timeout=30), signum)
     deadline = time.monotonic() + 15
     while pool.restarts == before:
@@ -93,7 +94,7 @@ def test_a_function_that_eats_memory_costs_its_sample_only(pool: RewardPool) -> 
 
 
 def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: RewardPool) -> None:
-    """Last in this file: the pool gives its place up."""
+    """This test is the last of the file: it shuts the pool down and uses its placement."""
     pool.shutdown()
     missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), pool.placement)
     with pytest.raises(PoolError, match=r"'not_here' cannot be imported.*--working-dir"):

@@ -1,4 +1,4 @@
-"""The stream on engines and reward workers in memory: dynamic sampling, the overlong penalty, the ledger."""
+"""The stream, with engines and reward workers in memory: dynamic sampling, the overlong penalty, the ledger."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def test_a_step_done_again_takes_its_scored_rollouts_from_memory(tiny_model: Pat
     for step in range(4):
         cursors.append(stream.state_dict())
         batches.append(stream.next(step))
-    end, calls = stream.state_dict(), len(stream.engines.asked)  # type: ignore[attr-defined]
+    end = stream.state_dict()
+    calls = len(stream.engines.asked)  # type: ignore[attr-defined]
     stream.load_state_dict(cursors[2])
     again = [stream.next(step) for step in (2, 3)]
     assert len(stream.engines.asked) == calls, "nothing was sampled again"  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Responses of no token, of only the end of sequence, prompts of one token: they train, or change nothing.
+"""Empty responses, responses of only an end-of-sequence token, prompts of one token: they train, or change nothing.
 
 One process with a real gloo group of one and real FSDP2 modules.
 """
@@ -31,7 +31,7 @@ from tests.ports import listening
 
 EOS = 1
 RESPONSES: dict[str, list[tuple[int, ...]]] = {
-    "all empty": [()] * 8,  # first: later Adam's momentum moves the weights also without a gradient
+    "all empty": [()] * 8,  # must be first: later, Adam's momentum moves the weights without a gradient too
     "some empty": [(), (7, 8, EOS), (), (9,), (EOS,), (), (5, 5, 5, EOS), (6, EOS)],
     "only the end": [(EOS,)] * 8,
 }
@@ -45,10 +45,11 @@ GROUPED = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")
 
 
 def batch_of(responses: list[tuple[int, ...]]) -> Rollouts:
-    """Two prompts, of one token and of five, with four responses each; every other one is right."""
+    """Return a batch of two prompts, of one and five tokens, with four responses each; every other one is right."""
     prompts = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (5,) * (1 + 4 * i)) for i in range(2)]
     flat = [Sample(i // 4, i % 4, ids, (-0.5,) * len(ids), "", "stop", 0) for i, ids in enumerate(responses)]
-    groups, scores = [flat[:4], flat[4:]], [[Score(float(j % 2), float(j % 2)) for j in range(4)]] * 2
+    groups = [flat[:4], flat[4:]]
+    scores = [[Score(float(j % 2), float(j % 2)) for j in range(4)]] * 2
     assert len(readable_rows(prompts, groups, scores)) == 8
     rollouts = collate(prompts, groups, scores)
     metrics = rollout_metrics(rollouts, 4, version=0)
@@ -62,7 +63,7 @@ def parameters(worker: Any) -> torch.Tensor:
 
 
 def updated(worker: Any, metrics: dict[str, float], before: torch.Tensor, pool: str, tokens: int) -> None:
-    """Trained on its tokens; without one, nothing changed."""
+    """Check that the update trained on the batch's tokens, or changed nothing if it had no token."""
     assert metrics[f"{pool}/skipped_steps"] == 0
     assert math.isfinite(metrics[f"{pool}/grad_norm"])
     after = parameters(worker)
@@ -77,7 +78,9 @@ def one(config: Config, model: str) -> None:
     assert [a for a, p in listening(psutil.Process()) if p == port] == ["127.0.0.1"], (
         "torch's own choice is all of them"
     )
-    with patch("actors.training.policy.init_process_group", lambda meet: critic.device):  # both in one process here
+    with patch(
+        "actors.training.policy.init_process_group", lambda meet: critic.device
+    ):  # both workers share this process's group
         policy = PolicyWorker(config, model, meet)
     for name, responses in RESPONSES.items():
         rollouts = batch_of(responses)
@@ -85,15 +88,15 @@ def one(config: Config, model: str) -> None:
         order = scored.rows.argsort()
         rollouts = rollouts.with_(logprobs=scored.logprobs[order])
         engine_mismatch(rollouts)
-        found, metrics = critic.evaluate(rollouts, {}, 0)
-        assert found.advantages.shape == found.values.shape == rollouts.response_mask.shape, name
-        assert found.advantages.isfinite().all()
+        estimate, metrics = critic.evaluate(rollouts, {}, 0)
+        assert estimate.advantages.shape == estimate.values.shape == rollouts.response_mask.shape, name
+        assert estimate.advantages.isfinite().all()
         if rollouts.num_tokens:
             assert all(math.isfinite(v) for k, v in metrics.items() if "/loss" in k), metrics
         before = parameters(critic)
         updated(critic, critic.update(), before, "critic", rollouts.num_tokens)
         every = [GroupEstimator(config.algorithm.model_copy(update={"adv_estimator": e})) for e in GROUPED]
-        advantages = [found.advantages[found.rows.argsort()]]
+        advantages = [estimate.advantages[estimate.rows.argsort()]]
         advantages += [e.advantages(rollouts, 0)[0].advantages for e in every]
         for values in advantages:
             assert values.isfinite().all()

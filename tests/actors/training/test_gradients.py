@@ -1,6 +1,6 @@
-"""A gradient does not depend on how the work is cut: micro-batches, padding, order, packing.
+"""A gradient does not depend on how the work is split: micro-batches, padding, order, packing.
 
-(Ranks are in test_ranks.py.) One process with a real gloo group of one and real FSDP2 modules.
+test_ranks.py tests the split over ranks. One process with a real gloo group of one and real FSDP2 modules.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ def policy_update(worker: PolicyWorker, rollouts: Rollouts, advantages: Tensor) 
 
 
 def gradient_of(worker: Any, run: Run, rollouts: Rollouts, advantages: Tensor) -> Tensor:
-    """All gradients of one optimizer step, which is not taken."""
-    found: list[Tensor] = []
+    """Return all gradients of one optimizer step, flattened. The step itself is not taken."""
+    gradients: list[Tensor] = []
     extra = {k: v.clone() for k, v in worker.trainer.extra.items()}
 
     def capture() -> None:
         grads = [p.grad for p in worker.trainer.module.parameters()]
-        found.append(torch.cat([torch.zeros(0) if g is None else g.full_tensor().flatten() for g in grads]))
+        gradients.append(torch.cat([torch.zeros(0) if g is None else g.full_tensor().flatten() for g in grads]))
 
     worker.trainer.optimizer.step = capture
     run(worker, rollouts, advantages)
     worker.trainer.extra = extra
-    (gradient,) = found
+    (gradient,) = gradients
     return gradient
 
 
 def padded(rollouts: Rollouts, advantages: Tensor, more: int) -> tuple[Rollouts, Tensor]:
-    """The same batch with ``more`` columns that hold nothing."""
+    """Return the same batch with ``more`` columns of padding."""
 
     def wide(x: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, (0, more))
@@ -73,7 +73,8 @@ def check(worker: Any, pool: str, run: Run) -> None:
     advantages = torch.randn(rollouts.rewards.shape, generator=torch.Generator().manual_seed(0))
     baseline = gradient_of(worker, run, rollouts, advantages)
     assert baseline.norm() > 1e-3
-    tree, count = worker.config.model_dump(), len(rollouts)
+    tree = worker.config.model_dump()
+    count = len(rollouts)
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @given(st.integers(1, count), st.permutations(range(count)), st.integers(0, 5), st.booleans())

@@ -1,4 +1,4 @@
-"""How work is cut changes nothing: ranks, micro-batches, padding. Real gloo process groups."""
+"""The split of the work over ranks, micro-batches and padding changes no result. Real gloo process groups."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
 from dvpo_service.config import Config
-from dvpo_service.runs.integrity import sums_of
 from dvpo_service.runs.storage import is_url, make_folder, storage_path
 from dvpo_service.types import Metrics
-from tests.builders import make_config, make_rollouts
+from tests.builders import make_config, make_rollouts, sums_of
 
 STEPS = 2
 
 
 def critic_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
-    worker, tensors, metrics = CriticWorker(config, model, meet), [], []
+    worker = CriticWorker(config, model, meet)
+    tensors, metrics = [], []
     for step in range(STEPS):
         values, measured = worker.evaluate(make_rollouts(seed=step), {}, step)
         metrics.append(measured | worker.update())
@@ -35,10 +35,11 @@ def critic_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
 
 
 def policy_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
-    worker, tensors, metrics = PolicyWorker(config, model, meet), [], []
+    worker = PolicyWorker(config, model, meet)
+    tensors, metrics = [], []
     for step in range(STEPS):
-        found, measured = policy_step(worker, step)
-        tensors += found
+        results, measured = policy_step(worker, step)
+        tensors += results
         metrics.append(measured)
     return tensors, metrics
 
@@ -64,7 +65,7 @@ def _rank(rank: int, world: int, port: int, run: Any, config: Config, model: str
 
 
 def launch(run: Any, config: Config, model: Path, world: int, out: Path) -> tuple[list[Tensor], list[Metrics]]:
-    """Results as one rank would give them: tensors put back in the batch's order."""
+    """Run on ``world`` ranks and return the results as one rank would give them: tensors in the batch's order."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -121,7 +122,7 @@ def test_policy_gives_the_same_on_two_ranks_and_in_other_micro_batches(tiny_mode
 
 
 def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
-    """Train, save, go on; then load into a fresh critic and do the same again."""
+    """Train, save, continue; then load into a fresh critic, continue again, and check that both results are equal."""
     folder = f"{config.trainer.run_dir}/{meet.world_size}"
     worker = CriticWorker(config, model, meet)
     worker.evaluate(make_rollouts(seed=0), {}, 0)
@@ -151,7 +152,7 @@ def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
 
 
 def _meet_a_full_disk(worker: CriticWorker, folder: str) -> None:
-    """The error is in the thread that writes; it comes to whoever asks, and the next save is none the worse."""
+    """Check that an error of the writing thread is raised by ``saved``, and that the next save works."""
     os.makedirs(folder, exist_ok=True)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -164,7 +165,7 @@ def _meet_a_full_disk(worker: CriticWorker, folder: str) -> None:
 
 
 def continued_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tensor], list[Metrics]]:
-    """What ``resume_run`` did after its checkpoint, from the checkpoint that one rank wrote."""
+    """Continue from the checkpoint that one rank wrote in ``resume_run``, as ``resume_run`` itself did."""
     worker = CriticWorker(config, model, meet)
     worker.load(f"{config.trainer.run_dir}/1")
     values, _ = worker.evaluate(make_rollouts(seed=1), {}, 1)

@@ -1,4 +1,4 @@
-"""The loop, through the loss of trainer groups, on roles in memory."""
+"""The loop recovers from the loss of trainer groups, with roles in memory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def lost(pool: str) -> PoolError:
 
 @dataclass
 class FakeGroup:
-    """Counts how often it was built; ``broken``: errors of the next builds; ``dead``: why its ranks are lost."""
+    """A group that counts its builds. ``broken``: errors of the next builds. ``dead``: why its ranks are lost."""
 
     built: int = 0
     broken: list[PoolError] = field(default_factory=list)
     dead: str | None = None
 
     def rebuild(self) -> Any:
-        self.built, self.dead = self.built + 1, None
+        self.built += 1
+        self.dead = None
         error = self.broken.pop(0) if self.broken else None
         return FakeCall(error)
 
@@ -46,7 +47,7 @@ class FakeGroup:
 
 @dataclass
 class FakeCall:
-    """Finished when it is looked at again."""
+    """A call that is finished the second time it is looked at."""
 
     error: PoolError | None
     timeout_s: float = 60.0
@@ -101,7 +102,8 @@ class Run:
 
 
 def test_a_lost_group_goes_back_to_the_checkpoint_and_the_run_ends_as_if_nothing_was(tmp_path: Path) -> None:
-    calm, run = Run(tmp_path / "calm", {}), Run(tmp_path / "faulty", {3: lost("policy")})
+    calm = Run(tmp_path / "calm", {})
+    run = Run(tmp_path / "faulty", {3: lost("policy")})
     calm.train()
     state = run.train()
     assert state.step == 6

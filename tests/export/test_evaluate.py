@@ -1,4 +1,4 @@
-"""``dvpo eval`` around the engines: which model, which prompts, what is printed and written."""
+"""``dvpo eval`` without engines: which model and prompts it takes, what it prints and writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvpo_service.models.load import load_causal_lm
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines that are right every other time."""
+    """Replace the engines by scores in which every second sample is right."""
 
     def launched(
         config: Config, model: str, data: Mapping[str, Dataset], n: int, on_progress: Callable[[int], None]
@@ -50,10 +50,10 @@ def test_an_export_is_evaluated_where_it_is(run: Path) -> None:
 def test_tables_and_json(config: Config, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "eval.json"
     evaluate(Subject(config, str(tiny_model), "tiny", 3), [], 4, output)
-    found = json.loads(output.read_text())
-    assert (found["model"], found["step"], found["n"]) == ("tiny", 3, 4)
-    assert found["splits"]["val"]["accuracy"] == 0.5
-    assert found["splits"]["val"]["pass_at_k"] == {"1": 0.5, "2": pytest.approx(5 / 6), "4": 1.0}
+    results = json.loads(output.read_text())
+    assert (results["model"], results["step"], results["n"]) == ("tiny", 3, 4)
+    assert results["splits"]["val"]["accuracy"] == 0.5
+    assert results["splits"]["val"]["pass_at_k"] == {"1": 0.5, "2": pytest.approx(5 / 6), "4": 1.0}
     shown = capsys.readouterr().out
     assert "tiny after 3 updates: 4 samples a prompt at temperature 1" in shown
     assert "pass@4" in shown
@@ -67,7 +67,7 @@ def test_files_take_the_place_of_the_splits(
     rows = [{"prompt": "1+1=", "answer": "2", "data_source": name} for name in ("sums", "sums", "other")]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = [str(tmp_path / "mine.jsonl"), "shipped:demo-ood.jsonl"]
-    found = evaluate(Subject(config, str(tiny_model), "tiny"), files, 2, None)
-    assert found["splits"].keys() == {"mine", "demo-ood"}
-    assert found["sources"]["sums"]["prompts"] == 2
+    results = evaluate(Subject(config, str(tiny_model), "tiny"), files, 2, None)
+    assert results["splits"].keys() == {"mine", "demo-ood"}
+    assert results["sources"]["sums"]["prompts"] == 2
     assert "source" in capsys.readouterr().out

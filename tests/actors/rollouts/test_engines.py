@@ -1,0 +1,179 @@
+"""The pool of engines on engines without a model: order, faults, weights. Real Ray actors, no vLLM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.cluster.connect import connected
+from actors.cluster.placement import Placement, plan_bundles
+from actors.cluster.pool import PoolError, RestartBudgetExhausted
+from actors.rollouts.engines import EnginePool, split
+from actors.weights.sync import SyncedEngines
+from actors.weights.transfer import EngineClient, weight_backend
+from dvpo_service.config import Config
+from dvpo_service.errors import ConfigError
+from dvpo_service.types import Prompt, Sample, Sampling
+from tests.builders import make_config
+
+pytestmark = pytest.mark.e2e
+
+SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=4)
+PROMPTS = [Prompt(i, ({"role": "user", "content": "?"},), "1", "t", (5, 6)) for i in range(40)]
+
+
+def fake_config(max_restarts: int = 20, **rollout: Any) -> Config:
+    settings = {"engine": "tests.actors.rollouts.fake_engine:FakeEngine", "num_engines": 2, "prompts_per_step": 4}
+    settings |= {"n": 4, "max_new_tokens": 8, "generate_timeout_s": 4.0, "heartbeat_s": 0.2, "heartbeat_timeout_s": 2.0}
+    cluster = {"restart_backoff_s": 0.1, "max_restarts": max_restarts, "num_cpus": 8}
+    return make_config("model", rollout=settings | rollout, cluster=cluster)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with connected(fake_config()):
+        yield
+
+
+class Running:
+    """A pool of fake engines, with weights that are a number, and the notes that it gives."""
+
+    def __init__(self, folder: Path, stack: ExitStack, **settings: Any):
+        self.folder, self.notes = folder, list[str]()
+        config = fake_config(**settings)
+        bundles = [b for b in plan_bundles(config) if b.pool == "rollout"]
+        placement = Placement(bundles, timeout_s=60)
+        stack.callback(placement.release)
+        self.pool = EnginePool.spawn(config, str(folder), weight_backend(config), placement, self.notes.append)
+        stack.callback(self.pool.shutdown)
+        self.sent: list[list[int]] = []
+        self.engines = SyncedEngines(config, self.pool, weight_backend(config), self.send)
+
+    def start(self) -> Running:
+        self.pool.supervisor.start()
+        self.pool.supervisor.wait_started()
+        self.engines.push(0)
+        return self
+
+    def send(self, client: EngineClient, backend: str, timeout_s: float) -> dict[int, str]:
+        client.start_weight_update()
+        client.finish_weight_update()
+        self.sent.append(sorted(client.engines))
+        return client.lost
+
+    def ask(self, fault: str) -> None:
+        (self.folder / fault).touch()
+
+    def generate(self, step: int = 0) -> list[list[Sample]]:
+        return self.engines.generate(PROMPTS, SAMPLING, run_seed=0, step=step)
+
+    def restarts(self) -> float:
+        return self.pool.supervisor.metrics()["pool/restarts/rollout"]
+
+
+@pytest.fixture
+def stack(ray_cluster: None) -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def shared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One pool for many tests: starting a process takes longer than most of them."""
+    with ExitStack() as stack:
+        yield Running(tmp_path_factory.mktemp("engines"), stack).start()
+
+
+@pytest.fixture
+def running(shared: Running) -> Running:
+    """The pool with both engines serving, and no notes yet."""
+    deadline = time.monotonic() + 60
+    while len(shared.pool.supervisor.serving()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        shared.engines.push(0)
+    shared.notes.clear()
+    return shared
+
+
+def tokens(groups: list[list[Sample]]) -> list[tuple[int, ...]]:
+    return [s.token_ids for g in groups for s in g]
+
+
+def test_samples_come_in_the_prompts_order_from_all_engines(running: Running) -> None:
+    groups = running.generate()
+    assert [g[0].prompt_index for g in groups] == list(range(len(PROMPTS)))
+    assert [[s.sample_index for s in g] for g in groups] == [[0, 1]] * len(PROMPTS)
+    assert len({s.text for g in groups for s in g}) == 2, "both engines took part"
+    assert {s.weight_version for g in groups for s in g} == {0}
+    assert tokens(running.generate()) == tokens(groups), "the same seed and step"
+    assert tokens(running.generate(step=1)) != tokens(groups)
+
+
+@pytest.mark.parametrize(
+    ("fault", "note"),
+    [("die", "its process is gone"), ("lost", "EngineLost"), ("hang", "no answer to generate within 4 s")],
+)
+def test_an_engine_that_is_lost_costs_its_prompts_a_second_try(running: Running, fault: str, note: str) -> None:
+    calm = tokens(running.generate())
+    running.ask(fault)
+    before = running.restarts()
+    assert tokens(running.generate()) == calm, "the seeds belong to the prompts, not to the engine"
+    assert running.restarts() == before + 1
+    assert note in running.notes[0]
+
+
+def test_a_silent_engine_is_replaced_though_nobody_waits_for_it(running: Running) -> None:
+    running.ask("silent")
+    deadline = time.monotonic() + 20
+    while not any("no heartbeat within 2 s" in note for note in running.notes):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(running.generate()) == len(PROMPTS)
+
+
+def test_the_only_engine_is_succeeded_with_weights_until_the_budget_is_spent(stack: ExitStack, tmp_path: Path) -> None:
+    running = Running(tmp_path, stack, num_engines=1, max_restarts=1).start()
+    running.engines.push(7)
+    running.ask("die")
+    assert {s.weight_version for g in running.generate() for s in g} == {7}
+    assert running.sent == [[0]] * 3, "two pushes, and one to the successor before it serves"
+    running.ask("die")
+    with pytest.raises(RestartBudgetExhausted, match=r"used its 1 restarts.*its process is gone"):
+        running.generate()
+
+
+def test_a_request_that_no_engine_can_serve_is_an_error_and_costs_no_engine(running: Running) -> None:
+    running.ask("refuse")
+    before = running.restarts()
+    with pytest.raises(PoolError, match="ValueError: the prompt is too long") as caught:
+        running.generate()
+    (running.folder / "refuse").unlink()
+    assert not caught.value.lost
+    assert running.restarts() == before
+    assert len(running.generate()) == len(PROMPTS)
+
+
+def test_an_engine_that_does_not_start_ends_the_run_at_once(stack: ExitStack, tmp_path: Path) -> None:
+    running = Running(tmp_path, stack, num_engines=1)
+    running.ask("no-start")
+    with pytest.raises(PoolError, match="RuntimeError: there is no model here"):
+        running.start()
+
+
+def test_an_engine_says_which_weight_transfers_it_takes(ray_cluster: None) -> None:
+    assert weight_backend(fake_config()) == "safetensors"
+    with pytest.raises(ConfigError, match=r"rollout\.weight_transfer=nccl: rollout\.engine=.*takes safetensors"):
+        weight_backend(fake_config(weight_transfer="nccl"))
+
+
+def test_shares_hold_every_prompt_once() -> None:
+    for count, parts in ((0, 4), (3, 8), (40, 16)):
+        shares = split(count, parts)
+        assert sorted(p for share in shares for p in share) == list(range(count))
+        assert len(shares) == min(count, parts)
