@@ -29,6 +29,10 @@ class TrackingError(UserError):
     """The tracking store cannot be used, or a file of logged steps is damaged."""
 
 
+class RewardsFailed(UserError):
+    """No response of a step could be scored."""
+
+
 def one_line(text: object, limit: int | None = 300) -> str:
     """Return ``str(text)`` on one line, with single spaces, cut to ``limit`` characters (None: not cut)."""
     return " ".join(str(text).split())[:limit]

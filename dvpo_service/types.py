@@ -25,13 +25,19 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the data. ``index`` is its position in the dataset, by which the ledger counts the row."""
+    """One row of the data.
+
+    Attributes:
+      index: its position in the dataset, by which the ledger counts the row.
+      occurrence: how often the step drew the row before; each time it is sampled with seeds of its own.
+    """
 
     index: int
     messages: tuple[Message, ...]
     answer: str
     source: str
     token_ids: tuple[int, ...] = ()
+    occurrence: int = 0
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class EnginePool(Pool):
           PoolError: no engine can serve a request.
           RestartBudgetExhausted: engines died too often.
         """
-        seeds = [sample_seed(run_seed, step, p.index, 0) % SEED_RANGE for p in prompts]
+        seeds = [sample_seed(run_seed, step, p.index, 0, p.occurrence) % SEED_RANGE for p in prompts]
 
         def submit(positions: list[int], number: int, actor: Any) -> tuple[Any, InFlightRequest]:
             ref = actor.generate.remote([prompts[p] for p in positions], sampling, [seeds[p] for p in positions])

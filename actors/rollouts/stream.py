@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.data.cursor import CursorState, PromptCursor
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.ledger import Ledger
+from dvpo_service.errors import RewardsFailed, one_line
 from dvpo_service.rewards.overlong import overlong_penalty
 from dvpo_service.rewards.seeds import sample_seed
 from dvpo_service.types import Generated, Prompt, Rollouts, Sample, Sampling, Score
@@ -52,7 +54,7 @@ def score_samples(
         Work(
             [s.text for s in group],
             p.answer,
-            [sample_seed(run_seed, step, p.index, s.sample_index) for s in group],
+            [sample_seed(run_seed, step, p.index, s.sample_index, p.occurrence) for s in group],
             p.source,
         )
         for p, group in zip(prompts, groups, strict=True)
@@ -79,15 +81,20 @@ def penalised(config: Config, samples: list[Sample], scores: list[Score]) -> lis
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt's samples with their scores."""
+    """One prompt's samples with their scores, and their rewards before the overlong penalty."""
 
     prompt: Prompt
     samples: list[Sample]
     scores: list[Score]
+    unpenalised: list[float]
 
     def has_zero_variance(self) -> bool:
-        """Return whether all valid samples have the same reward, so that comparing them teaches nothing."""
-        return len({s.reward for s in self.scores if s.error is None}) < 2
+        """Return whether all valid samples have the same reward, so that comparing them teaches nothing.
+
+        Length does not count: of three right answers, a long one is as right as the others (DAPO, arXiv 2503.14476).
+        """
+        valid = zip(self.unpenalised, self.scores, strict=True)
+        return len({reward for reward, score in valid if score.error is None}) < 2
 
 
 def _count_useful(groups: list[Group]) -> int:
@@ -147,14 +154,15 @@ class SyncStream:
         rollout = self.config.rollout
         size = rollout.prompts_per_step
         seconds = {"generate": 0.0, "score": 0.0}
-        drawn = self._draw(size, step, seconds)
+        drawn = self._draw(size, step, [], seconds)
         draws = 1
         while rollout.dynamic_sampling and draws < rollout.max_draws:
             missing = size - _count_useful(drawn)
             if missing <= 0:
                 break
-            drawn += self._draw(missing, step, seconds)
+            drawn += self._draw(missing, step, drawn, seconds)
             draws += 1
+        self._check_scored(drawn, step)
         metrics = rollout_metrics(_collate(drawn), rollout.n, version=step)
         metrics["rollout/tokens_per_s"] = metrics.pop("rollout/tokens") / seconds["generate"]
         metrics |= {f"time/{stage}": s for stage, s in seconds.items()}
@@ -164,11 +172,15 @@ class SyncStream:
         rows = readable_rows([g.prompt for g in used], [g.samples for g in used], [g.scores for g in used])
         return drawn, Generated(_collate(used), rows, metrics)
 
-    def _draw(self, count: int, step: int, seconds: dict[str, float]) -> list[Group]:
-        """Sample and score the next ``count`` prompts; add the time that each stage took to ``seconds``."""
+    def _draw(self, count: int, step: int, before: list[Group], seconds: dict[str, float]) -> list[Group]:
+        """Sample and score the next ``count`` prompts; add the time that each stage took to ``seconds``.
+
+        Args:
+          before: the groups that the step has drawn already.
+        """
         config = self.config
         seed = config.trainer.seed
-        prompts = [self.data.prompts[i] for i in self.cursor.take(count)]
+        prompts = self._next_prompts(count, before)
         start = time.perf_counter()
         groups = self.engines.generate(prompts, training_sampling(config), run_seed=seed, step=step, check=self.check)
         generated = time.perf_counter()
@@ -176,9 +188,29 @@ class SyncStream:
         seconds["generate"] += generated - start
         seconds["score"] += time.perf_counter() - generated
         return [
-            Group(p, samples, penalised(config, samples, scored))
+            Group(p, samples, penalised(config, samples, scored), [s.reward for s in scored])
             for p, samples, scored in zip(prompts, groups, scores, strict=True)
         ]
+
+    def _check_scored(self, drawn: list[Group], step: int) -> None:
+        """Raise RewardsFailed when no response of the step could be scored: there is nothing to learn from."""
+        errors = [s.error for g in drawn for s in g.scores if s.error is not None]
+        if errors and len(errors) == sum(len(g.scores) for g in drawn):
+            raise RewardsFailed(
+                f"none of the {len(errors)} responses of step {step + 1} could be scored. The first error of "
+                f"reward.function={self.config.reward.function}: {one_line(errors[0], 400)}. Mend the reward; the same "
+                "command continues from the last checkpoint"
+            )
+
+    def _next_prompts(self, count: int, before: list[Group]) -> list[Prompt]:
+        """Return the next prompts, each with the number of times that the step drew it before."""
+        times = Counter(g.prompt.index for g in before)
+        prompts = []
+        for index in self.cursor.take(count):
+            prompt = self.data.prompts[index]
+            prompts.append(replace(prompt, occurrence=times[index]) if times[index] else prompt)
+            times[index] += 1
+        return prompts
 
     def state_dict(self) -> CursorState:
         """Return the cursor's state."""

@@ -198,7 +198,7 @@ class CriticWorker:
             z,
             z_end,
             part,
-            seeds=(trainer.seed * 1_000_003 + step) * 1_000_003 + rows,
+            seeds=row_seeds(trainer.seed, step, rows),
             pretraining=step < trainer.critic_warmup,
             stats=stats,
         ).to(torch.device("cpu"))
@@ -257,6 +257,12 @@ def _build(config: Config, model_path: str, spec: CriticSpec) -> DistributionalC
     return DistributionalCritic(
         backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
     )
+
+
+def row_seeds(run_seed: int, step: int, rows: Tensor) -> Tensor:
+    """Return a seed for each of the batch's rows, [b] int64 in [0, 2**63), for any seed that a config takes."""
+    base = ((run_seed * 1_000_003 + step) * 1_000_003) % 2**62
+    return base + rows
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

@@ -41,7 +41,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
 
     - "k1": ``-d``, unbiased, of any sign.
     - "k2": ``d^2 / 2``, biased; on-policy its gradient equals the KL's gradient.
-    - "k3": ``exp(d) - 1 - d``, unbiased and never negative. The exponential is clamped at exp(20).
+    - "k3": ``exp(d) - 1 - d``, unbiased and never negative. ``d`` is clamped at 20, so beyond there is no gradient.
 
     Raises ValueError for another kind.
     """
@@ -51,7 +51,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        return torch.expm1(d.clamp(max=MAX_LOG_RATIO)) - d
+        d = d.clamp(max=MAX_LOG_RATIO)  # in both places: in the exponential alone the gradient would change its sign
+        return torch.expm1(d) - d
     raise ValueError(f"the KL estimator is 'k1', 'k2' or 'k3', got {kind!r}")
 
 

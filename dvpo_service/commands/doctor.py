@@ -106,12 +106,15 @@ def _plugins(config: Config) -> Iterator[Finding]:
 
 
 def _data(config: Config) -> Iterator[Finding]:
+    from dvpo_service.commands.check_rollouts import check_rollouts
     from dvpo_service.data.splits import load_data
 
     data = load_data(config.data)
     yield Finding(True, "training data", f"{len(data.train)} prompts, {data.train.skipped} rows skipped")
     for name, split in data.held_out.items():
         yield Finding(True, f"held-out data {name!r}", f"{len(split)} prompts")
+    check_rollouts(config, data.train.prompts[0])
+    yield Finding(True, "reward", f"{config.reward.function} scores the answer of the first training row")
 
 
 def _model(config: Config) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from actors.rollouts.engines import WarmEngines
 from dvpo_service import loop, terminal
 from dvpo_service.commands.assemble import assemble, recovery_of, start_pools
 from dvpo_service.commands.check_plugins import check_plugins
+from dvpo_service.commands.check_rollouts import check_rollouts
 from dvpo_service.commands.resume import open_tracker, restore, resume_point
 from dvpo_service.commands.summary import plan_facts, summarize
 from dvpo_service.commands.warmstart import base_model
@@ -21,7 +22,6 @@ from dvpo_service.export.export import CRITIC, EXPORT_FILE, POLICY, describe, wr
 from dvpo_service.host.stopping import Stopped, Stopping
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import check_model, load_tokenizer
-from dvpo_service.rewards.scoring import resolve
 from dvpo_service.roles import Display
 from dvpo_service.runs.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.runs.directory import RunDir
@@ -81,10 +81,10 @@ def _check(config: Config, *, quiet: bool) -> Data:
     """Check everything that can be checked before actors start, and return the data."""
     if not quiet:
         terminal.warn_of(config)
-    resolve(config.reward.function)
     check_plugins(config)
     data = load_data(config.data)
     check_sources(config.reward, data.train)
+    check_rollouts(config, data.train.prompts[0])
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     plan_fit(config)
     return data

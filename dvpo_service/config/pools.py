@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from dvpo_service.algo.choices import Aggregation, KlKind, KlPlace
 from dvpo_service.config.base import (
@@ -58,11 +58,32 @@ class CriticConfig(TrainerPool):
 
 
 class KLConfig(Section):
-    """KL penalty to the frozen reference policy. With ``coef`` 0 there is none, and no reference is loaded."""
+    """KL penalty to the frozen reference policy. With ``coef`` 0 there is none, and no reference is loaded.
+
+    ``kind`` is k1 in the reward and k3 in the loss by default (docs/algorithm.md)."""
 
     coef: NonNegativeFloat = 0.0
-    kind: KlKind = "k3"
     where: KlPlace = "loss"
+    kind: KlKind
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_by_place(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {"kind": "k1" if given.get("where") == "reward" else "k3"} | given
+
+    @model_validator(mode="after")
+    def _has_the_gradient_of_the_kl(self) -> Self:
+        if self.where == "loss" and self.kind == "k1":
+            raise ValueError(
+                "kind=k1 with where=loss does nothing: the expected gradient of k1 is 0; use k2 or k3, or where=reward"
+            )
+        if self.where == "reward" and self.kind != "k1":
+            raise ValueError(
+                f"kind={self.kind} with where=reward has another gradient than the KL (arXiv 2510.01555); use k1"
+            )
+        return self
 
 
 class PolicyConfig(TrainerPool):
@@ -81,4 +102,4 @@ class PolicyConfig(TrainerPool):
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     loss_agg: Aggregation = "token_mean"
     entropy_coef: float = 0.0
-    kl: KLConfig = KLConfig()
+    kl: KLConfig = Field(default_factory=lambda: KLConfig.model_validate({}))

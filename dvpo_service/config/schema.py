@@ -16,6 +16,7 @@ from dvpo_service.config.base import (
     PositiveFloat,
     Probability,
     Section,
+    Seed,
 )
 from dvpo_service.config.pools import CriticConfig, PolicyConfig
 from dvpo_service.config.rollouts import RewardConfig, RolloutConfig
@@ -50,7 +51,7 @@ class WarmstartConfig(Section):
     lr: PositiveFloat = 1e-3
     label_smoothing: Probability = 0.0
     world_size: Positive = 1
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -137,7 +138,7 @@ class TrainerConfig(Section):
     """
 
     num_steps: Positive = 100
-    seed: int = 0
+    seed: Seed = 0
     run_dir: str | None = None
     resume: Literal["auto", "never"] = "auto"
     critic_warmup: NonNegative = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,13 +61,20 @@ def rollout_metrics(rollouts: Rollouts, group_size: int, version: int) -> Metric
         "reward/mean": float(rollouts.scores.nanmean()),
         "reward/clean_mean": float(rollouts.clean_scores.nanmean()),
         "reward/failed": float(rollouts.scores.isnan().sum()),
-        "reward/groups_without_spread": float((groups == groups[:, :1]).all(1).float().mean()),
+        "reward/groups_without_spread": float(without_spread(groups).float().mean()),
         "reward/between_prompts": between_groups(groups),
         "rollout/response_length": float(rollouts.response_lens.float().mean()),
         "rollout/truncated": float((~rollouts.finished).float().mean()),
         "rollout/staleness": float((version - rollouts.weight_version).max()),
         "rollout/tokens": float(rollouts.response_lens.sum()),
     }
+
+
+def without_spread(groups: Tensor) -> Tensor:
+    """Return [groups] bool, whether the scored samples of a group [groups, samples] are all equal; NaN is unscored."""
+    lowest = groups.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).amin(1)
+    highest = groups.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(1)
+    return highest <= lowest
 
 
 def readable_rows(

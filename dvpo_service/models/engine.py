@@ -38,7 +38,7 @@ def engine_settings(config: Config, model: str, max_model_len: int, *, on_cpu: b
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": rollout.enforce_eager,
         "enable_prefix_caching": True,
-        "seed": config.trainer.seed,
+        "seed": config.trainer.seed % 2**32,  # numpy, which vLLM seeds with it, takes no larger one
         "disable_log_stats": True,
     }
     if not on_cpu:

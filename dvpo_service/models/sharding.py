@@ -32,11 +32,27 @@ def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: b
     backbone = getattr(module, "backbone", module)
     if checkpointing:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers checkpoints in training mode only, and from_pretrained returns a model in eval mode.
+        turn_off_dropout(backbone)
+        backbone.train()
     for layer in decoder_layers(backbone):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if hasattr(module, "value"):  # the critic's heads compute in float32
         fully_shard(module.value, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def turn_off_dropout(backbone: nn.Module) -> None:
+    """Set every dropout probability to 0, so that training mode computes what eval mode does.
+
+    Modules hold it as ``nn.Dropout.p``, or as a number of their own (``attention_dropout``) that they pass on.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def decoder_layers(backbone: nn.Module) -> Iterator[nn.Module]:

@@ -67,6 +67,8 @@ ESTIMATORS: Mapping[str, Entry] = {
     "dr_grpo": _group("dr_grpo_advantages", needs_groups=True),
     "rloo": _group("rloo_advantages", needs_groups=True),
     "reinforce_plus_plus": _group("reinforce_plus_plus_advantages", whitens=True),
+    # The group's mean as baseline, then whitened over the batch (arXiv 2501.03262).
+    "reinforce_plus_plus_baseline": _group("dr_grpo_advantages", needs_groups=True, whitens=True),
 }
 
 

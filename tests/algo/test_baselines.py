@@ -194,3 +194,16 @@ def test_robust_bad_input() -> None:
     for rho, worst in ((1.5, 0.0), (0.1, math.nan)):
         with pytest.raises(ValueError, match="rho"):
             robust_gae(rewards, values, mask, v_end, 1.0, 0.9, rho, worst, ended)
+
+
+def test_values_that_stayed_within_the_clip_do_not_count_as_clipped() -> None:
+    """In float32, where old + (new - old) is not new. Held against moves of both signs and all sizes below the clip."""
+    rng = torch.Generator().manual_seed(0)
+    old = torch.randn(64, 64, generator=rng)
+    moved = old + torch.rand(64, 64, generator=rng) * 1.9 - 0.95
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    returns = torch.randn(64, 64, generator=rng)
+    _, clipped = value_loss(moved, returns, mask, old_values=old, clip=1.0, denominator=1.0)
+    assert not clipped.any()
+    _, clipped = value_loss(old + 3, old + 9, mask, old_values=old, clip=1.0, denominator=1.0)
+    assert clipped.all(), "far outside, and away from the return"

@@ -133,3 +133,14 @@ def test_masked_reductions() -> None:
         masked_mean(x, mask, 0)
     with pytest.raises(ValueError, match="shape"):
         masked_sum(x, mask[:1])
+
+
+@pytest.mark.parametrize("gap", [0.5, 19.0, 21.0, 40.0])
+def test_k3_never_pushes_away_from_the_reference(gap: float) -> None:
+    """The policy's log-prob is ``gap`` below the reference's: the penalty's gradient is not positive, however far."""
+    logprobs = torch.tensor([[-gap]], dtype=torch.float64, requires_grad=True)
+    kl_penalty(logprobs, torch.zeros(1, 1, dtype=torch.float64), "k3").sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() <= 0.0
+    if gap < 20:
+        assert logprobs.grad.item() == pytest.approx(1 - math.exp(gap))

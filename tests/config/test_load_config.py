@@ -10,6 +10,7 @@ import yaml
 from dvpo_service.config import load_config, shipped_configs, to_yaml
 from dvpo_service.config.load import known_keys
 from dvpo_service.errors import ConfigError
+from dvpo_service.registry.estimators import ESTIMATORS
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_a_circle_of_configs_is_an_error(tmp_path: Path) -> None:
 
 def test_every_estimator_has_a_shipped_config() -> None:
     used = {load_config(name).algorithm.adv_estimator for name in shipped_configs()}
-    assert used == {"dvpo", "gae", "robust_gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"}
+    assert used == set(ESTIMATORS)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,10 @@ def test_every_estimator_has_a_shipped_config() -> None:
         (["reward.overlong_buffer=99"], "must be shorter than rollout.max_new_tokens = 16"),
         (["policy.dual_clip=1"], "greater than 1"),
         (["algorithm.adv_estimator=ppo"], "use one of dvpo, gae"),
+        (["policy.kl={coef: 0.1, kind: k1}"], "kind=k1 with where=loss does nothing"),
+        (["policy.kl={coef: 0.1, kind: k3, where: reward}"], "kind=k3 with where=reward has another gradient"),
+        (["trainer.seed=-1"], "greater than or equal to 0"),
+        (["trainer.seed=9223372036854775808"], "less than or equal to 9223372036854775807"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused_with_the_reason(
@@ -176,3 +181,8 @@ def test_one_head_and_one_quantile_are_a_critic(path: str) -> None:
 )
 def test_stale_tokens_are_weighed_unless_told_otherwise(path: str, overrides: list[str], correction: str) -> None:
     assert load_config(path, overrides).rollout.correction == correction
+
+
+def test_the_kind_of_kl_follows_its_place() -> None:
+    assert load_config("demo").policy.kl.kind == "k3"
+    assert load_config("demo", ["policy.kl={coef: 0.1, where: reward}"]).policy.kl.kind == "k1"

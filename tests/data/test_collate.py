@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
+from dvpo_service.data.collate import collate, readable_rows, rollout_metrics, without_spread
 from dvpo_service.types import Prompt, Sample, Score
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": f"{i}?"},), "1", "t", (5,) * (i + 2)) for i in range(2)]
@@ -55,3 +55,9 @@ def test_rows_for_a_person() -> None:
     assert rows[0]["prompt"] == "0?"
     assert (rows[0]["reward"], rows[0]["clean_reward"]) == (1.0, 0.0)
     assert rows[2]["error"] == "boom"
+
+
+def test_a_failed_sample_is_no_spread() -> None:
+    nan = float("nan")
+    groups = torch.tensor([[1.0, 1.0, nan], [0.0, 1.0, nan], [nan, nan, nan], [0.5, 0.5, 0.5], [nan, 1.0, 0.0]])
+    assert without_spread(groups).tolist() == [True, False, True, True, False]

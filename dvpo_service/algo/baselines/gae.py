@@ -19,7 +19,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean of ``0.5 (V - R)^2`` over valid tokens, optionally with PPO's value clipping.
 
-    With clipping, the loss of a token is the larger of that and ``0.5 (V_old + clamp(V - V_old, -clip, clip) - R)^2``.
+    With clipping, the loss of a token is the larger of that and ``0.5 (clamp(V, V_old - clip, V_old + clip) - R)^2``.
     It has no gradient where V has moved by more than ``clip`` and the clipped value is the one farther from R. Value
     clipping is in PPO's code, not in the paper.
 
@@ -46,7 +46,8 @@ def value_loss(
     if old_values is None or not clip > 0:
         raise ValueError(f"value clipping needs old values and a clip > 0, got clip={clip}")
     old_values = zero_masked(old_values.detach().to(values.dtype), mask)
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    # Not old + clamp(V - old): that rounds away from V, and tokens that never left the range would count as clipped.
+    near = values.clamp(old_values - clip, old_values + clip)
     clipped_error = (near - returns).square()
     loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, denominator)
     return loss, (clipped_error > error) & mask

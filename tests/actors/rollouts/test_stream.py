@@ -12,6 +12,8 @@ from actors.rollouts import cache
 from actors.rollouts.reward import Work
 from actors.rollouts.stream import SyncStream
 from dvpo_service.data.dataset import Dataset
+from dvpo_service.errors import RewardsFailed
+from dvpo_service.rewards.seeds import sample_seed
 from dvpo_service.types import Prompt, Sample, Score
 from tests.builders import make_config
 
@@ -145,3 +147,64 @@ def test_the_memory_for_reuse_is_bounded(tiny_model: Path) -> None:
     none = make_stream(tiny_model, rollout={"reuse_gib": 0})
     none.next(0)
     assert not none.cache.batches
+
+
+def test_a_prompt_drawn_twice_in_a_step_is_sampled_twice_and_not_copied(tiny_model: Path) -> None:
+    """Three prompts, four a step: the epoch ends inside of the batch, and one prompt comes again."""
+    stream = make_stream(tiny_model, prompts=3)
+    seen: list[list[tuple[int, int]]] = []
+    generate = stream.engines.generate
+
+    def recording(prompts: list[Prompt], sampling: Any, **given: Any) -> list[list[Sample]]:
+        seen.append([(p.index, sample_seed(0, given["step"], p.index, 0, p.occurrence)) for p in prompts])
+        return generate(prompts, sampling, **given)
+
+    stream.engines.generate = recording  # type: ignore[method-assign]
+    for step in range(6):
+        stream.next(step)
+    for step, drawn in enumerate(seen):
+        assert len({index for index, _ in drawn}) < 4, "a prompt comes twice"
+        assert len({seed for _, seed in drawn}) == 4, "but no seed does"
+        index, seed = drawn[0]
+        assert seed == sample_seed(0, step, index, 0), "the first time its seed is that of the prompt alone"
+
+
+def test_a_prompt_drawn_again_by_dynamic_sampling_has_other_seeds_too(tiny_model: Path) -> None:
+    stream = make_stream(
+        tiny_model, prompts=5, rollout={"dynamic_sampling": True, "max_draws": 3}, rewards=FakeRewards(lambda i: True)
+    )
+    occurrences: dict[int, list[int]] = {}
+    generate = stream.engines.generate
+
+    def recording(prompts: list[Prompt], sampling: Any, **given: Any) -> list[list[Sample]]:
+        for p in prompts:
+            occurrences.setdefault(p.index, []).append(p.occurrence)
+        return generate(prompts, sampling, **given)
+
+    stream.engines.generate = recording  # type: ignore[method-assign]
+    stream.next(0)
+    assert sum(map(len, occurrences.values())) == 12
+    assert all(times == list(range(len(times))) for times in occurrences.values())
+
+
+def test_a_long_right_answer_is_no_spread_for_dynamic_sampling(tiny_model: Path) -> None:
+    """DAPO filters on correctness: the overlong penalty alone teaches nothing about right and wrong."""
+    stream = make_stream(
+        tiny_model,
+        rewards=FakeRewards(lambda i: True),
+        rollout={"max_new_tokens": 4, "dynamic_sampling": True, "max_draws": 2},
+        reward={"overlong_buffer": 2, "overlong_penalty": 0.5},
+    )
+    batch = stream.next(0)
+    assert batch.metrics["rollout/draws"] == 2, "every group was equally right, so others were drawn"
+    assert batch.rollouts.scores[:4].tolist() == [1.0, 1.0, 0.75, 0.5]
+
+
+def test_a_step_without_one_score_ends_the_run_with_the_first_error(tiny_model: Path) -> None:
+    class Failing(FakeRewards):
+        def score(self, work: list[Work], *, noisy: bool) -> list[list[Score]]:
+            nan = float("nan")
+            return [[Score(nan, nan, "NameError: name 'reponse' is not defined")] * 4 for _ in work]
+
+    with pytest.raises(RewardsFailed, match=r"none of the 16 responses of step 1 .* NameError: name 'reponse'"):
+        make_stream(tiny_model, rewards=Failing()).next(0)

@@ -1,0 +1,114 @@
+"""Gradient checkpointing is on when it is asked for: bytes saved for the backward pass are measured, gradients kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.cluster.pool import Rendezvous
+from actors.training.critic import CriticWorker, row_seeds
+from actors.training.policy import PolicyWorker
+from dvpo_service.config import Config
+from dvpo_service.host.network import free_port
+from dvpo_service.models.load import load_tokenizer
+from dvpo_service.models.sharding import turn_off_dropout
+from tests.builders import make_config, make_rollouts
+
+
+def backward_of(worker: Any, config: Config) -> tuple[int, Tensor]:
+    """The bytes that one optimizer step saves for its backward pass, and its gradient; the step is not taken."""
+    saved = [0]
+    gradients: list[Tensor] = []
+
+    def capture() -> None:
+        grads = [p.grad.full_tensor().flatten() for p in worker.trainer.module.parameters() if p.grad is not None]
+        gradients.append(torch.cat(grads))
+
+    def keep(x: Tensor) -> Tensor:
+        saved[0] += x.numel() * x.element_size()
+        return x
+
+    worker.trainer.optimizer.step = capture
+    rollouts = make_rollouts(seed=3)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        if isinstance(worker, CriticWorker):
+            worker.evaluate(rollouts, {}, 0)
+            worker.update()
+        else:
+            advantages = torch.ones(rollouts.rewards.shape)
+            worker.update(rollouts, {"logprobs": rollouts.rollout_logprobs}, advantages, 0)
+    return saved[0], gradients[0]
+
+
+def _process(rank: int, kind: Any, configs: list[Config], model: str) -> None:
+    torch.set_num_threads(1)
+    measured = []
+    for config in configs:
+        worker = kind(config, model, Rendezvous(0, 1, "127.0.0.1", free_port(), 60))
+        measured.append(backward_of(worker, config))
+        torch.distributed.destroy_process_group()
+    (plain, wanted), (checkpointed, gradient) = measured
+    assert checkpointed < plain / 2, (checkpointed, plain)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
+    os._exit(0)  # gloo's threads can abort the interpreter's own shutdown
+
+
+def deep_model(folder: Path, tokenizer: Path) -> Path:
+    """Six layers, so that a layer's inputs are little beside what is inside; with dropout, which must stay off."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_dropout=0.3,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(str(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def test_checkpointing_saves_memory_and_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    model = deep_model(tmp_path / "deep", tiny_model)
+    for kind, pool in ((PolicyWorker, "policy"), (CriticWorker, "critic")):
+        sections = [
+            {pool: {"gradient_checkpointing": on, "mini_batch_size": 16, "micro_batch_size": 16, "epochs": 1}}
+            for on in (False, True)
+        ]
+        configs = [make_config(model, algorithm={"n_quantiles": 8, "critic_hidden_dim": 16}, **s) for s in sections]
+        mp.spawn(_process, (kind, configs, str(model)), nprocs=1)
+
+
+def test_dropout_is_off_wherever_a_model_keeps_it() -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention_dropout = 0.3
+            self.inner = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+
+    module = Attention().train()
+    turn_off_dropout(module)
+    x = torch.randn(50, 2)
+    assert module.attention_dropout == 0.0
+    assert torch.equal(module.inner(x), module.inner(x))
+
+
+def test_rows_have_seeds_whatever_the_runs_seed() -> None:
+    rows = torch.arange(4)
+    assert row_seeds(0, 3, rows).tolist() == [3 * 1_000_003 + i for i in range(4)], "those of before"
+    for seed in (1, 20241127, 2**32, 2**63 - 1):
+        seeds = row_seeds(seed, 10**6, rows)
+        assert seeds.dtype == torch.int64
+        assert (seeds >= 0).all()
+        assert len(set(seeds.tolist())) == 4
+        for s in seeds.tolist():
+            torch.Generator().manual_seed(s)
