@@ -33,15 +33,17 @@ def cluster() -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder to submit from, with a config and a reward function that no node has installed."""
+    """A folder to submit from, with a config, and a reward, a loss and a critic term that no node has installed."""
     folder = tmp_path_factory.mktemp("project")
     tree = yaml.safe_load(write_config(folder, tiny_model).read_text())
     tree["reward"]["function"] = "my_reward:short_answer"
-    tree["policy"] |= {"world_size": 2}
+    tree["policy"] |= {"world_size": 2, "loss": "my_parts:surrogate"}
+    tree["algorithm"] |= {"critic_terms": {"my_parts:spread": 0.01}}
     tree["rollout"] |= {"num_engines": 1}
     tree["trainer"] = {"num_steps": STEPS, "eval_every": 5, "save_every": 0}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    (folder / "my_reward.py").write_text((Path(__file__).parent / "rewards.py").read_text())
+    for name, source in (("my_reward", "rewards"), ("my_parts", "parts")):
+        (folder / f"{name}.py").write_text((Path(__file__).parent / f"{source}.py").read_text())
     return folder
 
 
@@ -93,6 +95,9 @@ def test_stop_checkpoints_and_resubmit_continues(cluster: RayCluster, project: P
     assert cluster.status("second") == "SUCCEEDED", log[-4000:]
     assert f"at step {step}" in log
     assert [row["step"] for row in rows(run)] == list(range(STEPS + 1))
+    assert all(row["critic/loss/spread"] > 0 for row in rows(run)[1:]), "the term travelled with the job"
+    assert "my_parts:surrogate" in (run / "config.yaml").read_text()
+    assert client.get_run(record["mlflow_run_id"]).data.params["policy.loss"] == "my_parts:surrogate"
     assert client.get_run(record["mlflow_run_id"]).info.status == "FINISHED"
     assert json.loads((run / "summary.json").read_text())["where"]["mlflow_run_id"] == record["mlflow_run_id"]
 

@@ -35,7 +35,9 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     config = write_config(folder)
     grid = folder / "gain.yaml"
     grid.write_text(yaml.safe_dump(GRID))
+    (folder / "my_parts.py").write_text((Path(__file__).parent / "parts.py").read_text())
     keys = [f"trainer.num_steps={STEPS}", "trainer.eval_every=3", "trainer.save_every=1", "data.val_limit=16"]
+    keys += ["policy.loss=my_parts:surrogate", "algorithm.critic_terms={'my_parts:spread': 0.01}"]
     command = [
         "sweep",
         "--config",
@@ -49,7 +51,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     ]
     return subprocess.Popen(
         [sys.executable, "-m", "dvpo_service", *command, *options, *keys],
-        cwd=ROOT,
+        cwd=folder,  # where my_parts is
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=(folder / "log").open("a"),
         stderr=subprocess.STDOUT,
