@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from dvpo_service.config import Config
+from dvpo_service.errors import UserError
 from dvpo_service.host.stopping import Stopping
 from dvpo_service.objectives.preparation import prepare_rewards, whiten
 from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
@@ -54,6 +55,10 @@ class Roles:
     health: Callable[[], Metrics]
 
 
+class EngineMismatch(UserError):
+    """The rollout engines do not sample from the policy that is trained."""
+
+
 class TrainingStopped(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
@@ -66,6 +71,7 @@ def train(
     Raises:
       Stopped: on a request to stop, with a checkpoint written.
       TrainingStopped: too many steps in a row were skipped.
+      EngineMismatch: the engines do not sample from the policy that is trained.
       PoolError: a pool lost an actor that it cannot replace by itself.
     """
     r, trainer, clock, stopping = roles, config.trainer, Clock(), stopping or Stopping()
@@ -84,6 +90,8 @@ def train(
             with clock("logprobs"):
                 rollouts = r.policy.logprobs(batch.rollouts, step)
                 rollouts = prepare_rewards(rollouts, config.policy.kl)
+        mismatch = r.mismatch(rollouts)
+        stop_if_engines_differ(mismatch, batch.metrics, config, step)
         with clock("advantages"):
             estimate, value_metrics = r.estimator.advantages(rollouts, step)
             advantages = whiten(estimate.advantages, rollouts.response_mask, config.algorithm)
@@ -96,7 +104,7 @@ def train(
             r.weights.push(version=step + 1)
 
         state.step = step + 1
-        metrics = batch.metrics | value_metrics | r.mismatch(rollouts) | r.health()
+        metrics = batch.metrics | value_metrics | mismatch | r.health()
         for update in updates:
             metrics |= update
         checkpoints.advance()
@@ -138,6 +146,22 @@ def record(state: TrainState, roles: Roles) -> dict[str, Any]:
         "stream": roles.stream.state_dict(),
         "mlflow_run_id": roles.tracker.run_id,
     }
+
+
+def stop_if_engines_differ(mismatch: Metrics, measured: Metrics, config: Config, step: int) -> None:
+    """Stop before the batch is trained on when the engines' log-probs are too far from the trainer's.
+
+    Stale tokens do differ, so only batches sampled with the weights of this step are judged. Raises EngineMismatch.
+    """
+    kl, bound = mismatch.get("policy/rollout_kl", 0.0), config.max_rollout_kl
+    if measured.get("rollout/staleness", 0.0) > 0 or not kl > bound:
+        return
+    raise EngineMismatch(
+        f"step {step + 1}: the rollout engine's log-probs are a KL of {kl:.3g} per token from the trainer's, more than "
+        f"rollout.max_kl = {bound:g}: it holds other weights, or computes another model. Nothing was trained on this "
+        "batch. Look at rollout.weight_transfer and model.dtype, and whether vLLM computes this architecture as "
+        "transformers does; where the difference is known and small, raise rollout.max_kl"
+    )
 
 
 def stop_if_diverging(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from dvpo_service.config import TrainerConfig
-from dvpo_service.loop import Roles, TrainingStopped, TrainState, train
+from dvpo_service.loop import EngineMismatch, Roles, TrainingStopped, TrainState, train
 from dvpo_service.runs.checkpoint import Checkpoints
 from dvpo_service.runs.integrity import Written
+from dvpo_service.types import Generated
 from tests.builders import make_config
 from tests.fakes import FakeEstimator, FakeEvaluator, FakePolicy, FakeStream, FakeTracker, FakeWeights, Log
 
@@ -113,3 +116,41 @@ def test_stops_after_bad_steps_in_a_row_and_keeps_the_batch(tmp_path: Path) -> N
         run(tmp_path, config, make_roles(Log(), skipped=1.0))
     batch = load_file(tmp_path / "bad-batch-000002.safetensors")
     assert batch["advantages"].shape == batch["response_mask"].shape
+
+
+def test_a_batch_of_engines_that_hold_another_policy_is_not_trained_on(tmp_path: Path) -> None:
+    log = Log()
+    roles = make_roles(log)
+    roles.mismatch = lambda rollouts: {"policy/rollout_kl": 0.27}
+    with pytest.raises(EngineMismatch, match=r"step 1: .* a KL of 0\.27 per token .* rollout\.max_kl = 0\.0001"):
+        run(tmp_path, TrainerConfig(num_steps=2), roles)
+    assert "policy update" not in log.names()
+    assert "critic update" not in log.names()
+
+
+def test_stale_tokens_may_differ_from_the_trainers(tmp_path: Path) -> None:
+    roles = make_roles(Log())
+    roles.mismatch = lambda rollouts: {"policy/rollout_kl": 0.27}
+    next_batch = roles.stream.next
+
+    def stale(step: int) -> Generated:
+        batch = next_batch(step)
+        return replace(batch, metrics=batch.metrics | {"rollout/staleness": 1.0})
+
+    roles.stream.next = stale  # type: ignore[method-assign]
+    assert run(tmp_path, TrainerConfig(num_steps=2), roles).step == 2
+
+
+@pytest.mark.parametrize(
+    ("rollout", "dtype", "bound"),
+    [
+        ({}, "float32", 1e-4),
+        ({}, "bfloat16", 0.1),
+        ({"max_kl": 0.5}, "float32", 0.5),
+        ({"top_p": 0.9, "importance_correction": "none"}, "float32", float("inf")),
+    ],
+)
+def test_the_bound_on_the_engines_log_probs(rollout: dict[str, Any], dtype: str, bound: float) -> None:
+    plain = make_config("model", rollout=rollout)
+    config = plain.model_copy(update={"model": plain.model.model_copy(update={"dtype": dtype})})
+    assert config.max_rollout_kl == bound

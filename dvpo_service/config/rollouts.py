@@ -29,6 +29,8 @@ class RolloutConfig(Section):
       n: responses per prompt.
       max_staleness: how many updates the weights that sample a token may be behind the update that uses it. Batches are
         generated up to that many steps ahead; 0 is on-policy, with the stages one after the other.
+      max_kl: bound on ``policy/rollout_kl`` of fresh tokens; above it the run stops before it trains on the batch. The
+        default is 1e-4 in float32 and 0.1 in bfloat16.
       importance_correction: weighs each token by trainer / engine probability. ``truncated`` caps the weight at
         ``importance_cap``; ``masked`` sets it to 0 above the cap and below ``importance_floor``; ``auto`` is
         ``truncated`` where ``max_staleness`` is above 0.
@@ -53,6 +55,7 @@ class RolloutConfig(Section):
     kv_cache_gib: PositiveFloat = 1.0
     gpu_memory_utilization: Fraction = 0.5
     weight_transfer: Literal["auto"] | Backend = "auto"
+    max_kl: PositiveFloat | None = None
     importance_correction: Literal["auto", "none", "truncated", "masked"] = "auto"
     importance_cap: PositiveFloat = 2.0
     importance_floor: NonNegativeFloat = 0.0

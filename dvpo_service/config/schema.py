@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -205,6 +206,18 @@ class Config(Section):
     def batch_size(self) -> int:
         """Responses per step."""
         return self.rollout.prompts_per_step * self.rollout.n
+
+    @property
+    def max_rollout_kl(self) -> float:
+        """The bound on ``policy/rollout_kl``: ``rollout.max_kl``, or by precision where that is absent.
+
+        A truncated sampling distribution differs from the trainer's on purpose, so there is no default bound for it.
+        """
+        if self.rollout.max_kl is not None:
+            return self.rollout.max_kl
+        if self.rollout.top_p < 1 or self.rollout.top_k > 0:
+            return math.inf
+        return 1e-4 if self.model.dtype == "float32" else 0.1
 
     @property
     def max_model_len(self) -> int:
