@@ -31,6 +31,18 @@ def _is_row_format(name: str) -> str:
     return name
 
 
+def _splits_of(files: list[Any]) -> dict[str, list[Any]]:
+    """Return a split for each file, named by the file; by its folder too where two files have one name."""
+    paths = [Path(str(file)) for file in files]
+    names = [path.stem for path in paths]
+    named = [
+        f"{path.parent.name}-{name}" if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
+    ]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise ValueError(f"two files would be the split {twice[0]!r}; name the splits: {{name: file, other: file}}")
+    return {name: [file] for name, file in zip(named, files, strict=True)}
+
+
 class WarmstartConfig(Section):
     """A small causal LM, trained supervised here, for use where no pretrained model is at hand.
 
@@ -114,8 +126,7 @@ class DataConfig(Section):
     @classmethod
     def _named_splits(cls, value: Any) -> Any:
         if isinstance(value, str | list):
-            files = [value] if isinstance(value, str) else value
-            return {Path(str(f)).stem: [f] for f in files}
+            return _splits_of([value] if isinstance(value, str) else value)
         if isinstance(value, dict):
             return {k: [v] if isinstance(v, str) else v for k, v in value.items()}
         return value

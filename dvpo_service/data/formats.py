@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -36,11 +38,13 @@ def parse_row(row: object, *, source: str, options: gsm8k.Options) -> list[Examp
     """
     if not isinstance(row, Mapping):
         raise BadRow("wrong type", f"the row is {_kind(row)}, not an object with named fields")
-    if "reward_model" in row:
+    # By value, not by key: in a table of several sources every row has every column.
+    given = {name for name in ("reward_model", "prompt", "question") if row.get(name) is not None}
+    if "reward_model" in given:
         return [_verl(row, source)]
-    if "prompt" in row:
+    if "prompt" in given or ("prompt" in row and not given):
         return [_plain(row, source)]
-    if "question" in row:
+    if "question" in given:
         return _gsm8k(row, options)
     keys = ", ".join(show(k) for k in list(row)[:10]) or "none"
     raise BadRow("unknown schema", f"unknown row schema with keys {keys}; accepted: {ACCEPTED}")
@@ -59,8 +63,8 @@ def _verl(row: Mapping, source: str) -> Example:
         raise BadRow("wrong type", f"`prompt` is {_kind(turns)}, not a list of chat messages")
     if not turns:
         raise BadRow("empty prompt", "`prompt` has no messages")
-    messages = tuple(_message(turn, f"prompt[{i}]") for i, turn in enumerate(turns))
-    reward_model = row["reward_model"]
+    messages = tuple(_message(turn, f"prompt[{i}]") for i, turn in enumerate(turns) if not _is_empty_system(turn))
+    reward_model = _mapping(row["reward_model"])
     if not isinstance(reward_model, Mapping):
         raise BadRow("wrong type", f"`reward_model` is {_kind(reward_model)}, not an object")
     answer = _answer(reward_model.get("ground_truth"), "reward_model.ground_truth")
@@ -77,6 +81,21 @@ def _gsm8k(row: Mapping, options: gsm8k.Options) -> list[Example]:
         Example((Message(role="user", content=prompt),), answer, "gsm8k/calculation")
         for prompt, answer in gsm8k.calculations(solution, options)
     ]
+
+
+def _mapping(value: object) -> object:
+    """Return a mapping that a table holds in another way: as a list of pairs (a map column), or as JSON text."""
+    if isinstance(value, list) and value and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        return dict(value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _is_empty_system(turn: object) -> bool:
+    """Return whether it is a system message without content, which some data sets have in every row."""
+    return isinstance(turn, Mapping) and turn.get("role") == "system" and turn.get("content") in ("", None)
 
 
 def _message(turn: object, where: str) -> Message:
@@ -97,11 +116,12 @@ def _answer(value: object, where: str) -> str:
     if value is None:
         raise BadRow("missing answer", f"`{where}` is missing")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(
-            value
-        ):  # only a float: an int of 400 digits would not fit one
+        # Only a float can be infinite, and asking an int of 400 digits would raise.
+        if isinstance(value, float) and not math.isfinite(value):
             raise BadRow("wrong type", f"`{where}` is {value}, not a finite number")
-        return str(value)
+        # A gap makes floats of a column of whole numbers: its 2.0 is the answer 2.
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        return str(int(value) if whole else value)
     text = _text(value, where).strip()
     if not text:
         raise BadRow("missing answer", f"`{where}` is empty")

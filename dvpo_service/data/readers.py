@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import glob
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from dvpo_service.errors import DataError
 
 JSONL = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
+COMPRESSED = (".gz", ".zst", ".bz2")
 
 
 def expand_files(files: Sequence[str | Path]) -> list[Path]:
@@ -67,20 +69,28 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     Files are streamed. Blank JSONL lines are skipped. Raises ``DataError`` for a file that cannot be read.
     """
     try:
-        if path.suffix.lower() in JSONL:
+        if _uncompressed(path).suffix.lower() in JSONL:
             yield from _read_jsonl(path)
         elif path.suffix.lower() in PARQUET:
             yield from _read_parquet(path)
         else:
-            raise DataError(f"{path}: unknown file type {path.suffix!r}; accepted: .jsonl, .parquet")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {_first_line(error) if error.strerror is None else error.strerror}"
-        ) from error
+            raise DataError(
+                f"{path}: unknown file type {path.suffix!r}; accepted: .jsonl, .parquet, and .jsonl compressed as "
+                f"{', '.join(COMPRESSED)}"
+            )
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or _first_line(error)}") from error
+
+
+def _uncompressed(path: Path) -> Path:
+    """Return the path without the suffix of its compression."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:  # as bytes, so that the number of a line that is not UTF-8 is known
+    compression = "detect" if path.suffix.lower() in COMPRESSED else None
+    # As bytes, so that the number of a line that is not UTF-8 is known.
+    with pa.input_stream(str(path), compression=compression) as stream, io.BufferedReader(stream) as lines:
         for number, line in enumerate(lines, start=1):
             line = line.removeprefix(codecs.BOM_UTF8)  # some editors put a byte order mark first
             if line.strip():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -39,6 +39,8 @@ def load_data(config: DataConfig) -> Data:
     if config.val_fraction is not None:
         # A fixed seed: the same rows are held out for every trainer.seed, so that runs can be compared.
         train, held_out = split_dataset(train, val_fraction=config.val_fraction, seed=0)
+        limit = config.val_limit or len(held_out)
+        held_out = replace(held_out, prompts=held_out.prompts[:limit], origins=held_out.origins[:limit])
         return Data(train, {"held_out": held_out})
     splits = {
         # Prompts that are also in the training data are left out.

@@ -27,6 +27,7 @@ def score(response: str, answer: str) -> float:
       ValueError: the answer itself does not parse.
     """
     library = _library()
+    answer = answer.replace("\\$", "")  # a currency sign, as MATH writes \$18.90; a bare $ delimits LaTeX
     wrapped = answer if "$" in answer or "\\boxed" in answer else f"\\boxed{{{answer}}}"
     gold = library.parse(wrapped, parsing_timeout=None)
     if not gold:

@@ -68,12 +68,17 @@ def _failed(error: str) -> Score:
 
 def _clean(score: ScoreFn, response: str, answer: str) -> Score:
     try:
-        value = score(response, answer)
+        value = _number(score(response, answer))
         if isinstance(value, Real) and math.isfinite(value):
             return Score(float(value), float(value))
         return _failed(f"the scoring function returned {value!r:.80}, not a finite number")
     except Exception as error:  # noqa: BLE001 - user code may raise anything, and it is recorded
         return _failed(f"{type(error).__name__}: {error}")
+
+
+def _number(value: object) -> object:
+    """Return the Python number in a numpy scalar, or in an array or tensor of no axes; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def _noisy(score: Score, noise: NoiseSpec, seed: int) -> Score:

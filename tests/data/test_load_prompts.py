@@ -86,7 +86,10 @@ def test_missing_files(tmp_path):
     assert "this is a folder; name its files" in error_of(tmp_path)
     assert "no data files are given" in error_of()
     text = write(tmp_path / "a.txt", GOOD)
-    assert error_of(text) == f"{text}: unknown file type '.txt'; accepted: .jsonl, .parquet"
+    assert (
+        error_of(text)
+        == f"{text}: unknown file type '.txt'; accepted: .jsonl, .parquet, and .jsonl compressed as .gz, .zst, .bz2"
+    )
 
 
 def test_empty(tmp_path):
