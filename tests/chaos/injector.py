@@ -26,6 +26,7 @@ from actors.training.roles import CriticEstimator, PolicyRanks
 from actors.weights.sync import SyncedEngines
 from dvpo_service import terminal
 from dvpo_service.commands import train
+from dvpo_service.commands.assemble import Pools
 from dvpo_service.tracking.tracker import Tracker
 from dvpo_service.types import Score
 from tests.chaos.events import Events
@@ -50,7 +51,7 @@ class Injector:
         self.pending = [f for f in mine if not KINDS[f.kind].repeats and f.id not in struck]
         self.reported = struck  # ids of faults in the events: a fault that repeats is counted once
         self.events = events
-        self.pools: Any = None
+        self.pools: Pools | None = None
         self.step = 0
         self.running: dict[str, int] = {}  # how many times each stage is under way
         self.skipping: list[Fault] = []  # NaN faults that have struck and are not yet over
@@ -102,7 +103,7 @@ class Injector:
         return during
 
     def scoring(
-        self, call: Callable[[], list[list[Score]]], pool: Any, groups: Sequence[Work], *, noisy: bool
+        self, call: Callable[[], list[list[Score]]], pool: RewardPool, groups: Sequence[Work], *, noisy: bool
     ) -> list[list[Score]]:
         if not noisy:
             return call()
@@ -126,6 +127,7 @@ class Injector:
 
     def begin(self, stage: str) -> None:
         """Cause the faults that are due. A fault whose victim is not there now waits for the next time."""
+        assert self.pools, "stages begin when the pools are there"
         for fault in [f for f in self.due(stage) if f.kind in NAN]:
             pool = self.pools.trainers[KINDS[fault.kind].pool]
             number = fault.number % len(pool.actors)
@@ -146,6 +148,7 @@ class Injector:
 
     def find(self, fault: Fault) -> tuple[int, int] | None:
         """Return the victim's number and pid, or None if it is not there."""
+        assert self.pools, "stages begin when the pools are there"
         engines = self.pools.engines.supervisor
         if fault.kind in ("engine", "engine-idle", "core", "hang"):
             numbers, actors = engines.fleet.which("serving"), engines.actors
@@ -203,16 +206,16 @@ class Injector:
         self.events.write("note", text=text)
         return call()
 
-    def lost(self, call: Callable[[], Any], supervisor: Any, i: int, actor: Any, cause: str) -> Any:
+    def lost(self, call: Callable[[], Any], supervisor: Supervisor, i: int, actor: Any, cause: str) -> Any:
         if supervisor.is_current(i, actor):
             self.events.write("lost", pool=supervisor.name, number=i, cause=cause)
         return call()
 
-    def granting(self, call: Callable[[], Any], recovery: Any, error: Any) -> Any:
+    def granting(self, call: Callable[[], Any], recovery: Recovery, error: Any) -> Any:
         self.events.write("lost", pool=error.pool, number=0, cause=error.cause)
         return call()
 
-    def replacing(self, call: Callable[[], Any], pool: Any, i: int, why: str) -> Any:
+    def replacing(self, call: Callable[[], Any], pool: RewardPool, i: int, why: str) -> Any:
         self.replaced.add(i)
         self.events.write("lost", pool="reward", number=i, cause=why)
         for (group, _), fault in self.marks.items():
@@ -220,13 +223,13 @@ class Injector:
                 self.events.write("seen", id=fault.id, why=why)
         return call()
 
-    def recovered(self, call: Callable[[], Any], recovery: Any, error: Any) -> Any:
+    def recovered(self, call: Callable[[], Any], recovery: Recovery, error: Any) -> Any:
         state = call()
-        for pool in recovery.recovery_s:
+        for pool in recovery.restarts.recovery_s:
             self.events.write("back", pool=pool, number=0)
         return state
 
-    def acknowledged(self, call: Callable[[], Any], supervisor: Any, i: int, *_: Any) -> Any:
+    def acknowledged(self, call: Callable[[], Any], supervisor: Supervisor, i: int, *_: Any) -> Any:
         recoveries = len(supervisor.recovery_s)
         call()
         if len(supervisor.recovery_s) > recoveries:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY, SEED = 12, 4, 0
-SILENCE_S = 20
+SILENCE_S = 30
 PROMPTS = 100  # with 32 prompts a step: several epochs that end inside of batches
 AWAY = range(3, 7)  # steps that the MLflow server misses
 # Not results: durations, repairs, and metrics that depend on which requests an engine sampled together.
