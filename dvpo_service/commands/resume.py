@@ -5,21 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from dvpo_service import loop
-from dvpo_service.config import Config, load_config
+from dvpo_service.commands.identity import check_identity, identity
+from dvpo_service.config import Config
+from dvpo_service.data.splits import Data
 from dvpo_service.errors import CheckpointError
 from dvpo_service.roles import Display
 from dvpo_service.runs.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.tracking.tracker import Tracker
 
 
-def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
+def resume_point(config: Config, data: Data, checkpoints: Checkpoints) -> Checkpoint | None:
     """Return the checkpoint to continue from, or None for a run that starts anew.
 
-    With ``trainer.resume=never``, older checkpoints are set aside.
+    With ``trainer.resume=never``, older checkpoints are set aside. ``checkpoints`` records what the run may not change.
 
     Raises:
-      CheckpointError: the checkpoint is beyond ``trainer.num_steps``, or was trained with another kind of critic.
+      CheckpointError: the checkpoint is beyond ``trainer.num_steps``, or is of a run with another model, other data,
+        another kind of critic or another reward.
     """
+    checkpoints.identity = identity(config, data)
     if config.trainer.resume == "never":
         checkpoints.set_aside()
         return None
@@ -30,22 +34,9 @@ def resume_point(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
             f"{config.trainer.num_steps}; raise num_steps, choose another --run-dir, or give trainer.resume=never"
         )
     if checkpoint:
-        _check_same_critic(config, checkpoints.run_dir)
+        # A checkpoint of a version that recorded no identity is continued as it is.
+        check_identity(checkpoint.record.get("identity", {}), checkpoints.identity, str(checkpoint.folder))
     return checkpoint
-
-
-def _check_same_critic(config: Config, run_dir: Path) -> None:
-    """Raise CheckpointError when the run in ``run_dir`` trains another kind of critic."""
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        return
-    before, now = load_config(str(file)).algorithm, config.algorithm
-    for key in ("adv_estimator", "n_heads", "n_quantiles", "critic_hidden_dim"):
-        if getattr(before, key) != getattr(now, key):
-            raise CheckpointError(
-                f"the checkpoints in {run_dir} are of algorithm.{key}={getattr(before, key)}, the config now has "
-                f"{getattr(now, key)}; give the old value, choose another --run-dir, or give trainer.resume=never"
-            )
 
 
 def restore(roles: loop.Roles, resume: Checkpoint | None) -> loop.TrainState:

@@ -58,7 +58,7 @@ def train(
         raw = _check(config, quiet=watch is not None)
         run.open()
         checkpoints = checkpoints_of(run, keep=config.trainer.keep_checkpoints)
-        resume = resume_point(config, checkpoints)
+        resume = resume_point(config, raw, checkpoints)
         done = resume.record["state"]["step"] if resume else 0
         display = watch or terminal.TrainingDisplay(config.trainer.num_steps, start=done)
         tracker = open_tracker(config, run.local, resume, display)

@@ -27,7 +27,7 @@ _LAST_WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint; ``record`` is what was given to ``begin``."""
+    """A complete checkpoint; ``record`` is what was given to ``begin``, and the run's ``identity``."""
 
     folder: StoragePath
     record: dict[str, Any]
@@ -59,6 +59,7 @@ class Checkpoints:
         self.folder: StoragePath = run_dir / "checkpoints"
         self.newest: int | None = None  # step of the last complete checkpoint that this run wrote or read
         self.saving: Saving | None = None
+        self.identity: Mapping[str, str] = {}  # what the run may not change; part of every record
         self._took: Metrics = {}
 
     # Writing.
@@ -72,6 +73,8 @@ class Checkpoints:
           record: what state.json holds besides checksums, as JSON; ``record["state"]["step"]`` is ``step``.
         """
         self.finish()
+        if self.identity:
+            record = {**record, "identity": dict(self.identity)}
         saving = Saving(step, self._folder_for(step), record)
         with self._reporting(saving):
             self._prepare(saving)

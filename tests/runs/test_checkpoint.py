@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from dvpo_service.commands.resume import resume_point
-from dvpo_service.config import load_config, to_yaml
 from dvpo_service.errors import CheckpointError
 from dvpo_service.runs.checkpoint import Checkpoints
 from dvpo_service.runs.integrity import Written
@@ -66,17 +64,6 @@ def test_a_torn_checkpoint_is_not_loaded(tmp_path: Path) -> None:
     save(checkpoints, 1, {"policy": write("good")})
     (tmp_path / "checkpoints" / "step-000002" / "policy").mkdir(parents=True)
     assert latest_step(checkpoints) == 1
-
-
-def test_a_run_does_not_continue_with_another_critic(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    save(checkpoints, 5, {"policy": write("weights")})
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config("demo")))
-    same = resume_point(load_config("demo", ["critic.optim.lr=1e-3"]), checkpoints)
-    assert same is not None
-    with pytest.raises(CheckpointError, match=r"algorithm\.adv_estimator=dvpo, the config now has grpo; give the old"):
-        resume_point(load_config("demo", ["algorithm.adv_estimator=grpo"]), checkpoints)
-    assert resume_point(load_config("demo-grpo", ["trainer.resume=never"]), checkpoints) is None
 
 
 def test_starting_over_keeps_the_old_run_and_reads_none_of_it(tmp_path: Path) -> None:

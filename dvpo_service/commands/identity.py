@@ -1,0 +1,91 @@
+"""What a run may not change when it continues: recorded in every checkpoint, compared before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dvpo_service.commands.warmstart import base_model_folder
+from dvpo_service.config import Config
+from dvpo_service.data.dataset import Dataset
+from dvpo_service.data.splits import Data
+from dvpo_service.errors import CheckpointError
+from dvpo_service.models.load import load_model_config
+
+FIXED = ("adv_estimator", "n_heads", "n_quantiles", "critic_hidden_dim")  # keys of algorithm
+VALIDATION = "data.val_files."
+SAMPLE = 1 << 20  # bytes of a weights file that are hashed at each of its ends
+
+
+def identity(config: Config, data: Data) -> dict[str, str]:
+    """Return what makes two runs the same run, by the config key that decides it.
+
+    Values are the settings themselves, or hashes of what the setting names: prompts and answers, and a model's config,
+    tokenizer and weights (their sizes, first and last MiB). Moving or renaming a file changes nothing.
+
+    Raises:
+      CheckpointError: the model cannot be loaded.
+    """
+    values = {f"algorithm.{key}": str(getattr(config.algorithm, key)) for key in FIXED}
+    values["reward.function"] = config.reward.function
+    values |= _model(config)
+    values["data.train_files"] = _hash_of_prompts(data.train)
+    return values | {VALIDATION + name: _hash_of_prompts(split) for name, split in data.held_out.items()}
+
+
+def check_identity(before: Mapping[str, str], now: Mapping[str, str], checkpoint: str) -> None:
+    """Raise CheckpointError, with the keys, when ``now`` is not the run that ``checkpoint`` was written by.
+
+    A validation split that is new, or is no longer evaluated, is no other run.
+    """
+    keys = [k for k in before if before[k] != now.get(k) and (k in now or not k.startswith(VALIDATION))]
+    if keys:
+        raise CheckpointError(
+            f"{checkpoint} is of another run: {'; '.join(_difference(k, before[k], now.get(k)) for k in keys)}. "
+            "Give what the run had, choose another --run-dir, or give trainer.resume=never"
+        )
+
+
+def _difference(key: str, before: str, now: str | None) -> str:
+    if before.startswith("sha256:") or (now or "").startswith("sha256:"):
+        return f"{key} names other content now"
+    return f"{key} was {before} and is {now} now"
+
+
+def _model(config: Config) -> dict[str, str]:
+    """Return what identifies the base model: hashes for a folder, name and commit for a model of the hub."""
+    path = config.model.path
+    if path is None:
+        return {"model.warmstart": base_model_folder(config, Path()).name}
+    folder = Path(path)
+    if not folder.is_dir():
+        commit = load_model_config(path, trust_remote_code=config.model.trust_remote_code)._commit_hash
+        return {"model.path": f"{path}@{commit}"}
+    weights = sorted(folder.glob("*.safetensors"))
+    tokenizer = sorted(f for f in folder.glob("*") if f.name.startswith(("tokenizer", "vocab", "merges", "chat_templ")))
+    return {
+        "model.path": _sha256(*map(_sample, [folder / "config.json", *weights])),
+        "model.path (tokenizer)": _sha256(*map(Path.read_bytes, tokenizer)),
+    }
+
+
+def _sample(file: Path) -> bytes:
+    """Return the size of a file and the bytes at its ends: whole files of weights would take minutes to read."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(SAMPLE)
+        stream.seek(max(0, size - SAMPLE))
+        return b"%d:" % size + first + stream.read(SAMPLE)
+
+
+def _hash_of_prompts(data: Dataset) -> str:
+    return _sha256(*(json.dumps([p.messages, p.answer, p.source], sort_keys=True).encode() for p in data.prompts))
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return f"sha256:{digest.hexdigest()[:32]}"
