@@ -13,7 +13,7 @@ import yaml
 from dvpo_service.config import Config, load_config
 from dvpo_service.errors import ConfigError, one_line
 from tune_sweeps.grid import GRIDS, Arm, Grid
-from tune_sweeps.records import Sweep, trial_name
+from tune_sweeps.records import Sweep, short_hash, trial_folder, trial_name
 
 SAMPLERS = ("choice", "uniform", "loguniform", "quniform", "qloguniform", "randint", "lograndint", "qrandint", "randn")
 
@@ -29,6 +29,10 @@ class TrialPlan:
     @property
     def name(self) -> str:
         return trial_name(self.arm.name, self.seed)
+
+    @property
+    def folder(self) -> str:
+        return trial_folder(self.arm.name, self.seed)
 
 
 def find_grid(name_or_path: str) -> Grid:
@@ -174,7 +178,7 @@ class Job:
         else:
             seed = params["seed"]
             drawn = dict(params["space"])
-            arm = Arm(",".join(f"{k.rpartition('.')[2]}={_short(v)}" for k, v in drawn.items()), drawn)
+            arm = Arm(_name_of(drawn), drawn)
         config = resolve(self.config, self.overrides, arm.overrides, seed)
         return TrialPlan(arm, seed, self._placed(config, arm, seed))
 
@@ -190,6 +194,13 @@ class Job:
         if model:
             update["model"] = config.model.model_copy(update={"path": model, "warmstart": None})
         return config.model_copy(update=update)
+
+
+def _name_of(drawn: Mapping[str, Any]) -> str:
+    """Return a name for drawn values, rounded to be read; then a hash of the exact ones makes it unique."""
+    name = ",".join(f"{k.rpartition('.')[2]}={_short(v)}" for k, v in drawn.items())
+    exact = all(_short(v) == str(v) for v in drawn.values())
+    return name if exact else f"{name}~{short_hash(json.dumps(dict(drawn), sort_keys=True))}"
 
 
 def _short(value: Any) -> str:

@@ -2,14 +2,16 @@
 
 <sweep>/sweep.json                 the grid, the seeds, the base config: written before anything starts
 <sweep>/trials/<arm>-seed<k>/      a run directory like any other (config.yaml, metrics.jsonl, summary.json),
-                                   and trial.json: status, attempts and error of the trial
+                                   and trial.json: status, attempts and error of the trial (see ``trial_folder``)
 <sweep>/base-models/               one per seed, shared by all arms
 <sweep>/report.html, report.md
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -97,8 +99,20 @@ class Sweep:
 
 
 def trial_name(arm: str, seed: int) -> str:
-    """Return the name of a trial, also of its folder."""
+    """Return the name of a trial."""
     return f"{arm}-seed{seed}"
+
+
+def trial_folder(arm: str, seed: int) -> str:
+    """Return the name of a trial's folder: the trial's name if that can be one, else a safe one, unique by a hash."""
+    name = trial_name(arm, seed)
+    safe = re.sub(r"[^\w=,.+~-]", "_", name)[:150].lstrip(".")
+    return name if safe == name else f"{safe}~{short_hash(name)}"
+
+
+def short_hash(text: str) -> str:
+    """Return eight hex digits that tell texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def save_sweep(sweep: Sweep) -> None:

@@ -44,7 +44,7 @@ def run_trial(params: Mapping[str, Any], job: Job) -> None:
     os.chdir(job.cwd)
     sys.path.insert(0, str(job.cwd))  # for module:function rewards in the user's folder
     plan = job.trial(params)
-    folder = job.folder / "trials" / plan.name
+    folder = job.folder / "trials" / plan.folder
     watch = TrialWatch()
     folder.mkdir(parents=True, exist_ok=True)
     state = TrialState.load(folder) or TrialState(plan.arm.name, plan.seed)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tune_sweeps.grid import GRIDS, Grid
-from tune_sweeps.records import Sweep, TrialState, save_sweep, trial_name
+from tune_sweeps.records import Sweep, TrialState, save_sweep, trial_folder
 
 TERMS = ("qr", "risk", "cvar", "gain", "shift", "shape", "curv", "consist")
 # Effect of each arm on accuracy in this synthetic data: (in distribution, out of distribution).
@@ -39,7 +39,7 @@ def save_trial(
     **state: Any,
 ) -> Path:
     """Write one trial and return its folder. The accuracies ``after`` and ``before``, by split, make its summary."""
-    trial = folder / "trials" / trial_name(arm, seed)
+    trial = folder / "trials" / trial_folder(arm, seed)
     trial.mkdir(parents=True)
     fields: dict[str, Any] = {"status": "done", "attempts": 1, "seconds": 60.0} | state
     TrialState(arm, seed, **fields).save(trial)

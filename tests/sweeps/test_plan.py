@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import yaml
 from dvpo_service.algo.loss_spec import TERMS
 from dvpo_service.config import load_config
 from dvpo_service.errors import ConfigError
+from tests.sweeps.synthetic import save_trial
 from tune_sweeps.grid import ABLATED, GRIDS, Arm, Grid
 from tune_sweeps.plan import Job, find_grid, plan_trials
-from tune_sweeps.records import Sweep
+from tune_sweeps.records import Sweep, read_sweep, save_sweep
 
 
 @pytest.mark.parametrize("name", sorted(GRIDS))
@@ -64,8 +66,24 @@ def test_a_drawn_setting_is_an_arm_of_its_own(tmp_path: Path) -> None:
     grid = Grid("mine", "mine", space={"policy.optim.lr": {"loguniform": [1e-5, 1e-3]}})
     job = Job.of(Sweep(tmp_path, grid, "demo", [], [0], None, None), {0: None})
     plan = job.trial({"seed": 0, "space": {"policy.optim.lr": 1.2345e-4}})
-    assert plan.name == "lr=0.000123-seed0"
+    assert re.fullmatch(r"lr=0\.000123~\w{8}-seed0", plan.name)
     assert plan.config.policy.optim.lr == 1.2345e-4
+    near = job.trial({"seed": 0, "space": {"policy.optim.lr": 1.2346e-4}})
+    assert near.arm.name != plan.arm.name, "rounded for the reader alike, and trained in folders of their own"
+    assert near.folder != plan.folder
+    assert job.trial({"seed": 0, "space": {"policy.optim.lr": 1e-4}}).name == "lr=0.0001-seed0", "exact as it reads"
+
+
+@pytest.mark.parametrize("arm", ["Qwen/Qwen2.5-7B", "a/b/c", "..", "50 %", "what?", "x" * 300, "é"])
+def test_a_trial_of_any_name_is_read_back(tmp_path: Path, arm: str) -> None:
+    arms = (Arm(arm, {}), Arm(arm.replace("/", "_") + "_", {}))
+    save_sweep(Sweep(tmp_path, Grid("mine", "mine", arms=arms), "demo", [], [0, 1], None, None))
+    for each in arms:
+        for seed in (0, 1):
+            save_trial(tmp_path, each.name, seed)
+    assert [(t.state.arm, t.state.seed) for t in read_sweep(tmp_path).trials] == [
+        (each.name, seed) for each in arms for seed in (0, 1)
+    ]
 
 
 def refusal(tmp_path: Path, tree: object) -> str:
