@@ -151,10 +151,11 @@ def record(state: TrainState, roles: Roles) -> dict[str, Any]:
 def stop_if_engines_differ(mismatch: Metrics, measured: Metrics, config: Config, step: int) -> None:
     """Stop before the batch is trained on when the engines' log-probs are too far from the trainer's.
 
-    Stale tokens do differ, so only batches sampled with the weights of this step are judged. Raises EngineMismatch.
+    Stale tokens do differ, and those sampled before a recovery may, so only batches sampled now, with the weights of
+    this step, are judged. Raises EngineMismatch.
     """
     kl, bound = mismatch.get("policy/rollout_kl", 0.0), config.max_rollout_kl
-    if measured.get("rollout/staleness", 0.0) > 0 or not kl > bound:
+    if measured.get("rollout/staleness", 0.0) > 0 or measured.get("rollout/reused", 0.0) > 0 or kl <= bound:
         return
     raise EngineMismatch(
         f"step {step + 1}: the rollout engine's log-probs are a KL of {kl:.3g} per token from the trainer's, more than "

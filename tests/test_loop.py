@@ -128,14 +128,22 @@ def test_a_batch_of_engines_that_hold_another_policy_is_not_trained_on(tmp_path:
     assert "critic update" not in log.names()
 
 
-def test_stale_tokens_may_differ_from_the_trainers(tmp_path: Path) -> None:
+def test_a_batch_with_log_probs_that_are_no_numbers_is_not_trained_on(tmp_path: Path) -> None:
+    roles = make_roles(Log())
+    roles.mismatch = lambda rollouts: {"policy/rollout_kl": float("nan")}
+    with pytest.raises(EngineMismatch, match="a KL of nan per token"):
+        run(tmp_path, TrainerConfig(num_steps=2), roles)
+
+
+@pytest.mark.parametrize("why", ["rollout/staleness", "rollout/reused"])
+def test_tokens_of_before_may_differ_from_the_trainers(tmp_path: Path, why: str) -> None:
     roles = make_roles(Log())
     roles.mismatch = lambda rollouts: {"policy/rollout_kl": 0.27}
     next_batch = roles.stream.next
 
     def stale(step: int) -> Generated:
         batch = next_batch(step)
-        return replace(batch, metrics=batch.metrics | {"rollout/staleness": 1.0})
+        return replace(batch, metrics=batch.metrics | {why: 1.0})
 
     roles.stream.next = stale  # type: ignore[method-assign]
     assert run(tmp_path, TrainerConfig(num_steps=2), roles).step == 2
@@ -148,6 +156,8 @@ def test_stale_tokens_may_differ_from_the_trainers(tmp_path: Path) -> None:
         ({}, "bfloat16", 0.1),
         ({"max_kl": 0.5}, "float32", 0.5),
         ({"top_p": 0.9, "importance_correction": "none"}, "float32", float("inf")),
+        ({"importance_correction": "truncated"}, "float32", float("inf")),
+        ({"max_staleness": 1}, "float32", 1e-4),
     ],
 )
 def test_the_bound_on_the_engines_log_probs(rollout: dict[str, Any], dtype: str, bound: float) -> None:

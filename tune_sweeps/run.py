@@ -12,6 +12,7 @@ from ray.tune import FailureConfig, ResultGrid, RunConfig, Tuner
 
 from actors.cluster.connect import connected
 from actors.cluster.placement import Bundle, alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
+from dvpo_service.commands.check_plugins import check_plugins
 from dvpo_service.commands.warmstart import base_model
 from dvpo_service.config import Config
 from dvpo_service.data.splits import load_data
@@ -57,6 +58,8 @@ def run_sweep(
     probe = plan_trials(grid, config, overrides, seeds) if grid.arms else []
     first = probe[0].config if probe else resolve(config, overrides, one_draw(grid), seeds[0])
     warn_of(first)
+    for trial in (t for t in probe if t.seed == seeds[0]):
+        check_plugins(trial.config)
     sweep = _open(
         Sweep(folder, grid, config, list(overrides), list(seeds), None, None, grid_source=_source(grid_name)), resume
     )

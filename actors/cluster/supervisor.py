@@ -253,9 +253,9 @@ class Supervisor:
         with self._changed:
             watched = {i: self.actors[i] for i in self.fleet.which("serving", "stale")}
         for i, actor in watched.items():
-            if i not in self._beats:
-                self._beats[i] = _Beat(actor.heartbeat.remote())
-            beat = self._beats[i]
+            # ``lost``, in another thread, may remove the beat meanwhile.
+            beat = self._beats.get(i) or _Beat(actor.heartbeat.remote())
+            self._beats[i] = beat
             if ray.wait([beat.ref], timeout=0)[0]:
                 result = outcome(beat.ref)
                 if isinstance(result, RayError):

@@ -21,6 +21,7 @@ from actors.cluster.supervisor import Rhythm, Supervisor, cause_of, restart_budg
 from dvpo_service.config import Backend, Config
 from dvpo_service.host import stopping
 from dvpo_service.registry import engines
+from dvpo_service.registry.plugins import is_reference
 from dvpo_service.rewards.seeds import sample_seed
 from dvpo_service.types import Prompt, Sample, Sampling
 
@@ -94,7 +95,11 @@ def engine_key(config: Config, model_path: str, backend: Backend) -> str:
         "generate_timeout_s",
         "max_staleness",
     )
-    settings = config.rollout.model_dump(include={*names, "gpu_memory_utilization"})
+    rollout = config.rollout
+    settings = rollout.model_dump(
+        # An engine of the user's own may read any key.
+        include=None if is_reference(rollout.engine) else {*names, "gpu_memory_utilization"}
+    )
     parts = [str(settings), config.model.dtype, str(config.max_model_len), backend]
     folder = Path(model_path)
     if backend != "safetensors" or not folder.is_dir():
@@ -245,6 +250,10 @@ class EnginePool(Pool):
     def _completed(self, request: InFlightRequest, answer: Any) -> list[list[Sample]] | None:
         """Return the samples, or None when the engine was lost. Raises PoolError if no engine can serve the request."""
         if not isinstance(answer, RayError):
+            if not isinstance(answer, list) or len(answer) != len(request.positions):
+                got = f"{len(answer)} groups" if isinstance(answer, list) else type(answer).__name__
+                expected = f"a list of {len(request.positions)} groups of samples"
+                raise PoolError(self.name, "generate", f"the engine returned {got}, not {expected}")
             return answer
         if isinstance(answer, RayTaskError) and not isinstance(answer.cause, EngineLost):
             raise PoolError(self.name, "generate", cause_of(answer)) from answer

@@ -35,6 +35,7 @@ def rank_actor(worker: type) -> type:
         def setup(self, *arguments: Any) -> None:
             super().__init__(*arguments)
 
+    Rank.__qualname__ = Rank.__name__  # by which Ray lists the actors
     return Rank
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import os
+import subprocess
+import sys
 
 from dvpo_service.config import Config, RewardConfig, RolloutConfig
 from dvpo_service.errors import ConfigError, one_line
-from dvpo_service.rewards.noise import NoiseSpec, score_group
 from dvpo_service.rewards.scoring import resolve
+from dvpo_service.rewards.try_one import BROKEN
 from dvpo_service.types import Prompt
 
 
@@ -19,7 +22,7 @@ def check_sampling(rollout: RolloutConfig) -> None:
     """
     truncated = [f"rollout.top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
     truncated += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k > 0 else []
-    if truncated and rollout.importance_correction == "auto":
+    if truncated and rollout.importance_correction == "auto" and rollout.correction == "none":
         raise ConfigError(
             f"{' and '.join(truncated)}: the engine samples from a truncated distribution, the trainer computes the "
             "full one. Use top_p=1 and top_k=-1, or say how to weigh the tokens: rollout.importance_correction="
@@ -28,28 +31,32 @@ def check_sampling(rollout: RolloutConfig) -> None:
 
 
 def check_reward(config: RewardConfig, prompt: Prompt) -> None:
-    """Score the answer of one training row, and raise ConfigError where the reward fails on it.
+    """Score the answer of one training row, in a process of its own, as a reward worker would.
 
     Raises:
-      ConfigError: the function is not there, raises, returns no finite number, or does not answer within
-        ``reward.timeout_s``.
+      ConfigError: the function cannot be loaded, uses a name or module that is not there, returns no finite number,
+        crashes, or does not answer within ``reward.timeout_s``. Another error may be due to this row, and passes:
+        ``reward/failed`` counts such samples in training.
     """
-    function = resolve(config.function)
-    errors: list[str | None] = []
-
-    def score() -> None:
-        scores = score_group([prompt.answer], prompt.answer, score=function, noise=NoiseSpec("none"), seeds=[0])
-        errors.append(scores[0].error)
-
-    thread = threading.Thread(target=score, name="try the reward", daemon=True)
-    thread.start()
-    thread.join(config.timeout_s)
-    error = errors[0] if errors else f"no answer within reward.timeout_s = {config.timeout_s:g} s"
-    if error is not None:
-        raise ConfigError(
-            f"reward {config.function!r}: it fails on the answer of the first training row, "
-            f"{one_line(prompt.answer, 80)!r}: {one_line(error)}. Mend the reward or the data"
+    resolve(config.function)  # before a process starts
+    command = [sys.executable, "-m", "dvpo_service.rewards.try_one", config.function, str(config.timeout_s)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+    limit_s = config.start_timeout_s + config.timeout_s
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(prompt.answer), env=environment, capture_output=True, text=True, timeout=limit_s
         )
+    except subprocess.TimeoutExpired:
+        error = f"it did not start within reward.start_timeout_s = {config.start_timeout_s:g} s"
+    else:
+        if done.returncode == 0:
+            return
+        last = done.stderr.strip().rpartition("\n")[2]
+        error = last if done.returncode == BROKEN else f"its process ended with exit code {done.returncode}: {last}"
+    raise ConfigError(
+        f"reward {config.function!r}: it fails on the answer of the first training row, "
+        f"{one_line(prompt.answer, 80)!r}: {one_line(error)}. Mend the reward or the data"
+    )
 
 
 def check_rollouts(config: Config, first: Prompt) -> None:

@@ -102,7 +102,7 @@ def _plugins(config: Config) -> Iterator[Finding]:
     from dvpo_service.commands.check_plugins import check_plugins
 
     check_plugins(config)
-    yield Finding(True, "estimator, loss, engine", "load and return what they should")
+    yield Finding(True, "estimator, loss, engine", "load; estimator and loss return what they should")
 
 
 def _data(config: Config) -> Iterator[Finding]:

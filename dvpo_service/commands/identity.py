@@ -12,7 +12,6 @@ from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import Data
 from dvpo_service.errors import CheckpointError
-from dvpo_service.models.load import load_model_config
 
 FIXED = ("adv_estimator", "n_heads", "n_quantiles", "critic_hidden_dim")  # keys of algorithm
 VALIDATION = "data.val_files."
@@ -24,9 +23,6 @@ def identity(config: Config, data: Data) -> dict[str, str]:
 
     Values are the settings themselves, or hashes of what the setting names: prompts and answers, and a model's config,
     tokenizer and weights (their sizes, first and last MiB). Moving or renaming a file changes nothing.
-
-    Raises:
-      CheckpointError: the model cannot be loaded.
     """
     values = {f"algorithm.{key}": str(getattr(config.algorithm, key)) for key in FIXED}
     values["reward.function"] = config.reward.function
@@ -55,14 +51,13 @@ def _difference(key: str, before: str, now: str | None) -> str:
 
 
 def _model(config: Config) -> dict[str, str]:
-    """Return what identifies the base model: hashes for a folder, name and commit for a model of the hub."""
+    """Return what identifies the base model: hashes for a folder, the name for a model of the hub."""
     path = config.model.path
     if path is None:
         return {"model.warmstart": base_model_folder(config, Path()).name}
     folder = Path(path)
     if not folder.is_dir():
-        commit = load_model_config(path, trust_remote_code=config.model.trust_remote_code)._commit_hash
-        return {"model.path": f"{path}@{commit}"}
+        return {"model.path": path}
     weights = sorted(folder.glob("*.safetensors"))
     tokenizer = sorted(f for f in folder.glob("*") if f.name.startswith(("tokenizer", "vocab", "merges", "chat_templ")))
     return {

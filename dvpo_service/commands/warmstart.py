@@ -35,7 +35,7 @@ from dvpo_service.types import Prompt
 IGNORE = -100
 REPORT_EVERY = 10
 MAILBOX_S = 120.0
-DATA_KEYS = ("row_format", "gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
+DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
 
 
 def base_model(config: Config, train: Dataset, runs: Path) -> str:
@@ -63,10 +63,15 @@ def base_model(config: Config, train: Dataset, runs: Path) -> str:
 
 
 def base_model_folder(config: Config, cache: Path) -> Path:
-    """Return the folder in ``cache`` for this config's base model, named by a hash of its settings and its data."""
+    """Return the folder in ``cache`` for this config's base model, named by a hash of its settings and its data files.
+
+    Of ``data.row_format``, the name counts and not its code.
+    """
     assert config.model.warmstart is not None
     digest = hashlib.sha256(config.model.warmstart.model_dump_json().encode())
     data = config.data.model_dump(include=set(DATA_KEYS))
+    if config.data.row_format != "auto":
+        data["row_format"] = config.data.row_format
     digest.update(json.dumps(data, sort_keys=True).encode())
     for file in config.model.warmstart.files or config.data.train_files:
         path = Path(resolve_file(file))

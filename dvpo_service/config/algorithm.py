@@ -104,8 +104,14 @@ def _are_references(terms: dict[str, float]) -> dict[str, float]:
     return terms
 
 
-def _whitening(estimator: object) -> dict[str, bool]:
-    """Return the default of ``whiten_advantages``; False for an unknown name, which is reported elsewhere."""
+def _whitening(given: dict[str, object]) -> dict[str, bool]:
+    """Return the default of ``whiten_advantages``; False for an unknown name, which is reported elsewhere.
+
+    The config of a run holds the value. An estimator of the user's own need not be there to serve or export the run.
+    """
+    if "whiten_advantages" in given:
+        return {}
+    estimator = given.get("adv_estimator", "dvpo")
     try:
         return {"whiten_advantages": estimators.traits_of(estimators.check_name(str(estimator))).whitens}
     except ValueError:
@@ -172,7 +178,7 @@ class AlgorithmConfig(Section):
         weights = given.get("dvpo_loss_weights", {})
         if isinstance(weights, dict):
             weights = FORM_WEIGHTS[form] | weights
-        return FORMS[form] | _whitening(given.get("adv_estimator", "dvpo")) | given | {"dvpo_loss_weights": weights}
+        return FORMS[form] | _whitening(given) | given | {"dvpo_loss_weights": weights}
 
     @model_validator(mode="after")
     def _a_distribution(self) -> Self:

@@ -75,6 +75,8 @@ class KLConfig(Section):
 
     @model_validator(mode="after")
     def _has_the_gradient_of_the_kl(self) -> Self:
+        if self.coef == 0:
+            return self
         if self.where == "loss" and self.kind == "k1":
             raise ValueError(
                 "kind=k1 with where=loss does nothing: the expected gradient of k1 is 0; use k2 or k3, or where=reward"
@@ -103,3 +105,9 @@ class PolicyConfig(TrainerPool):
     loss_agg: Aggregation = "token_mean"
     entropy_coef: float = 0.0
     kl: KLConfig = Field(default_factory=lambda: KLConfig.model_validate({}))
+
+    @model_validator(mode="after")
+    def _dual_clip_is_of_ppo(self) -> Self:
+        if self.dual_clip is not None and self.loss in ("gspo", "cispo"):
+            raise ValueError(f"dual_clip={self.dual_clip:g} has no effect with loss={self.loss}; leave it out")
+        return self

@@ -222,11 +222,13 @@ class Config(Section):
     def max_rollout_kl(self) -> float:
         """The bound on ``policy/rollout_kl``: ``rollout.max_kl``, or by precision where that is absent.
 
-        A truncated sampling distribution differs from the trainer's on purpose, so there is no default bound for it.
+        There is no default bound where the difference is known: where sampling is truncated, or where
+        ``rollout.importance_correction`` asks for its correction.
         """
         if self.rollout.max_kl is not None:
             return self.rollout.max_kl
-        if self.rollout.top_p < 1 or self.rollout.top_k > 0:
+        r = self.rollout
+        if r.top_p < 1 or r.top_k > 0 or r.importance_correction in ("truncated", "masked"):
             return math.inf
         return 1e-4 if self.model.dtype == "float32" else 0.1
 

@@ -7,13 +7,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import get_args
 
 from dvpo_service.algo.choices import NoiseKind
 from dvpo_service.errors import ConfigError
 from dvpo_service.rewards import exact_match
-from dvpo_service.rewards.scoring import ScoreFn
+from dvpo_service.rewards.scoring import NotANumber, ScoreFn, finite_number
 from dvpo_service.types import Score
 
 
@@ -68,17 +67,12 @@ def _failed(error: str) -> Score:
 
 def _clean(score: ScoreFn, response: str, answer: str) -> Score:
     try:
-        value = _number(score(response, answer))
-        if isinstance(value, Real) and math.isfinite(value):
-            return Score(float(value), float(value))
-        return _failed(f"the scoring function returned {value!r:.80}, not a finite number")
+        value = finite_number(score(response, answer))
+    except NotANumber as error:
+        return _failed(str(error))
     except Exception as error:  # noqa: BLE001 - user code may raise anything, and it is recorded
         return _failed(f"{type(error).__name__}: {error}")
-
-
-def _number(value: object) -> object:
-    """Return the Python number in a numpy scalar, or in an array or tensor of no axes; anything else as it is."""
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    return Score(value, value)
 
 
 def _noisy(score: Score, noise: NoiseSpec, seed: int) -> Score:

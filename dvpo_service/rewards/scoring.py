@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 from dvpo_service.errors import ConfigError
@@ -31,6 +33,22 @@ class Scorer:
 
     def __call__(self, response: str, answer: str, /) -> float:
         return self.score(response, answer)
+
+
+class NotANumber(ValueError):
+    """A scoring function returned something that is no finite number."""
+
+
+def finite_number(value: object) -> float:
+    """Return what a scoring function returned as a float: a number of Python, or a numpy or torch one of no axes.
+
+    Raises:
+      NotANumber: it is something else, infinite or NaN.
+    """
+    number = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    if isinstance(number, Real) and math.isfinite(number):
+        return float(number)
+    raise NotANumber(f"the scoring function returned {number!r:.80}, not a finite number")
 
 
 def resolve(name: str) -> Scorer:

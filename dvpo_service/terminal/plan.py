@@ -46,7 +46,7 @@ def _plan_rows(config: Config) -> dict[str, str]:
     return {
         "model": _model_words(config),
         "algorithm": _algorithm_words(a),
-        "rollout": f"{_count(r.num_engines, 'vLLM engine')}, tensor parallel {r.tensor_parallel_size}, "
+        "rollout": f"{_count(r.num_engines, _engine_words(r))}, tensor parallel {r.tensor_parallel_size}, "
         f"{_device(cluster.gpus_per_engine)}; " + _staleness_words(r),
         "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.function}, noise: {w.noise_words}",
         "critic": _pool_words(config.critic, config.batch_size, cluster.gpus_per_trainer) if a.has_critic else "none",
@@ -62,6 +62,10 @@ def _staleness_words(r: RolloutConfig) -> str:
     if not r.max_staleness:
         return "on-policy"
     return f"ahead of the trainers by up to {_count(r.max_staleness, 'update')}, importance correction: {r.correction}"
+
+
+def _engine_words(r: RolloutConfig) -> str:
+    return "vLLM engine" if r.engine == "vllm" else f"{r.engine} engine"
 
 
 def _algorithm_words(a: AlgorithmConfig) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
 from typing import Any
 
@@ -28,12 +31,29 @@ def nothing(response: str, answer: str) -> Any:
     return None
 
 
+def crashes(response: str, answer: str) -> float:
+    os._exit(9)
+
+
+def uses_a_signal(response: str, answer: str) -> float:
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(5)
+    signal.alarm(0)
+    return 1.0
+
+
+def wants_tags(response: str, answer: str) -> float:
+    found = re.search("<answer>(.*)</answer>", response)
+    return float(found.group(1) == answer)  # type: ignore[union-attr] # None.group raises: it costs the sample
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
         ("misspelt", r"it fails on the answer of the first training row, '2': NameError: name 'reponse'"),
         ("endless", r"no answer within reward\.timeout_s = 0\.2 s"),
         ("nothing", r"returned None, not a finite number"),
+        ("crashes", r"its process ended with exit code 9"),
     ],
 )
 def test_a_reward_that_fails_is_found_before_anything_starts(function: str, said: str) -> None:
@@ -48,6 +68,11 @@ def test_built_in_rewards_pass(function: str) -> None:
     check_reward(RewardConfig(function=function), ROW)
 
 
+@pytest.mark.parametrize("function", ["uses_a_signal", "wants_tags"])
+def test_what_works_in_a_reward_worker_passes(function: str) -> None:
+    check_reward(RewardConfig(function=f"tests.commands.test_check_rollouts:{function}"), ROW)
+
+
 @pytest.mark.parametrize("truncated", [{"top_p": 0.5}, {"top_k": 20}])
 def test_truncated_sampling_needs_to_be_told_how_tokens_are_weighed(truncated: dict[str, Any]) -> None:
     (key,) = truncated
@@ -56,3 +81,4 @@ def test_truncated_sampling_needs_to_be_told_how_tokens_are_weighed(truncated: d
     check_sampling(RolloutConfig(**truncated, importance_correction="truncated"))
     check_sampling(RolloutConfig(**truncated, importance_correction="none"))
     check_sampling(RolloutConfig(max_staleness=1))
+    check_sampling(RolloutConfig(**truncated, max_staleness=1))  # corrected already

@@ -186,3 +186,5 @@ def test_stale_tokens_are_weighed_unless_told_otherwise(path: str, overrides: li
 def test_the_kind_of_kl_follows_its_place() -> None:
     assert load_config("demo").policy.kl.kind == "k3"
     assert load_config("demo", ["policy.kl={coef: 0.1, where: reward}"]).policy.kl.kind == "k1"
+    kept = load_config("demo", ["policy.kl={coef: 0, kind: k3, where: reward}"])
+    assert kept.policy.kl.kind == "k3", "without effect, and in configs of earlier runs"

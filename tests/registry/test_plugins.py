@@ -41,8 +41,20 @@ class Flat(DvpoObjective):
     def loss(self, *args, **given):
         total, parts = super().loss(*args, **given)
         return total[None], parts
+@estimator(needs_critic=True, distributional=True)
+class Dead(DvpoObjective):
+    def loss(self, *args, **given):
+        total, parts = super().loss(*args, **given)
+        return total.detach(), parts
+@estimator(needs_critic=True, distributional=True)
+class Pair(DvpoObjective):
+    def estimate(self, *args, **given): return super().estimate(*args, **given), None
+@estimator(needs_groups=True)
+def of_three(rollouts, algorithm):
+    return rollouts.rewards - rollouts.rewards.sum(1).view(-1, 3).kthvalue(3).values.repeat_interleave(3)[:, None]
 
 def loss(logprobs, old_logprobs, advantages, mask, policy): return -logprobs * advantages
+def no_number(logprobs, old_logprobs, advantages, mask, policy): return -logprobs * float("nan")
 def short_loss(logprobs, old_logprobs, advantages, mask, policy): return (-logprobs * advantages).sum(1)
 def dead_loss(logprobs, old_logprobs, advantages, mask, policy): return -logprobs.detach() * advantages
 def two_arguments(logprobs, advantages): return logprobs
@@ -56,6 +68,13 @@ class NoUpdate:
     async def start(self): ...
 class Whole(Engine):
     def __init__(self, config, model_path, backend): ...
+    async def start(self): ...
+    async def generate(self, prompts, sampling, seeds): ...
+    async def update_weights(self, update_info, content=None): ...
+class Silent(Engine):
+    def __init__(self, config, model_path, backend): ...
+    async def start(self): ...
+    async def update_weights(self, update_info, content=None): ...
 def engine(config, model_path, backend): ...
 
 def row(row): return {"prompt": row["q"], "answer": str(row["a"])}
@@ -105,7 +124,7 @@ def test_what_is_right_passes_and_stands_in_the_resolved_config(
         ("bare", r"algorithm\.adv_estimator 'own_\w+:bare': it has no `traits`; decorate"),
         ("missing", r"has no function 'missing'"),
         ("number", r"it is of type int, not a function"),
-        ("narrow", r"narrow': expected advantages \[B, T\], here \[4, 5\]; got \[4\]"),
+        ("narrow", r"narrow': expected advantages \[B, T\], here \[8, 5\]; got \[8\]"),
         ("raises", r"raises': it fails on a small batch: AttributeError: .*nothing"),
         ("one_argument", r"it must take two arguments, \(rollouts, algorithm\)"),
         ("no_class", r"is a class derived from dvpo_service\.estimators\.base\.CriticObjective"),
@@ -142,6 +161,10 @@ def test_an_estimator_that_cannot_be_used_is_one_line(own: str, name: str, said:
         ),
         ("algorithm", "critic_terms", "cvar", r"there is a term named 'cvar' already; rename the function"),
         ("rollout", "engine", "NoUpdate", r"rollout\.engine .*: it has no method generate; derive it from"),
+        ("rollout", "engine", "Silent", r"Silent': it does not define generate, for which Engine has no default"),
+        ("policy", "loss", "no_number", r"no_number': the loss of a token is not finite on a small batch"),
+        ("algorithm", "adv_estimator", "Dead", r"Dead': no gradient flows from the loss to the critic's predictions"),
+        ("algorithm", "adv_estimator", "Pair", r"Pair': estimate\(\) must return an Estimate, got tuple"),
         ("rollout", "engine", "engine", r"it must be a class with the methods of dvpo_service\.roles\.Engine"),
     ],
 )
@@ -150,6 +173,19 @@ def test_a_part_that_cannot_be_used_is_one_line(own: str, section: str, key: str
     with pytest.raises(ConfigError, match=said) as caught:
         check_plugins(config(**{section: {key: value}}))
     assert "\n" not in str(caught.value)
+
+
+def test_an_estimator_is_tried_with_as_many_samples_as_the_run_has(own: str) -> None:
+    algorithm = {"adv_estimator": f"{own}:of_three"}
+    check_plugins(config(rollout={"n": 3, "prompts_per_step": 8}, algorithm=algorithm))
+    with pytest.raises(ConfigError, match="of_three': it fails on a small batch"):
+        check_plugins(config(rollout={"n": 4}, algorithm=algorithm))
+
+
+def test_a_run_with_an_estimator_of_ones_own_is_read_without_it(own: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config(algorithm={"adv_estimator": f"{own}:good"})).replace(own, "not_on_this_machine"))
+    assert load_config(str(file)).algorithm.adv_estimator == "not_on_this_machine:good", "dvpo serve needs no estimator"
 
 
 def test_a_module_that_is_not_there_is_told_by_key_and_name() -> None:

@@ -19,7 +19,7 @@ class FakeEngine(Engine):
     """Its samples say which seed and weights made them. ``model_path`` is a folder whose files ask for faults.
 
     ``die``, ``hang``, ``lost`` and ``silent`` happen once: the first engine that comes across such a file removes it.
-    ``refuse`` stays.
+    ``refuse`` and ``nothing`` stay.
     """
 
     def __init__(self, config: Config, model_path: str, backend: Backend):
@@ -40,6 +40,8 @@ class FakeEngine(Engine):
             raise EngineLost("its process is gone")
         if (self.folder / "refuse").exists():
             raise ValueError("the prompt is too long")
+        if (self.folder / "nothing").exists():
+            return None  # type: ignore[return-value]
         return [
             [
                 Sample(p.index, i, (seed % 1000, i), (-1.0, -1.0), str(os.getpid()), "stop", self.weight_version)

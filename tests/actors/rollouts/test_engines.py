@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def running(shared: Running) -> Running:
 
 def tokens(groups: list[list[Sample]]) -> list[tuple[int, ...]]:
     return [s.token_ids for g in groups for s in g]
+
+
+def test_a_prompt_that_a_step_drew_twice_is_sampled_with_two_seeds(running: Running) -> None:
+    twice = [PROMPTS[0], replace(PROMPTS[0], occurrence=1), PROMPTS[1]]
+    one, other, another = running.engines.generate(twice, SAMPLING, run_seed=0, step=0)
+    assert len({one[0].token_ids, other[0].token_ids, another[0].token_ids}) == 3
+
+
+def test_an_engine_that_returns_no_samples_ends_the_run_in_words(running: Running) -> None:
+    running.ask("nothing")
+    try:
+        with pytest.raises(PoolError, match=r"the engine returned NoneType, not a list of \d+ groups of samples"):
+            running.generate()
+    finally:
+        (running.folder / "nothing").unlink()
 
 
 def test_samples_come_in_the_prompts_order_from_all_engines(running: Running) -> None:

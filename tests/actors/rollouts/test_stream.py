@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 
 from actors.rollouts import cache
 from actors.rollouts.reward import Work
-from actors.rollouts.stream import SyncStream
+from actors.rollouts.stream import SyncStream, score_samples
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.errors import RewardsFailed
 from dvpo_service.rewards.seeds import sample_seed
@@ -167,6 +167,19 @@ def test_a_prompt_drawn_twice_in_a_step_is_sampled_twice_and_not_copied(tiny_mod
         assert len({seed for _, seed in drawn}) == 4, "but no seed does"
         index, seed = drawn[0]
         assert seed == sample_seed(0, step, index, 0), "the first time its seed is that of the prompt alone"
+
+
+def test_the_two_have_noise_of_their_own() -> None:
+    class Recording:
+        def score(self, work: list[Work], *, noisy: bool) -> list[list[Score]]:
+            self.seeds = [w.seeds for w in work]
+            return []
+
+    prompt, rewards = Prompt(0, ({"role": "user", "content": "?"},), "1", "t"), Recording()
+    group = [Sample(0, i, (1,), (-1.0,), "1", "stop", 0) for i in range(2)]
+    prompts = [prompt, replace(prompt, occurrence=1)]
+    score_samples(rewards, prompts, [group, group], run_seed=0, step=0, noisy=True)  # type: ignore[arg-type]
+    assert len({seed for seeds in rewards.seeds for seed in seeds}) == 4
 
 
 def test_a_prompt_drawn_again_by_dynamic_sampling_has_other_seeds_too(tiny_model: Path) -> None:
