@@ -15,7 +15,6 @@ from actors.cluster.placement import plan_bundles
 from actors.rollouts.engines import WarmEngines
 from dvpo_service.commands.train import train
 from dvpo_service.config import Config
-from dvpo_service.errors import UserError
 from dvpo_service.host.failure import describe
 from dvpo_service.runs.step_file import read_metrics
 from tune_sweeps.plan import Job
@@ -35,8 +34,8 @@ def trial_resources(config: Config) -> PlacementGroupFactory:
 def run_trial(params: Mapping[str, Any], job: Job) -> None:
     """Train to the end, from the trial's own checkpoint if there is one. Report each evaluation to Tune.
 
-    A trial that is already done only reports its last metrics. A UserError fails the trial for good. Any other error
-    is raised, so that Tune tries again.
+    A trial that is already done only reports its last metrics. Errors are raised, so that Tune tries again, then counts
+    the trial as failed and goes on; ``--resume`` tries it again.
 
     Args:
       params: Tune's parameters, see ``space.param_space``.
@@ -60,8 +59,7 @@ def run_trial(params: Mapping[str, Any], job: Job) -> None:
         state.status = "done"
     except Exception as error:
         state.status, state.error = "failed", describe(error)[0]
-        if not isinstance(error, UserError):
-            raise
+        raise
     finally:
         state.seconds = before + time.time() - started
         state.start_seconds = (watch.began or time.time()) - started
