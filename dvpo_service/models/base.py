@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.initialization import no_init_weights
 
 from dvpo_service.errors import CheckpointError, one_line
-from dvpo_service.models.load import load_model_config, load_tokenizer, quiet
+from dvpo_service.models.load import load_model_config, load_tokenizer, make_savable, quiet
 
 FOLDER = "base"
 
@@ -32,6 +32,7 @@ def save_base(model_path: str, run_dir: Path, *, trust_remote_code: bool = False
         generation = GenerationConfig.from_pretrained(model_path)
     except OSError:  # a model may come without a generation config
         return
+    make_savable(generation)
     generation.save_pretrained(folder)
 
 

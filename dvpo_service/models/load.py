@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -72,7 +73,21 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False) -> nn.Module:
 
     The trainer chooses the precision of the computation.
     """
-    return _load(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model: Any = _load(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    if model.generation_config is not None:
+        make_savable(model.generation_config)
+    return model
+
+
+def make_savable(config: GenerationConfig) -> None:
+    """Turn sampling on in a generation config that says how to sample and also not to.
+
+    transformers loads such a config with a warning and refuses to save it; some models of the hub have one.
+    """
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:

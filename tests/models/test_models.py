@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import AutoTokenizer
 
 from dvpo_service.algo.policy_loss import token_logprobs
 from dvpo_service.errors import CheckpointError
+from dvpo_service.models.base import save_base
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.load import check_model, load_backbone, load_causal_lm
 from dvpo_service.models.policy import PolicyModel
@@ -103,3 +107,18 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match="cannot load a model from"):
         load_causal_lm(str(tmp_path))
+
+
+@pytest.mark.parametrize("given", [{"do_sample": False, "temperature": 0.6}, {"top_p": 0.9}, {"do_sample": True}])
+def test_a_generation_config_that_contradicts_itself_is_saved_all_the_same(
+    tiny_model: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    save_base(str(model), tmp_path / "run")
+    load_causal_lm(str(model)).save_pretrained(tmp_path / "export")
+    for folder in (tmp_path / "run" / "base", tmp_path / "export"):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert saved["do_sample"] is True
+        assert {key: saved[key] for key in given} == given | ({"do_sample": True} if "do_sample" in given else {})
