@@ -120,11 +120,14 @@ def evaluate(
     from dvpo_service.errors import ConfigError
     from dvpo_service.export.download import local_copy
 
+    output = output.expanduser() if output else None
     if run and not (config or model):
         with local_copy(run) as folder, from_run(folder, run, overrides or []) as subject:
             measure(subject, data or [], n, output)
     elif config and model and not run:
-        measure(Subject(load_config(config, overrides or []), model, model), data or [], n, output)
+        measure(
+            Subject(load_config(config, overrides or []), model, model), data or [], n, output and output.expanduser()
+        )
     else:
         raise ConfigError("dvpo eval: give either --run, or both --config and --model")
 
@@ -142,7 +145,7 @@ def export(
     from dvpo_service.export.export import export_and_register
 
     with local_copy(run) as folder:
-        exported, version = export_and_register(folder, output, register)
+        exported, version = export_and_register(folder, output.expanduser(), register)
     typer.echo(f"policy after {exported.step} updates: {exported.folder}")
     typer.echo(f"critic: {exported.critic or 'none, the run has none'}")
     if version:
@@ -163,7 +166,7 @@ def serve(
 
     if is_url(run):
         raise UserError(f"{run}: every replica reads the weights from a path; `dvpo export --run {run} -o DIR` first")
-    serve_run(Path(run), overrides or [], follow=follow)
+    serve_run(Path(run).expanduser(), overrides or [], follow=follow)
 
 
 @app.command()

@@ -85,7 +85,7 @@ def _find(name_or_path: str) -> Path:
     shipped = shipped_configs()
     if name_or_path in shipped:
         return shipped[name_or_path]
-    path = Path(name_or_path)
+    path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path):  # also False for a string that cannot be a file name
         return path
     close = difflib.get_close_matches(name_or_path, shipped, n=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -83,6 +84,11 @@ class ModelConfig(Section):
     warmstart: WarmstartConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = False
+
+    @field_validator("path")
+    @classmethod
+    def _home(cls, path: str | None) -> str | None:
+        return os.path.expanduser(path) if path else path
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

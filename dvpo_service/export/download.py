@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def local_copy(source: str) -> Iterator[Path]:
     """Yield ``source`` as a path on this machine.
 
     From a URL, the newest checkpoint or export and the run's small files are copied to a temporary folder, which is
-    removed at the end of the block. A path is yielded as it is.
+    removed at the end of the block. A path is yielded with ``~`` expanded.
 
     Args:
       source: the path or URL of a run directory, of one of its checkpoints, or of an export.
@@ -31,7 +32,7 @@ def local_copy(source: str) -> Iterator[Path]:
       UserError: the package for the URL's file system is not installed.
     """
     if not is_url(source):
-        yield Path(source)
+        yield Path(os.path.expanduser(source))
         return
     place = storage_path(source)
     with tempfile.TemporaryDirectory(prefix="dvpo-run-") as folder:

@@ -42,7 +42,7 @@ def resolve_run_dir(option: str | None, configured: str | None, name: str) -> St
     base = os.environ.get(BASE)
     if base is None and JOB_CONFIG in os.environ:
         base = str(Path.home() / "dvpo-runs")
-    if given and (is_url(given) or Path(given).is_absolute()):
+    if given and (is_url(given) or Path(os.path.expanduser(given)).is_absolute()):
         return storage_path(given)
     return storage_path(base) / (given or name) if base else storage_path(given or f"runs/{name}")
 

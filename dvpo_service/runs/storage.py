@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,13 @@ StoragePath = Path | UPath  # UPath("/plain/path") is a Path
 
 
 def storage_path(path: str | StoragePath) -> StoragePath:
-    """Return a URL as a UPath, anything else as an absolute Path.
+    """Return a URL as a UPath, anything else as an absolute Path, with ``~`` for the home directory.
 
     Raises:
       UserError: the package for the URL's file system is not installed.
     """
     if not is_url(path):
-        return Path(str(path)).absolute()
+        return Path(os.path.expanduser(str(path))).absolute()
     try:
         return UPath(path)
     except (ImportError, ValueError) as error:

@@ -38,8 +38,18 @@ _START_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_
 
 
 def default_tracking_uri(run_dir: Path) -> str:
-    """Return the URI of a SQLite file in the folder that holds the run folders, so that one UI shows all runs."""
-    return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+    """Return the URI of a SQLite file in the folder that holds the run folders, so that one UI shows all runs.
+
+    Raises:
+      TrackingError: the folder's path has a "?", with which the query of a database URI begins.
+    """
+    file = run_dir.absolute().parent / "mlflow.db"
+    if "?" in str(file):
+        raise TrackingError(
+            f"{file}: MLflow cannot open a database below a folder with '?' in its name; give another --run-dir, "
+            "or tracking.mlflow_uri"
+        )
+    return f"sqlite:///{file}"
 
 
 def tracking_uri(config: Config, run_dir: Path) -> str:

@@ -128,6 +128,12 @@ def test_a_config_may_start_from_another_one(tmp_path: Path) -> None:
     assert shipped == load_config("demo", ["name=shipped", "trainer.num_steps=7"])
 
 
+def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("extends: demo\nmodel: {path: ~/model, warmstart: null}\n")
+    assert load_config("~/mine.yaml").model.path == str(tmp_path / "model")
+
+
 def test_a_circle_of_configs_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

@@ -60,6 +60,10 @@ def test_a_relative_run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("DVPO_RUNS", "/shared")
     assert resolve_run_dir("mine", None, "demo") == Path("/shared/mine")
     assert resolve_run_dir("/else/where", None, "demo") == Path("/else/where")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert resolve_run_dir("~/mine", None, "demo") == tmp_path / "home/mine"
+    monkeypatch.setenv("DVPO_RUNS", "~/runs")
+    assert resolve_run_dir("mine", None, "demo") == tmp_path / "home/runs/mine"
 
 
 def test_in_a_job_it_is_not_in_the_copy_that_ray_throws_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
