@@ -7,6 +7,7 @@ import math
 import shutil
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
