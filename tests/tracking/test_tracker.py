@@ -7,7 +7,6 @@ import math
 import shutil
 import socket
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from dvpo_service.errors import TrackingError
 from dvpo_service.runs.step_file import read_metrics
 from dvpo_service.tracking import store
 from dvpo_service.tracking.figures import FanData
-from dvpo_service.tracking.store import artifact_root, default_tracking_uri, open_store
 from dvpo_service.tracking.tracker import Tracker, _description
 from tests.tracking.conftest import wait_until
 
@@ -271,25 +269,6 @@ def test_a_deleted_experiment_is_told(tmp_path, make_config):
     client_of(tracker).delete_experiment(experiment.experiment_id)
     with pytest.raises(TrackingError, match="'gone' was deleted"):
         Tracker(tmp_path / "b", make_config(experiment="gone"))
-
-
-def test_the_default_store_stands_beside_the_run_folders(tmp_path):
-    assert default_tracking_uri(tmp_path / "runs" / "x") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    with pytest.raises(TrackingError, match=r"'\?' in its name; give another --run-dir, or tracking\.mlflow_uri"):
-        default_tracking_uri(tmp_path / "why?" / "x")
-
-
-@pytest.mark.parametrize("name", ["a#3", "50%", "a b", "é~"])
-def test_a_store_lands_in_its_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
-    run = tmp_path / name / "run"
-    run.mkdir(parents=True)
-    uri = default_tracking_uri(run)
-    client = open_store(uri)
-    experiment = client.create_experiment("x", artifact_location=artifact_root(uri))
-    mlflow_run = client.create_run(experiment).info.run_id
-    client.log_text(mlflow_run, "words", "note.txt")
-    assert [a.path for a in client.list_artifacts(mlflow_run)] == ["note.txt"]
-    assert (tmp_path / name / "mlflow.db").is_file()
 
 
 def test_a_run_says_in_words_what_is_wrong(tmp_path, make_config):
