@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 from actors.cluster.pool import Rendezvous
 from actors.training.process_group import add_up, all_reduce, all_reduce_min, all_reduce_sums, init_process_group
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
+from actors.training.worker import TrainerWorker
 from dvpo_service.algo.advantages import returns_to_go
 from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
@@ -25,7 +26,6 @@ from dvpo_service.models.critic import DistributionalCritic, response_positions,
 from dvpo_service.models.critic_folder import CriticSpec
 from dvpo_service.models.load import load_backbone
 from dvpo_service.models.sharding import shard
-from dvpo_service.runs.integrity import Files
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
 
@@ -58,7 +58,7 @@ class RankValues:
     values: Tensor
 
 
-class CriticWorker:
+class CriticWorker(TrainerWorker):
     """Evaluates and trains the critic on this rank's sequences. Every rank calls every method in the same order."""
 
     def __init__(self, config: Config, model_path: str, meet: Rendezvous):
@@ -145,18 +145,6 @@ class CriticWorker:
         if self.meet.rank == 0:
             with written_locally(folder) as local:
                 self.trainer.module.save_pretrained(local, state)
-
-    def save(self, folder: str) -> None:
-        """See ``Trainer.save``."""
-        self.trainer.save(folder)
-
-    def saved(self, wait: bool) -> Files | None:
-        """See ``Trainer.saved``."""
-        return self.trainer.saved(wait=wait)
-
-    def load(self, folder: str) -> None:
-        """See ``Trainer.load``."""
-        self.trainer.load(folder)
 
     def _losses(self, minibatch: Minibatch, stats: RunningStats, sums: Sums) -> list[Callable[[], Tensor]]:
         """Return a function for each micro-batch that computes its loss, and adds its measurements to ``sums``."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from actors.cluster.pool import Rendezvous
 from actors.training.process_group import add_up, all_reduce, all_reduce_sums, init_process_group
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
+from actors.training.worker import TrainerWorker
 from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import policy_metrics
 from dvpo_service.config import Backend, Config
@@ -20,7 +21,6 @@ from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharding import shard
 from dvpo_service.objectives.policy import PolicyObjective
-from dvpo_service.runs.integrity import Files
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
 
@@ -39,7 +39,7 @@ class RankLogprobs:
     ref_logprobs: Tensor | None
 
 
-class PolicyWorker:
+class PolicyWorker(TrainerWorker):
     """Scores and trains the policy on this rank's sequences. Every rank calls every method in the same order."""
 
     def __init__(self, config: Config, model_path: str, meet: Rendezvous):
@@ -120,18 +120,6 @@ class PolicyWorker:
             with written_locally(folder) as local:
                 lm.save_pretrained(local, state_dict=state)  # type: ignore[operator]
                 load_tokenizer(self.model_path, trust_remote_code=trust).save_pretrained(local)
-
-    def save(self, folder: str) -> None:
-        """See ``Trainer.save``."""
-        self.trainer.save(folder)
-
-    def saved(self, wait: bool) -> Files | None:
-        """See ``Trainer.saved``."""
-        return self.trainer.saved(wait=wait)
-
-    def load(self, folder: str) -> None:
-        """See ``Trainer.load``."""
-        self.trainer.load(folder)
 
     def _load(self) -> Any:
         lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.cluster.placement import Placement
 from actors.cluster.pool import POLL_S, Call, Pool, Rendezvous, outcome
+from actors.training.worker import TrainerWorker
 from dvpo_service.errors import describe_error
 from dvpo_service.host.network import free_port
 from dvpo_service.runs.integrity import Files
@@ -144,13 +145,13 @@ class RanksSave:
     def done(self) -> bool:
         """Return whether every rank has written its files."""
         self.started.result()
-        return all(files is not None for files in self.ranks.call(self.ranks.worker.saved, False))  # type: ignore[attr-defined]
+        return all(files is not None for files in self.ranks.call(TrainerWorker.saved, False))
 
     def result(self, timeout_s: float | None = None) -> Files:
         """Wait until every rank has written its files, and return them all."""
         self.started.result()
         written: Files = {}
-        for files in self.ranks.call(self.ranks.worker.saved, True, timeout_s=timeout_s):  # type: ignore[attr-defined]
+        for files in self.ranks.call(TrainerWorker.saved, True, timeout_s=timeout_s):
             written |= files
         return written
 

@@ -12,6 +12,7 @@ from actors.cluster.placement import Placement
 from actors.training.critic import CriticWorker, RankValues
 from actors.training.policy import PolicyWorker, RankLogprobs
 from actors.training.rank_pool import MetricsJob, RankPool, RanksSave, SharedBatch, in_batch_order
+from actors.training.worker import TrainerWorker
 from dvpo_service.algo.diagnostics import rollout_kl_metrics, rollout_kl_sums
 from dvpo_service.config import Backend, Config
 from dvpo_service.runs.storage import StoragePath
@@ -21,7 +22,21 @@ if TYPE_CHECKING:
     from actors.weights.transfer import EngineClient
 
 
-class PolicyRanks:
+class TrainerRanks:
+    """A pool of trainer ranks: what policy and critic have in common."""
+
+    ranks: RankPool
+
+    def save(self, folder: StoragePath) -> RanksSave:
+        """Start a save. A rank does what it is asked in order, so it takes its copy before the next update."""
+        return RanksSave(self.ranks, self.ranks.submit(TrainerWorker.save, str(folder)))
+
+    def load(self, folder: StoragePath) -> None:
+        """Restore what ``save`` wrote, at any number of ranks."""
+        self.ranks.call(TrainerWorker.load, str(folder))
+
+
+class PolicyRanks(TrainerRanks):
     """The policy pool as the loop's ``Policy``. ``batch`` is shared with the critic's pool."""
 
     def __init__(self, config: Config, model_path: str, placement: Placement, batch: SharedBatch):
@@ -53,20 +68,12 @@ class PolicyRanks:
         """Push the current weights to engines; return those lost on the way, with the cause. Raises PoolError."""
         return self.ranks.call(PolicyWorker.send_weights, client, backend, timeout_s=timeout_s)[0]
 
-    def save(self, folder: StoragePath) -> RanksSave:
-        """Start a save. A rank does what it is asked in order, so it takes its copy before the next update."""
-        return RanksSave(self.ranks, self.ranks.submit(PolicyWorker.save, str(folder)))
-
-    def load(self, folder: StoragePath) -> None:
-        """Restore what ``save`` wrote, at any number of ranks."""
-        self.ranks.call(PolicyWorker.load, str(folder))
-
     def export(self, folder: StoragePath) -> None:
         """Write the policy as a Hugging Face folder."""
         self.ranks.call(PolicyWorker.export, str(folder))
 
 
-class CriticEstimator:
+class CriticEstimator(TrainerRanks):
     """The critic pool as the loop's ``Estimator``. ``batch`` is shared with the policy's pool."""
 
     def __init__(self, config: Config, model_path: str, placement: Placement, batch: SharedBatch):
@@ -98,14 +105,6 @@ class CriticEstimator:
     def distributions(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Return levels [M] and every head's sorted atoms [B, T, H, M] of given responses."""
         return self.ranks.call(CriticWorker.distributions, ray.put(rollouts))[0]
-
-    def save(self, folder: StoragePath) -> RanksSave:
-        """Start a save. A rank does what it is asked in order, so it takes its copy before the next update."""
-        return RanksSave(self.ranks, self.ranks.submit(CriticWorker.save, str(folder)))
-
-    def load(self, folder: StoragePath) -> None:
-        """Restore what ``save`` wrote, at any number of ranks."""
-        self.ranks.call(CriticWorker.load, str(folder))
 
     def export(self, folder: StoragePath) -> None:
         """Write the critic as ``DistributionalCritic.from_pretrained`` loads it."""
