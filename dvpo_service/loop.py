@@ -25,7 +25,7 @@ from dvpo_service.host.stopping import Stopping
 from dvpo_service.objectives.preparation import prepare_rewards, whiten
 from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
 from dvpo_service.runs.checkpoint import Checkpoints
-from dvpo_service.types import Metrics, Rollouts
+from dvpo_service.types import Generated, Metrics, Rollouts
 
 
 @dataclass
@@ -91,7 +91,7 @@ def train(
                 rollouts = r.policy.logprobs(batch.rollouts, step)
                 rollouts = prepare_rewards(rollouts, config.policy.kl)
         mismatch = r.mismatch(rollouts)
-        stop_if_engines_differ(mismatch, batch.metrics, config, step)
+        stop_if_engines_differ(mismatch, batch, config, step)
         with clock("advantages"):
             estimate, value_metrics = r.estimator.advantages(rollouts, step)
             advantages = whiten(estimate.advantages, rollouts.response_mask, config.algorithm)
@@ -148,14 +148,15 @@ def record(state: TrainState, roles: Roles) -> dict[str, Any]:
     }
 
 
-def stop_if_engines_differ(mismatch: Metrics, measured: Metrics, config: Config, step: int) -> None:
+def stop_if_engines_differ(mismatch: Metrics, batch: Generated, config: Config, step: int) -> None:
     """Stop before the batch is trained on when the engines' log-probs are too far from the trainer's.
 
     Stale tokens do differ, and those sampled before a recovery may, so only batches sampled now, with the weights of
-    this step, are judged. Raises EngineMismatch.
+    this step, are judged, and only if it has a token. Raises EngineMismatch.
     """
+    from_before = any(batch.metrics.get(f"rollout/{name}", 0.0) > 0 for name in ("staleness", "reused"))
     kl, bound = mismatch.get("policy/rollout_kl", 0.0), config.max_rollout_kl
-    if measured.get("rollout/staleness", 0.0) > 0 or measured.get("rollout/reused", 0.0) > 0 or kl <= bound:
+    if from_before or kl <= bound or batch.rollouts.num_tokens == 0:
         return
     raise EngineMismatch(
         f"step {step + 1}: the rollout engine's log-probs are a KL of {kl:.3g} per token from the trainer's, more than "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dvpo_service.config import TrainerConfig
@@ -133,6 +134,20 @@ def test_a_batch_with_log_probs_that_are_no_numbers_is_not_trained_on(tmp_path: 
     roles.mismatch = lambda rollouts: {"policy/rollout_kl": float("nan")}
     with pytest.raises(EngineMismatch, match="a KL of nan per token"):
         run(tmp_path, TrainerConfig(num_steps=2), roles)
+
+
+def test_a_batch_without_a_token_has_no_kl_and_is_no_mismatch(tmp_path: Path) -> None:
+    roles = make_roles(Log())
+    roles.mismatch = lambda rollouts: {"policy/rollout_kl": float("nan")}
+    next_batch = roles.stream.next
+
+    def empty(step: int) -> Generated:
+        batch = next_batch(step)
+        mask = torch.zeros_like(batch.rollouts.response_mask)
+        return replace(batch, rollouts=batch.rollouts.with_(response_mask=mask))
+
+    roles.stream.next = empty  # type: ignore[method-assign]
+    assert run(tmp_path, TrainerConfig(num_steps=2), roles).step == 2
 
 
 @pytest.mark.parametrize("why", ["rollout/staleness", "rollout/reused"])
