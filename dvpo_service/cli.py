@@ -125,9 +125,7 @@ def evaluate(
         with local_copy(run) as folder, from_run(folder, run, overrides or []) as subject:
             measure(subject, data or [], n, output)
     elif config and model and not run:
-        measure(
-            Subject(load_config(config, overrides or []), model, model), data or [], n, output and output.expanduser()
-        )
+        measure(Subject(load_config(config, overrides or []), model, model), data or [], n, output)
     else:
         raise ConfigError("dvpo eval: give either --run, or both --config and --model")
 

@@ -58,8 +58,8 @@ def run_sweep(
     probe = plan_trials(grid, config, overrides, seeds) if grid.arms else []
     first = probe[0].config if probe else resolve(config, overrides, one_draw(grid), seeds[0])
     warn_of(first)
-    for trial in (t for t in probe if t.seed == seeds[0]):
-        check_plugins(trial.config)
+    for one in [trial.config for trial in probe if trial.seed == seeds[0]] or [first]:
+        check_plugins(one)
     sweep = _open(
         Sweep(folder, grid, config, list(overrides), list(seeds), None, None, grid_source=_source(grid_name)), resume
     )

@@ -47,7 +47,7 @@ def check_reward(config: RewardConfig, prompt: Prompt) -> None:
             command, input=json.dumps(prompt.answer), env=environment, capture_output=True, text=True, timeout=limit_s
         )
     except subprocess.TimeoutExpired:
-        error = f"it did not start within reward.start_timeout_s = {config.start_timeout_s:g} s"
+        error = f"no answer within reward.start_timeout_s + reward.timeout_s = {limit_s:g} s"
     else:
         if done.returncode == 0:
             return

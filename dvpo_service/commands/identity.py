@@ -59,11 +59,16 @@ def _model(config: Config) -> dict[str, str]:
     if not folder.is_dir():
         return {"model.path": path}
     weights = sorted(folder.glob("*.safetensors"))
-    tokenizer = sorted(f for f in folder.glob("*") if f.name.startswith(("tokenizer", "vocab", "merges", "chat_templ")))
+    tokenizer = sorted(f for f in folder.iterdir() if f.is_file() and _is_of_tokenizer(f))
     return {
         "model.path": _sha256(*map(_sample, [folder / "config.json", *weights])),
         "model.path (tokenizer)": _sha256(*map(Path.read_bytes, tokenizer)),
     }
+
+
+def _is_of_tokenizer(file: Path) -> bool:
+    names = ("tokenizer", "vocab", "merges", "chat_template", "special_tokens", "added_tokens")
+    return file.name.startswith(names) or file.suffix == ".model"
 
 
 def _sample(file: Path) -> bytes:

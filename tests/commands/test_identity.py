@@ -97,6 +97,19 @@ def test_another_setting_is_named_with_both_values(run: Run, override: str, diff
         run.resume(override)
 
 
+@pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json", "spiece.model", "vocab.txt"])
+def test_every_file_of_the_tokenizer_counts(run: Run, name: str) -> None:
+    (run.model / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"model.path \(tokenizer\) names other content now"):
+        run.resume()
+
+
+def test_other_files_in_the_model_folder_do_not_count(run: Run) -> None:
+    (run.model / "README.md").write_text("words")
+    (run.model / "tokenizer_tests").mkdir()
+    assert run.resume()
+
+
 def test_what_may_change_may_change(run: Run) -> None:
     assert run.resume("critic.optim.lr=1e-3", "trainer.num_steps=400", "reward.timeout_s=3")
     assert run.resume(f"data.val_files={{other: [{run.val}]}}"), "another split in place of the old one"
