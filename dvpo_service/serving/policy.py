@@ -16,15 +16,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dvpo_service.config import Config
 from dvpo_service.errors import one_line
 from dvpo_service.models.engine import engine_settings, prepare_environment
+from dvpo_service.serving.requests import Kind
 
 log = logging.getLogger(__name__)
-
-Kind = Literal["chat", "completion"]
 
 # Chunks of a stream that arrive within this time are sent together: a reader sees no difference, and each message
 # between processes costs as much as a token of a small model.

@@ -24,6 +24,7 @@ from tests.builders import make_config
 
 ROOT = Path(__file__).parents[2]
 START_S = 300.0
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def make_export(
@@ -66,7 +67,7 @@ class ServerProcess:
         self.process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {}),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS} | (environment or {}),
             stdout=self.log,
             stderr=subprocess.STDOUT,
             text=True,

@@ -16,7 +16,7 @@ from dvpo_service.config import ServeConfig
 from dvpo_service.serving.gateway import Gateway
 from dvpo_service.serving.policy import Answer, PolicyServer
 from dvpo_service.serving.replicas import Unavailable
-from dvpo_service.serving.requests import BadRequest
+from dvpo_service.serving.errors import BadRequest
 from dvpo_service.serving.value_server import ValueServer
 from dvpo_service.serving.values import ResponseValues, ValueQuery
 
