@@ -112,7 +112,8 @@ class Gateway:
                 versions["values"] = await self.values.call(ValueServer.ready, timeout_s=READY_S)
         except Unavailable as error:
             return JSONResponse({"ready": False, "waiting_for": waiting_for, "why": str(error)}, 503)
-        return JSONResponse({"ready": True, "versions": versions, "model": self.model_name})
+        note = {"note": self.limits.note} if self.limits.note else {}
+        return JSONResponse({"ready": True, "versions": versions, "model": self.model_name} | note)
 
     async def metrics(self) -> Response:
         """Return the metrics in Prometheus' text format."""

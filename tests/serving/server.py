@@ -92,7 +92,11 @@ class ServerProcess:
         raise AssertionError(f"the server did not come up:\n{self.output()[-3000:]}")
 
     def __enter__(self) -> Self:
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except AssertionError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: Any) -> None:

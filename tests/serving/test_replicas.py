@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from dvpo_service.serving.errors import BadRequest
 from dvpo_service.serving.policy import PolicyServer, together
 from dvpo_service.serving.replicas import Replicas, Unavailable
-from dvpo_service.serving.errors import BadRequest
 from tests.builders import make_config
 
 
