@@ -78,7 +78,7 @@ class Gateway:
             extra = json_body(body)
             app.add_api_route(path, answer, methods=["POST"], openapi_extra=extra, responses=responses, **keyed)
 
-        keyed: dict[str, Any] = {"dependencies": [Depends(BEARER)]}
+        keyed: dict[str, Any] = {"dependencies": [Depends(BEARER)] if self.key_digest else []}  # for the schema
         get("/", self.page, include_in_schema=False)
         get("/healthz", self.healthz, response_class=PlainTextResponse)
         get("/readyz", self.readyz, responses={503: {"description": "not ready; `waiting_for` says for what"}})

@@ -18,7 +18,8 @@ import httpx
 from dvpo_service.config import to_yaml
 from dvpo_service.export.export import CONFIG_FILE, CRITIC, EXPORT_FILE, Exported, open_export
 from dvpo_service.models.critic import DistributionalCritic
-from dvpo_service.models.load import load_backbone
+from dvpo_service.models.fixed_sequences import record
+from dvpo_service.models.load import load_backbone, load_causal_lm, load_tokenizer
 from dvpo_service.models.small import save_small_model
 from tests.builders import make_config
 
@@ -33,6 +34,7 @@ def make_export(
     """Write an untrained policy and critic as a run exports them."""
     size = {"num_layers": 2, "num_heads": hidden_size // 32, "max_positions": 128} | shape
     save_small_model(folder, hidden_size=hidden_size, seed=seed, **size)
+    record(load_causal_lm(str(folder)), load_tokenizer(str(folder)), folder)
     if critic:
         value_model = DistributionalCritic(
             load_backbone(str(folder)),
