@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from dvpo_service.serving.errors import BadRequest
@@ -16,7 +15,8 @@ def parse(body: bytes) -> dict[str, Any]:
 
     Raises:
       BadRequest: the body is not UTF-8, no JSON, no object, or nested deeper than ``MAX_DEPTH``; or it has a number
-        that is not finite, or text with half a surrogate pair, which has no UTF-8 form and which no tokenizer takes.
+        beyond 64 bits, which some fields of vLLM cannot hold, or text with half a surrogate pair, which has no UTF-8
+        form and which no tokenizer takes.
     """
     try:
         tree = json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
@@ -47,8 +47,8 @@ def _check(tree: dict[str, Any]) -> None:
                 below += node
             elif isinstance(node, str):
                 _check_text(node)
-            elif isinstance(node, float) and not math.isfinite(node):
-                raise BadRequest("the body has a number too large for a float")
+            elif isinstance(node, float | int) and not abs(node) < 2**63:
+                raise BadRequest("the body has a number beyond 64 bits")
         if not below:
             return
         level = below

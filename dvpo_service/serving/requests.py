@@ -71,7 +71,7 @@ _MANY_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": _IDS_SCHEMA}
 _PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TEXTS_SCHEMA, _IDS_SCHEMA, _MANY_IDS_SCHEMA]}
 
 Integer = Annotated[int, BeforeValidator(_number)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_number)]
+Seed = Annotated[int, Field(gt=-(2**63), lt=2**63), BeforeValidator(_number)]
 Text = Annotated[str, Field(strict=True)]
 Prompt = Annotated[Any, AfterValidator(_is_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 Share = Annotated[StrictFloat, Field(gt=0, le=1)]

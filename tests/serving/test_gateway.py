@@ -32,7 +32,9 @@ TURN = {"messages": [{"role": "user", "content": "a"}]}
         (b"{", 400, "not JSON"),
         (b'{"prompt": "\xff"}', 400, "not JSON"),
         (b'{"prompt": "a", "temperature": NaN}', 400, "not JSON"),
-        (b'{"prompt": "a", "temperature": 1e999}', 400, "too large"),
+        (b'{"prompt": "a", "temperature": 1e999}', 400, "beyond 64 bits"),
+        (A | {"top_k": 10**30}, 400, "beyond 64 bits"),
+        (A | {"logit_bias": {"5": -(10**30)}}, 400, "beyond 64 bits"),
         ([], 400, "JSON object"),
         ({}, 400, "prompt: Field required"),
         (A | {"n": "three"}, 400, "n: Input should be a valid integer"),
@@ -309,6 +311,11 @@ def test_bad_value_requests_are_refused_in_words(body: Any, says: str) -> None:
     code, message = asyncio.run(status(client(values=FakeValues()), "/v1/values", body))
     assert code == 400
     assert says in message
+
+
+def test_the_page_is_told_what_readers_must_know() -> None:
+    answer = asyncio.run(client(note="29 is 92").get("/readyz"))
+    assert (answer.json()["note"], answer.json()["model"]) == ("29 is 92", NAME)
 
 
 def test_no_replica_is_503_and_not_ready() -> None:
