@@ -152,7 +152,8 @@ class TrainerConfig(Section):
       eval_every, save_every: steps between evaluations and between checkpoints; 0 means at the end only.
       resume: auto continues from the newest checkpoint of the run directory; never starts over.
       eval_samples: samples per prompt in an evaluation.
-      max_bad_steps: after this many steps in a row with a loss or gradient that is not finite, the run stops.
+      max_bad_steps: after this many steps in a row with a loss or gradient that is not finite, or with values that run
+        away from every return seen, the run stops.
     """
 
     num_steps: Positive = 100
