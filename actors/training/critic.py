@@ -74,7 +74,9 @@ class CriticWorker(TrainerWorker):
         )
         minibatches = config.batch_size // (config.critic.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.critic.epochs * minibatches
-        self.trainer = Trainer(module, config.critic.optim, total_steps=steps)
+        self.trainer = Trainer(
+            module, config.critic.optim, total_steps=steps, defer_reduction=config.critic.defer_gradient_reduction
+        )
         # Count, sum and sum of squares of all returns so far, and the least value of the last batch.
         self.trainer.extra["return_moments"] = torch.zeros(3, dtype=torch.float64)
         self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)

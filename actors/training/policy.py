@@ -49,7 +49,9 @@ class PolicyWorker(TrainerWorker):
         module: Any = self._load()
         minibatches = config.batch_size // (config.policy.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.policy.epochs * minibatches
-        self.trainer = Trainer(module, config.policy.optim, total_steps=steps)
+        self.trainer = Trainer(
+            module, config.policy.optim, total_steps=steps, defer_reduction=config.policy.defer_gradient_reduction
+        )
         self.objective = PolicyObjective(config)
         self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
         self.transfer: Any = None

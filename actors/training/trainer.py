@@ -72,14 +72,17 @@ class Trainer:
       module: sharded by ``models.sharding.shard``.
       config: of the optimizer (AdamW) and the learning rate schedule.
       total_steps: optimizer steps of the run, for the schedule.
+      defer_reduction: reduce gradients over the ranks once per optimizer step, not after every micro-batch. Each rank
+        then keeps the gradient of the whole module in between, not of its own shard.
 
     Attributes:
       extra: further tensors to save with the state, the same on every rank.
     """
 
-    def __init__(self, module: Any, config: OptimConfig, *, total_steps: int):
+    def __init__(self, module: Any, config: OptimConfig, *, total_steps: int, defer_reduction: bool = False):
         self.module = module
         self.config = config
+        self.defer_reduction = defer_reduction
         self.optimizer = torch.optim.AdamW(
             module.parameters(),
             lr=config.lr,
@@ -114,7 +117,7 @@ class Trainer:
         pending = list(losses)
         total = 0.0
         for i, compute in enumerate(pending):
-            self._reduce_gradients(i == len(pending) - 1)
+            self._reduce_gradients(not self.defer_reduction or i == len(pending) - 1)
             loss = compute()
             (loss * world).backward()
             total += float(loss.detach())
@@ -138,10 +141,10 @@ class Trainer:
         """The device of the module's parameters."""
         return next(self.module.parameters()).device
 
-    def _reduce_gradients(self, last: bool) -> None:
-        """Reduce gradients over the ranks only after the ``last`` micro-batch."""
+    def _reduce_gradients(self, now: bool) -> None:
+        """Let the next backward pass reduce its gradients over the ranks, or keep them."""
         if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
+            self.module.set_requires_gradient_sync(now)
 
     # State. Each rank writes its own sharded safetensors files (nothing is unpickled from disk), and they can be loaded
     # at any world size.

@@ -38,6 +38,8 @@ class TrainerPool(Section):
       mini_batch_size: sequences per optimizer step over all ranks; the whole batch when absent.
       micro_batch_size: sequences per forward pass of one rank.
       packing: lay a micro-batch's sequences end to end instead of padding them.
+      defer_gradient_reduction: reduce gradients over the ranks once per optimizer step instead of once per micro-batch.
+        It saves network traffic, and every rank then holds a float32 gradient of the whole model.
     """
 
     world_size: Positive = 1
@@ -46,6 +48,7 @@ class TrainerPool(Section):
     micro_batch_size: Positive = 64
     gradient_checkpointing: bool = False
     packing: bool = False
+    defer_gradient_reduction: bool = False
     step_timeout_s: PositiveFloat = 1800.0
 
 
