@@ -70,9 +70,10 @@ class PolicyWorker(TrainerWorker):
             for index in minibatch:
                 part = rollouts.select(index)
                 rows.append(index)
-                logprobs.append(_widen(self._score(self.trainer.module, part)[0], part, width))
+                logprobs.append(_widen(self._score(self.trainer.module, part, with_entropy=False)[0], part, width))
                 if self.reference is not None:
-                    reference.append(_widen(self._score(self.reference, part)[0], part, width))
+                    scores, _ = self._score(self.reference, part, with_entropy=False)
+                    reference.append(_widen(scores, part, width))
         return RankLogprobs(torch.cat(rows), torch.cat(logprobs), torch.cat(reference) if reference else None)
 
     def update(self, rollouts: Rollouts, changes: dict[str, Tensor], advantages: Tensor, step: int) -> Metrics:
@@ -145,14 +146,15 @@ class PolicyWorker(TrainerWorker):
             step=step,
         )
 
-    def _score(self, module: Any, part: Rollouts) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies [b, T] of the responses in ``part``."""
+    def _score(self, module: Any, part: Rollouts, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs and entropies [b, T] of the responses in ``part``; None in place of entropies not wanted."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
             return module(
                 part.tokens.to(self.device),
                 part.prompt_lens.to(self.device),
                 (part.prompt_lens + part.response_lens).to(self.device),
                 part.response_mask.shape[1],
+                with_entropy=with_entropy,
             )
 
     def _losses(
@@ -165,7 +167,8 @@ class PolicyWorker(TrainerWorker):
 
         def loss(rows: Tensor) -> Tensor:
             part = rollouts.select(rows).to(self.device)
-            logprobs, entropy = self._score(self.trainer.module, part)
+            logprobs, entropy = self._score(self.trainer.module, part, with_entropy=True)
+            assert entropy is not None
             total, share, summed = self.objective.loss(
                 logprobs,
                 entropy,
