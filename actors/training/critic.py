@@ -17,7 +17,6 @@ from actors.training.process_group import add_up, all_reduce, all_reduce_min, al
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
 from actors.training.worker import TrainerWorker
 from dvpo_service.algo.advantages import returns_to_go
-from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.config import Config
@@ -97,7 +96,7 @@ class CriticWorker(TrainerWorker):
         """
         rollouts = rollouts.with_(**changes)
         stats = self._running_stats()
-        split = self._split(len(rollouts), step)
+        split = self.split(self.config.critic, rollouts, step)
         sums: Sums = {}
         totals = torch.zeros(len(split), 2, dtype=torch.float64)  # valid tokens, sum of the mean shift
         rows: list[Tensor] = []
@@ -203,19 +202,6 @@ class CriticWorker(TrainerWorker):
     def _totals(self, z: Tensor, targets: Tensor, part: Rollouts) -> Tensor:
         mask = part.response_mask.to(z.device)
         return torch.stack([mask.sum().double(), self.objective.shift_sum(z, targets.to(z.device), mask)]).cpu()
-
-    def _split(self, batch_size: int, step: int) -> list[list[Tensor]]:
-        """Return this rank's rows by minibatch (an optimizer step) and micro-batch (a forward pass)."""
-        critic = self.config.critic
-        return rank_micro_batches(
-            batch_size,
-            mini_size=critic.mini_batch_size or batch_size,
-            micro_size=critic.micro_batch_size,
-            rank=self.meet.rank,
-            world_size=self.meet.world_size,
-            seed=self.config.trainer.seed,
-            step=step,
-        )
 
     def _values(self, rows: list[Tensor], width: int) -> RankValues:
         estimates = [part.estimate for minibatch in self.minibatches for part in minibatch.parts]

@@ -14,7 +14,6 @@ from actors.cluster.pool import Rendezvous
 from actors.training.process_group import add_up, all_reduce, all_reduce_sums, init_process_group
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
 from actors.training.worker import TrainerWorker
-from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import policy_metrics
 from dvpo_service.config import Backend, Config
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
@@ -66,7 +65,7 @@ class PolicyWorker(TrainerWorker):
         logprobs: list[Tensor] = []
         reference: list[Tensor] = []
         width = rollouts.response_mask.shape[1]
-        for minibatch in self._split(len(rollouts), step):
+        for minibatch in self.split(self.config.policy, rollouts, step):
             for index in minibatch:
                 part = rollouts.select(index)
                 rows.append(index)
@@ -89,7 +88,7 @@ class PolicyWorker(TrainerWorker):
         metrics = UpdateMetrics("policy", "loss")
         sums: Sums = {}
         for _ in range(self.config.policy.epochs):
-            for minibatch in self._split(len(rollouts), step):
+            for minibatch in self.split(self.config.policy, rollouts, step):
                 shares: Sums = {}
                 report = self.trainer.step(self._losses(rollouts, advantages, minibatch, shares, sums))
                 metrics.add(report, all_reduce_sums(shares, self.device))
@@ -131,19 +130,6 @@ class PolicyWorker(TrainerWorker):
             self.device,
             bfloat16=self.config.model.dtype == "bfloat16",
             checkpointing=self.config.policy.gradient_checkpointing,
-        )
-
-    def _split(self, batch_size: int, step: int) -> list[list[Tensor]]:
-        """Return this rank's rows by minibatch (an optimizer step) and micro-batch (a forward pass)."""
-        policy = self.config.policy
-        return rank_micro_batches(
-            batch_size,
-            mini_size=policy.mini_batch_size or batch_size,
-            micro_size=policy.micro_batch_size,
-            rank=self.meet.rank,
-            world_size=self.meet.world_size,
-            seed=self.config.trainer.seed,
-            step=step,
         )
 
     def _score(self, module: Any, part: Rollouts, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
