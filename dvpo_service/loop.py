@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from dvpo_service.config import Config
-from dvpo_service.errors import UserError
+from dvpo_service.errors import engine_mismatch
 from dvpo_service.host.stopping import Stopping
 from dvpo_service.objectives.preparation import prepare_rewards, whiten
 from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
@@ -53,10 +53,6 @@ class Roles:
     tracker: Tracker
     mismatch: Callable[[Rollouts], Metrics]
     health: Callable[[], Metrics]
-
-
-class EngineMismatch(UserError):
-    """The rollout engines do not sample from the policy that is trained."""
 
 
 class TrainingStopped(RuntimeError):
@@ -158,12 +154,7 @@ def stop_if_engines_differ(mismatch: Metrics, batch: Generated, config: Config, 
     kl, bound = mismatch.get("policy/rollout_kl", 0.0), config.max_rollout_kl
     if from_before or kl <= bound or batch.rollouts.num_tokens == 0:
         return
-    raise EngineMismatch(
-        f"step {step + 1}: the rollout engine's log-probs are a KL of {kl:.3g} per token from the trainer's, more than "
-        f"rollout.max_kl = {bound:g}: it holds other weights, or computes another model. Nothing was trained on this "
-        "batch. Look at rollout.weight_transfer and model.dtype, and whether vLLM computes this architecture as "
-        "transformers does; where the difference is known and small, raise rollout.max_kl"
-    )
+    raise engine_mismatch(f"step {step + 1}", kl, bound)
 
 
 def stop_if_diverging(

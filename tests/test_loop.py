@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from dvpo_service.config import TrainerConfig
-from dvpo_service.loop import EngineMismatch, Roles, TrainingStopped, TrainState, train
+from dvpo_service.errors import EngineMismatch
+from dvpo_service.loop import Roles, TrainingStopped, TrainState, train
 from dvpo_service.runs.checkpoint import Checkpoints
 from dvpo_service.runs.integrity import Written
 from dvpo_service.types import Generated

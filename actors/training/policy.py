@@ -75,6 +75,11 @@ class PolicyWorker(TrainerWorker):
                     reference.append(_widen(scores, part, width))
         return RankLogprobs(torch.cat(rows), torch.cat(logprobs), torch.cat(reference) if reference else None)
 
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """Return log-probs [B, T] of a few responses in one forward pass. Every rank scores all of them. Collective."""
+        return _widen(self._score(self.trainer.module, rollouts)[0], rollouts, rollouts.response_mask.shape[1])
+
     def update(self, rollouts: Rollouts, changes: dict[str, Tensor], advantages: Tensor, step: int) -> Metrics:
         """Take the optimizer steps of ``policy.epochs`` over the batch, and return metrics over all ranks.
 
@@ -107,7 +112,8 @@ class PolicyWorker(TrainerWorker):
         if self.membership != client.membership:
             if self.transfer is not None:
                 self.transfer.shutdown()
-            self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank)
+            dtype = getattr(torch, self.config.model.dtype)
+            self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank, dtype)
             self.membership = client.membership
         self.transfer.client = client
         self.transfer.send_weights()

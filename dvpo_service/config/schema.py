@@ -231,12 +231,16 @@ class Config(Section):
         There is no default bound where the difference is known: where sampling is truncated, or where
         ``rollout.importance_correction`` asks for its correction.
         """
-        if self.rollout.max_kl is not None:
-            return self.rollout.max_kl
         r = self.rollout
-        if r.top_p < 1 or r.top_k > 0 or r.importance_correction in ("truncated", "masked"):
+        known = r.top_p < 1 or r.top_k > 0 or r.importance_correction in ("truncated", "masked")
+        if known and r.max_kl is None:
             return math.inf
-        return 1e-4 if self.model.dtype == "float32" else 0.1
+        return self.precision_kl
+
+    @property
+    def precision_kl(self) -> float:
+        """The KL per token by which engine and trainer may differ: ``rollout.max_kl``, or what rounding explains."""
+        return self.rollout.max_kl or (1e-4 if self.model.dtype == "float32" else 0.1)
 
     @property
     def max_model_len(self) -> int:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.initialization import no_init_weights
 
 from dvpo_service.errors import CheckpointError, one_line
-from dvpo_service.models.load import load_model_config, load_tokenizer, make_savable, quiet
+from dvpo_service.models.load import compute_soft_caps, load_model_config, load_tokenizer, make_savable, quiet
 
 FOLDER = "base"
 
@@ -77,6 +77,7 @@ def build_empty(auto: Any, folder: Path, *, trust_remote_code: bool) -> nn.Modul
     with no_init_weights():
         model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     model.tie_weights()  # the skipped initialisation would have tied them
+    compute_soft_caps(model)
     return model
 
 

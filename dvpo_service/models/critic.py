@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class DistributionalCritic(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.value = QuantileHeads(
-                backbone.config.hidden_size,  # type: ignore[union-attr, arg-type]
+                hidden_size(backbone),
                 width=width,
                 num_heads=num_heads,
                 num_quantiles=num_quantiles,
@@ -121,6 +121,11 @@ class DistributionalCritic(nn.Module):
             hidden = gather_positions(hidden, positions)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value(hidden.float())
+
+
+def hidden_size(backbone: Any) -> int:
+    """Return D, also where the config wraps a text model's (``text_config``, as multimodal models have it)."""
+    return backbone.config.get_text_config().hidden_size
 
 
 def split_heads(flat: Tensor, num_heads: int) -> Tensor:
