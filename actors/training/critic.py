@@ -173,8 +173,7 @@ class CriticWorker(TrainerWorker):
         t = part.response_mask.shape[1]
         lengths = (part.prompt_lens + part.response_lens).to(self.device)
         positions = response_positions(part.prompt_lens.to(self.device), t + 1, tokens.shape[1])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
+        z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
         z_end = z[torch.arange(len(part), device=z.device), part.response_lens.to(z.device)]
         return z[:, :-1], z_end
 

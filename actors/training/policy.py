@@ -69,10 +69,9 @@ class PolicyWorker(TrainerWorker):
             for index in minibatch:
                 part = rollouts.select(index)
                 rows.append(index)
-                logprobs.append(_widen(self._score(self.trainer.module, part, with_entropy=False)[0], part, width))
+                logprobs.append(_widen(self._score(self.trainer.module, part)[0], part, width))
                 if self.reference is not None:
-                    scores, _ = self._score(self.reference, part, with_entropy=False)
-                    reference.append(_widen(scores, part, width))
+                    reference.append(_widen(self._score(self.reference, part)[0], part, width))
         return RankLogprobs(torch.cat(rows), torch.cat(logprobs), torch.cat(reference) if reference else None)
 
     @torch.no_grad()
@@ -138,16 +137,15 @@ class PolicyWorker(TrainerWorker):
             checkpointing=self.config.policy.gradient_checkpointing,
         )
 
-    def _score(self, module: Any, part: Rollouts, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _score(self, module: Any, part: Rollouts, *, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return log-probs and entropies [b, T] of the responses in ``part``; None in place of entropies not wanted."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            return module(
-                part.tokens.to(self.device),
-                part.prompt_lens.to(self.device),
-                (part.prompt_lens + part.response_lens).to(self.device),
-                part.response_mask.shape[1],
-                with_entropy=with_entropy,
-            )
+        return module(
+            part.tokens.to(self.device),
+            part.prompt_lens.to(self.device),
+            (part.prompt_lens + part.response_lens).to(self.device),
+            part.response_mask.shape[1],
+            with_entropy=with_entropy,
+        )
 
     def _losses(
         self, rollouts: Rollouts, advantages: Tensor, minibatch: list[Tensor], shares: Sums, sums: Sums

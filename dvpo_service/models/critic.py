@@ -119,8 +119,7 @@ class DistributionalCritic(nn.Module):
             # No mask: nothing looks ahead at the padding on the right, and without one SDPA takes its flash kernel.
             hidden = self.backbone(input_ids=tokens, use_cache=False).last_hidden_state
             hidden = gather_positions(hidden, positions)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.value(hidden.float())
+        return self.value(hidden.float())
 
 
 def hidden_size(backbone: Any) -> int:

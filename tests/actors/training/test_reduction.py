@@ -9,10 +9,13 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from actors.cluster.pool import Rendezvous
 from actors.training.policy import PolicyWorker
+from actors.training.trainer import clip_grad_norm
 from dvpo_service.host.network import free_port
 from tests.builders import make_config, make_rollouts
 
@@ -57,6 +60,24 @@ def one_step(worker: PolicyWorker) -> dict[str, Any]:
     return {"retained": [b / whole for b in bytes_before], "gradient": gradients[0]}
 
 
+def clip_over_two_meshes(world: int) -> None:
+    """Check the norm, and the clipped gradients, of parameters on two meshes and of one that is not sharded."""
+    shapes = {(world,): [Shard(0)], (1, world): [Replicate(), Shard(0)]}
+    whole = [torch.arange(8.0).view(4, 2) + i for i in range(3)]
+    parameters: list[torch.nn.Parameter] = [torch.nn.Parameter(torch.zeros(4, 2))]
+    parameters[0].grad = whole[0].clone()
+    for gradient, (shape, placements) in zip(whole[1:], shapes.items(), strict=True):
+        mesh = init_device_mesh("cpu", shape)
+        p = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh, placements))
+        p.grad = distribute_tensor(gradient.clone(), mesh, placements)
+        parameters.append(p)
+    wanted = torch.cat(whole).norm()
+    torch.testing.assert_close(clip_grad_norm(parameters, 2.0), wanted)
+    for p, gradient in zip(parameters, whole, strict=True):
+        mine = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        torch.testing.assert_close(mine, gradient * 2.0 / wanted)
+
+
 def _rank(rank: int, ports: dict[tuple[int, bool], int], model: str, out: str) -> None:
     """Take part in every group that is large enough to have this rank, one after the other."""
     torch.set_num_threads(1)
@@ -68,6 +89,7 @@ def _rank(rank: int, ports: dict[tuple[int, bool], int], model: str, out: str) -
         config = make_config(model, policy=policy | {"defer_gradient_reduction": defer})
         worker = PolicyWorker(config, model, Rendezvous(rank, world, "127.0.0.1", port, 120))
         torch.save(one_step(worker), f"{out}/{world}-{defer}-{rank}.pt")
+        clip_over_two_meshes(world)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads can abort the interpreter's own shutdown
