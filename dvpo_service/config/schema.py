@@ -260,6 +260,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _micro_batches_hold_a_sequence(self) -> Self:
+        for name, pool in (("critic", self.critic), ("policy", self.policy)):
+            budget = pool.max_tokens_per_micro_batch
+            if budget is not None and budget < self.max_model_len:
+                raise ValueError(
+                    f"{name}.max_tokens_per_micro_batch = {budget} is less than one sequence may have: "
+                    f"data.max_prompt_tokens + rollout.max_new_tokens = {self.max_model_len}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _estimators_have_what_they_need(self) -> Self:
         name = self.algorithm.adv_estimator
         n = self.rollout.n

@@ -1,95 +1,125 @@
-"""What architectures have beside plain attention: soft caps, wrapped language models, lists inside of lists."""
+"""Policy and critic of many architectures, padded and packed, against plain transformers on each sequence alone."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-import transformers as hf
-from torch import nn
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from dvpo_service.models.base import empty_backbone, empty_policy
-from dvpo_service.models.critic import DistributionalCritic
-from dvpo_service.models.load import load_backbone, load_causal_lm
-from dvpo_service.models.sharding import decoder_layers
+from dvpo_service.algo.policy_loss import entropy, token_logprobs
+from dvpo_service.models.critic import DistributionalCritic, response_positions
+from dvpo_service.models.policy import PolicyModel
+from dvpo_service.types import Rollouts
+from tests.builders import make_rollouts
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 60,
+SIZES = {
+    "vocab_size": 211,
     "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
-    "initializer_range": 0.3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "pad_token_id": 0,
 }
-TOKENS = torch.arange(2, 42).view(2, 20)
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"final_logit_softcapping": 0.5, "sliding_window": 4, "query_pre_attn_scalar": 16},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+    "phi": {"num_key_value_heads": 2},  # a bias in the output layer
+    "mixtral": {"num_local_experts": 2, "output_router_logits": True},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 2},  # ALiBi in place of positions
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48},
+}
+ROTARY = ("llama", "qwen2", "mistral", "gemma2", "cohere", "granite")  # positions as an argument, so they can be packed
 
 
-@pytest.fixture(scope="module")
-def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Gemma 2 whose attention logits are capped so low that it matters."""
-    folder = tmp_path_factory.mktemp("gemma2")
+def causal_lm(kind: str) -> Any:
+    """Return a small model of random weights, large enough that log-probs are far from uniform."""
     torch.manual_seed(0)
-    config = hf.Gemma2Config(**SMALL, attn_logit_softcapping=1.0, query_pre_attn_scalar=16)
-    hf.Gemma2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    config = AutoConfig.for_model(kind, **(SIZES | KINDS[kind]))
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return lm
 
 
-@pytest.fixture(scope="module")
-def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Gemma 3 that reads images too, with more layers for these than for text."""
-    folder = tmp_path_factory.mktemp("gemma3")
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2}
-    vision |= {"image_size": 28, "patch_size": 14}
-    config = hf.Gemma3Config(text_config=SMALL | {"sliding_window": 8}, vision_config=vision, mm_tokens_per_image=4)
-    hf.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+def arguments(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor, int]:
+    lengths = rollouts.prompt_lens + rollouts.response_lens
+    return rollouts.tokens, rollouts.prompt_lens, lengths, rollouts.response_mask.shape[1]
 
 
-def test_capped_attention_is_computed_with_its_cap(capped: Path) -> None:
-    plain = hf.Gemma2ForCausalLM.from_pretrained(capped, dtype=torch.float32)
-    exact = hf.Gemma2ForCausalLM.from_pretrained(capped, dtype=torch.float32, attn_implementation="eager")
-    empty = empty_policy(capped)
-    empty.load_state_dict(exact.state_dict())
-    with torch.no_grad():
-        expected = exact(TOKENS).logits
-        assert not torch.allclose(plain(TOKENS).logits, expected, atol=1e-2), "the default leaves the cap out"
-        torch.testing.assert_close(load_causal_lm(str(capped))(TOKENS).logits, expected)
-        torch.testing.assert_close(empty(TOKENS).logits, expected)
-        states = exact.model(TOKENS).last_hidden_state
-        torch.testing.assert_close(load_backbone(str(capped))(TOKENS).last_hidden_state, states)
+def alone(lm: Any, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the plain log-probs and entropies of each response token, end to end, [R]."""
+    logprobs, entropies = [], []
+    for row in range(len(rollouts)):
+        prompt, length = int(rollouts.prompt_lens[row]), int(rollouts.response_lens[row])
+        tokens = rollouts.tokens[row : row + 1, : prompt + length]
+        logits = lm(input_ids=tokens).logits[:, prompt - 1 : -1].float() / temperature
+        logprobs.append(token_logprobs(logits, tokens[:, prompt:])[0])
+        entropies.append(entropy(logits)[0])
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
-def test_a_critic_of_a_wrapped_model_is_built_on_its_language_model(wrapped: Path, tmp_path: Path) -> None:
-    whole = hf.Gemma3ForConditionalGeneration.from_pretrained(wrapped, dtype=torch.float32)
-    backbone = load_backbone(str(wrapped))
-    with torch.no_grad():
-        expected = whole.model.language_model(TOKENS).last_hidden_state
-        torch.testing.assert_close(backbone(TOKENS).last_hidden_state, expected)
-    assert {k for k, _ in empty_backbone(wrapped).named_parameters()} == {k for k, _ in backbone.named_parameters()}
-    critic = DistributionalCritic(backbone, width=8, num_heads=2, num_quantiles=3, seed=0)
-    critic.save_pretrained(tmp_path / "critic")
-    again = DistributionalCritic.from_pretrained(tmp_path / "critic")
-    lengths, positions = torch.tensor([20, 20]), torch.tensor([[3], [19]])
-    with torch.no_grad():
-        torch.testing.assert_close(again(TOKENS, lengths, positions), critic.eval()(TOKENS, lengths, positions))
+def valid(rollouts: Rollouts) -> Tensor:
+    return torch.arange(rollouts.response_mask.shape[1]) < rollouts.response_lens[:, None]
 
 
-def test_the_decoders_layers_are_found_though_a_layer_has_a_longer_list_of_experts() -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(16))
+@pytest.mark.parametrize(("kind", "packing"), [*((k, False) for k in KINDS), *((k, True) for k in ROTARY)])
+def test_a_batch_has_the_values_and_gradients_of_each_sequence_alone(kind: str, packing: bool) -> None:
+    lm, rollouts = causal_lm(kind), make_rollouts()
+    results = []
+    for batch in (True, False):
+        lm.zero_grad()
+        if batch:
+            logprobs, entropies = PolicyModel(lm, temperature=0.7, packing=packing)(*arguments(rollouts))
+            logprobs, entropies = logprobs[valid(rollouts)], entropies[valid(rollouts)]
+        else:
+            logprobs, entropies = alone(lm, rollouts, 0.7)
+        (logprobs.sum() + 0.5 * entropies.square().sum()).backward()
+        gradients = [p.grad.flatten() for p in lm.parameters() if p.grad is not None]
+        results.append((logprobs.detach(), entropies.detach(), torch.cat(gradients)))
+    for mine, plain in zip(*results, strict=True):
+        assert plain.abs().max() > 1e-3
+        torch.testing.assert_close(mine, plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-4)
 
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(Layer() for _ in range(3))
 
-    decoder = Decoder()
-    assert list(decoder_layers(decoder)) == list(decoder.layers)
+def sdpa_masks(module: torch.nn.Module, *args: Any) -> list[tuple[bool, bool]]:
+    """Return, for each call of SDPA, whether it gets a mask, and whether it is told to be causal."""
+    calls: list[tuple[bool, bool]] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*given: Any, **options: Any) -> Tensor:
+        calls.append((options.get("attn_mask") is not None, bool(options.get("is_causal"))))
+        return plain(*given, **options)
+
+    with patch("torch.nn.functional.scaled_dot_product_attention", watched), torch.no_grad():
+        module(*args)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing", "masked"),
+    [("llama", False, False), ("qwen2", False, False), ("llama", True, True), ("mistral", False, True)],
+)
+def test_right_padding_needs_no_mask(kind: str, packing: bool, masked: bool) -> None:
+    """Without a mask SDPA can take its flash kernel. Packing and a sliding window do need one."""
+    lm, rollouts = causal_lm(kind), make_rollouts()
+    tokens, prompt_lens, lengths, columns = arguments(rollouts)
+    expected = [(masked, not masked)] * 2
+    assert sdpa_masks(PolicyModel(lm, temperature=1.0, packing=packing), *arguments(rollouts)) == expected
+    critic = DistributionalCritic(lm.model, width=8, num_heads=1, num_quantiles=4, seed=0, packing=packing)
+    positions = response_positions(prompt_lens, columns + 1, tokens.shape[1])
+    assert sdpa_masks(critic, tokens, lengths, positions) == expected
