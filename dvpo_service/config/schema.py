@@ -93,7 +93,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.warmstart is None):
-            raise ValueError("give exactly one of path (a folder or hub name) and warmstart (make one here)")
+            raise ValueError(
+                "give exactly one of path (a folder or hub name) and warmstart (make one here); null clears the other"
+            )
         return self
 
 
@@ -140,7 +142,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _something_held_out(self) -> Self:
         if bool(self.val_files) == (self.val_fraction is not None):
-            raise ValueError("give exactly one of val_files (files to evaluate on) and val_fraction (of train_files)")
+            raise ValueError(
+                "give exactly one of val_files (files to evaluate on) and val_fraction (of train_files); "
+                "null clears the other"
+            )
         return self
 
 
