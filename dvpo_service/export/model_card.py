@@ -20,7 +20,14 @@ TEMPLATE = "model_card.md.j2"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, critic: bool) -> str:
+def model_card(
+    config: Config,
+    step: int,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    critic: bool,
+    changed: Mapping[int, Sequence[str]] | None = None,
+) -> str:
     """Return the card as Markdown with the Hub's front matter.
 
     Args:
@@ -28,6 +35,7 @@ def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, 
       step: the number of updates done.
       rows: the lines of ``metrics.jsonl``, up to ``step``.
       critic: whether the export has a critic.
+      changed: the settings that changed during training, by the step from which they held.
     """
     algorithm = config.algorithm
     scalar = "the value, the mean of the return"
@@ -44,6 +52,7 @@ def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, 
         critic_words=distribution if algorithm.traits.distributional else scalar,
         splits=_splits(rows),
         settings=_settings(config),
+        changed={at: [_without_folders(what) for what in changes] for at, changes in (changed or {}).items()},
     )
 
 
@@ -77,6 +86,11 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for name in names
     ]
+
+
+def _without_folders(change: str) -> str:
+    """Return a change of a setting, ``-`` where it would show a path."""
+    return change if "/" not in change else f"{change.partition(':')[0]}: other files"
 
 
 def _percent(value: float | None) -> str:
