@@ -127,7 +127,8 @@ def show(found: Mapping[str, Any]) -> None:
 def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
     passes = list(next(iter(groups.values()))["pass_at_k"])
     table = Table()
-    for column in (title, "prompts", "accuracy", "95%", "sd in prompt", "greedy", *(f"pass@{k}" for k in passes)):
+    mean = "mean reward" if any(g["graded"] for g in groups.values()) else "accuracy"
+    for column in (title, "prompts", mean, "95%", "sd in prompt", "greedy", *(f"pass@{k}" for k in passes)):
         table.add_column(column, justify="left" if column == title else "right")
     for name, g in groups.items():
         interval = "-" if g["ci95"] is None else f"{g['ci95'][0]:.3f} to {g['ci95'][1]:.3f}"

@@ -80,7 +80,7 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"name": name, "step": last["step"]}
         | {
-            f"{words}_{when}": _percent(row.get(f"eval/{name}/{key}"))
+            f"{words}_{when}": _figure(row.get(f"eval/{name}/{key}"), graded=f"eval/{name}/graded" in last)
             for words, key in (("sampled", "accuracy"), ("greedy", "greedy"))
             for when, row in (("before", first), ("after", last))
         }
@@ -93,8 +93,9 @@ def _without_folders(change: str) -> str:
     return change if "/" not in change else f"{change.partition(':')[0]}: other files"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _figure(value: float | None, *, graded: bool) -> str:
+    """Return a share of right answers as a percentage, and a mean of graded rewards as it is."""
+    return "-" if value is None else f"{value:.3f}" if graded else f"{value:.1%}"
 
 
 def _algorithm(config: Config) -> str:

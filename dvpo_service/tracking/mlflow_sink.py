@@ -197,6 +197,7 @@ class MlflowSink:
             for key, by_split in summary.items()
             if key.startswith("held_out_") and isinstance(by_split, dict)
             for split, value in by_split.items()
+            if value is not None
         ]
         self._client.log_batch(self.run_id, metrics=rows)
 
