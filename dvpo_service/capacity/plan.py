@@ -60,8 +60,8 @@ class Capacity:
                 continue
             worst = max(device.parts, key=lambda part: part.size)
             raise ConfigError(
-                f"the plan does not fit: each {device.pool} actor needs {gib(device.size)} of memory and has {gib(room)}. "
-                f"The most is for {worst.name}, {gib(worst.size)}: change {worst.key}. `dvpo plan` shows every part"
+                f"the plan does not fit: each {device.pool} actor needs {gib(device.size)} of memory and has {gib(room)}."
+                f" The most is for {worst.name}, {gib(worst.size)}: change {worst.key}. `dvpo plan` shows every part"
             )
         total = sum(device.count * device.size for device in self.devices) + sum(self.host.values())
         if self.on_cpu and total > self.gib * 2**30:
@@ -112,7 +112,7 @@ class Capacity:
 
     def stage_seconds(self) -> dict[str, float]:
         """Return a rough time of each stage on GPUs, for comparison with each other."""
-        c, s, r = self.config, self.shape, self.config.rollout
+        c, s = self.config, self.shape
         tokens = sum(self.tokens().values())
         forward = 2 * s.parameters * tokens / FLOPS
         seconds = {"generate": self._generate_seconds()}
