@@ -136,6 +136,8 @@ class AlgorithmConfig(Section):
       critic_lam: the trace of the critic's targets; ``lam`` when absent.
       length_adaptive_alpha: replaces ``lam`` by 1 - 1/(alpha x length).
       advantage: the functional of the value distribution that DVPO's advantage compares (mean, or a risk measure).
+      bootstrap_truncated: the critic's own value follows a response that was cut at the length limit. Only for rewards
+        that are still to come then: an outcome reward of a cut response is its whole return.
       robust_rho: contamination per token of robust_gae.
       form: the preset for the keys in ``FORMS`` and for the loss weights.
     """
@@ -146,7 +148,7 @@ class AlgorithmConfig(Section):
     critic_lam: Probability | None = None
     length_adaptive_alpha: PositiveFloat | None = None
     whiten_advantages: bool
-    bootstrap_truncated: bool = True
+    bootstrap_truncated: bool = False
     robust_rho: Probability = 0.01
 
     advantage: AdvantageKind = "mean"

@@ -37,16 +37,23 @@ class TrainerPool(Section):
 
     Attributes:
       mini_batch_size: sequences per optimizer step over all ranks; the whole batch when absent.
-      micro_batch_size: sequences per forward pass of one rank.
+      micro_batch_size: sequences per forward pass of one rank, at most.
+      max_tokens_per_micro_batch: tokens per forward pass of one rank, at most: prompts, responses and padding. Each
+        forward pass then takes sequences of similar length. When absent, it takes them as they come, and only
+        ``micro_batch_size`` counts.
       packing: lay a micro-batch's sequences end to end instead of padding them.
+      defer_gradient_reduction: reduce gradients over the ranks once per optimizer step instead of once per micro-batch.
+        It saves network traffic, and every rank then holds a float32 gradient of the whole model.
     """
 
     world_size: Positive = 1
     epochs: Positive = 1
     mini_batch_size: Positive | None = None
     micro_batch_size: Positive = 64
+    max_tokens_per_micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     packing: bool = False
+    defer_gradient_reduction: bool = False
     step_timeout_s: PositiveFloat = 1800.0
 
 

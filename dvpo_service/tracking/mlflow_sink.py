@@ -155,7 +155,9 @@ class MlflowSink:
             self.outbox.put("summary", lambda: self._log_summary(final), keep=True)
         self.outbox.put("run status", lambda: self._client.set_terminated(self.run_id, status=status), keep=True)
         boxes = (self.drawing, self.outbox, self.files)
-        return sum(box.close(max(0.0, end - time.monotonic())) for box in boxes)
+        unsent = sum(box.close(max(0.0, end - time.monotonic())) for box in boxes)
+        self._spool.close(all_sent=unsent == 0)
+        return unsent
 
     def _add(self, path: str, write: Callable[[Path], None]) -> None:
         self._spool.add(path, write)
