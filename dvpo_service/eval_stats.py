@@ -52,6 +52,7 @@ def summarize(prompts: Sequence[PromptScores], n: int) -> dict[str, Any]:
     """Return the figures of a group of prompts with n samples each, ready for JSON; None where a figure is not defined.
 
     - ``accuracy``: the mean over prompts of a prompt's mean reward.
+    - ``graded``: whether a reward is neither 0 nor 1, so that the accuracy is a mean of grades.
     - ``standard_error`` and ``ci95``, the 95% interval (Student's t): over prompts, because only prompts are drawn
       independently.
     - ``sd_within_prompt``: the standard deviation of a prompt's samples, pooled over prompts.
@@ -64,6 +65,7 @@ def summarize(prompts: Sequence[PromptScores], n: int) -> dict[str, Any]:
         "prompts": len(prompts),
         "samples": sum(len(p.samples) for p in prompts),
         "failed": sum(p.failed for p in prompts),
+        "graded": any(reward not in (0.0, 1.0) for p in prompts for reward in p.samples),
         "accuracy": _mean(means),
         "standard_error": _standard_error(means),
         "ci95": _interval(means),

@@ -23,7 +23,7 @@ from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.critic_folder import CriticSpec
-from dvpo_service.models.load import compute_soft_caps, load_backbone
+from dvpo_service.models.load import compute_soft_caps, load_backbone, text_model
 from dvpo_service.models.sharding import shard
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
@@ -230,6 +230,7 @@ def _build(config: Config, model_path: str, spec: CriticSpec) -> DistributionalC
     else:
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=trust)).float()
         compute_soft_caps(backbone)
+        backbone = text_model(backbone)
     return DistributionalCritic(
         backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
     )

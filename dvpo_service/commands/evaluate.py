@@ -18,11 +18,12 @@ from actors.rollouts.engines import EnginePool
 from actors.rollouts.evaluation import HeldOutEvaluator
 from actors.rollouts.reward_pool import RewardPool
 from actors.weights.transfer import weight_backend
-from dvpo_service.config import Config, load_config
+from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import encode, load_data, load_files
 from dvpo_service.eval_stats import PromptScores, by_group
-from dvpo_service.export.export import CONFIG_FILE, export, is_export, newest
+from dvpo_service.export.export import export
+from dvpo_service.export.states import is_export, newest
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.terminal import make_console, progress, warn_of
 
@@ -44,8 +45,8 @@ class Subject:
 
 
 @contextmanager
-def from_run(source: Path, name: str, overrides: Sequence[str]) -> Iterator[Subject]:
-    """Yield the newest state of a run, a checkpoint or an export, with the config of its run.
+def from_run(source: Path, name: str, config: Config) -> Iterator[Subject]:
+    """Yield the newest state of a run, a checkpoint or an export.
 
     A checkpoint is first exported to a temporary folder beside it, where every node sees the export. The folder is
     removed at the end of the block.
@@ -53,7 +54,7 @@ def from_run(source: Path, name: str, overrides: Sequence[str]) -> Iterator[Subj
     Args:
       source: folder of the run, checkpoint or export.
       name: what tables and results call the model.
-      overrides: changes to the run's config.
+      config: the run's config, with overrides (``states.config_of``).
     """
     step, state = newest(source)
     with ExitStack() as stack:
@@ -61,7 +62,7 @@ def from_run(source: Path, name: str, overrides: Sequence[str]) -> Iterator[Subj
         if not is_export(state):
             work = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eval-", dir=state.parent))
             folder = export(state, Path(work) / "policy").folder
-        yield Subject(load_config(str(folder / CONFIG_FILE), overrides), str(folder), name, step)
+        yield Subject(config, str(folder), name, step)
 
 
 def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None) -> dict[str, Any]:
@@ -126,7 +127,8 @@ def show(found: Mapping[str, Any]) -> None:
 def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
     passes = list(next(iter(groups.values()))["pass_at_k"])
     table = Table()
-    for column in (title, "prompts", "accuracy", "95%", "sd in prompt", "greedy", *(f"pass@{k}" for k in passes)):
+    mean = "mean reward" if any(g["graded"] for g in groups.values()) else "accuracy"
+    for column in (title, "prompts", mean, "95%", "sd in prompt", "greedy", *(f"pass@{k}" for k in passes)):
         table.add_column(column, justify="left" if column == title else "right")
     for name, g in groups.items():
         interval = "-" if g["ci95"] is None else f"{g['ci95'][0]:.3f} to {g['ci95'][1]:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -64,6 +65,11 @@ class CriticConfig(TrainerPool):
     value_clip: PositiveFloat | None = None
 
 
+def kind_default(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default of the KL's ``kind``, which follows ``where``."""
+    return {"kind": "k1" if given.get("where") == "reward" else "k3"}
+
+
 class KLConfig(Section):
     """KL penalty to the frozen reference policy. With ``coef`` 0 there is none, and no reference is loaded.
 
@@ -78,7 +84,7 @@ class KLConfig(Section):
     def _kind_by_place(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {"kind": "k1" if given.get("where") == "reward" else "k3"} | given
+        return kind_default(given) | given
 
     @model_validator(mode="after")
     def _has_the_gradient_of_the_kl(self) -> Self:
@@ -116,5 +122,5 @@ class PolicyConfig(TrainerPool):
     @model_validator(mode="after")
     def _dual_clip_is_of_ppo(self) -> Self:
         if self.dual_clip is not None and self.loss in ("gspo", "cispo"):
-            raise ValueError(f"dual_clip={self.dual_clip:g} has no effect with loss={self.loss}; leave it out")
+            raise ValueError(f"dual_clip={self.dual_clip:g} has no effect with loss={self.loss}; set dual_clip=null")
         return self

@@ -93,7 +93,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.warmstart is None):
-            raise ValueError("give exactly one of path (a folder or hub name) and warmstart (make one here)")
+            raise ValueError(
+                "give exactly one of path (a folder or hub name) and warmstart (make one here); null clears the other"
+            )
         return self
 
 
@@ -140,7 +142,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _something_held_out(self) -> Self:
         if bool(self.val_files) == (self.val_fraction is not None):
-            raise ValueError("give exactly one of val_files (files to evaluate on) and val_fraction (of train_files)")
+            raise ValueError(
+                "give exactly one of val_files (files to evaluate on) and val_fraction (of train_files); "
+                "null clears the other"
+            )
         return self
 
 
@@ -152,7 +157,8 @@ class TrainerConfig(Section):
       eval_every, save_every: steps between evaluations and between checkpoints; 0 means at the end only.
       resume: auto continues from the newest checkpoint of the run directory; never starts over.
       eval_samples: samples per prompt in an evaluation.
-      max_bad_steps: after this many steps in a row with a loss or gradient that is not finite, the run stops.
+      max_bad_steps: after this many steps in a row with a loss or gradient that is not finite, or with values that run
+        away from every return seen, the run stops.
     """
 
     num_steps: Positive = 100

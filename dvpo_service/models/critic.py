@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class DistributionalCritic(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.value = QuantileHeads(
-                hidden_size(backbone),
+                backbone.config.hidden_size,  # type: ignore[union-attr, arg-type]
                 width=width,
                 num_heads=num_heads,
                 num_quantiles=num_quantiles,
@@ -120,11 +120,6 @@ class DistributionalCritic(nn.Module):
             hidden = self.backbone(input_ids=tokens, use_cache=False).last_hidden_state
             hidden = gather_positions(hidden, positions)
         return self.value(hidden.float())
-
-
-def hidden_size(backbone: Any) -> int:
-    """Return D, also where the config wraps a text model's (``text_config``, as multimodal models have it)."""
-    return backbone.config.get_text_config().hidden_size
 
 
 def split_heads(flat: Tensor, num_heads: int) -> Tensor:

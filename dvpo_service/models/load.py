@@ -92,10 +92,18 @@ def make_savable(config: GenerationConfig) -> None:
 
 
 def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """Return the same network without its language-model head, for a critic. Raises CheckpointError."""
+    """Return the same network without its language-model head, for a critic. Raises CheckpointError.
+
+    Of a model that reads images too, this is its language model.
+    """
     model = _load(AutoModel, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     compute_soft_caps(model)
-    return model
+    return text_model(model)
+
+
+def text_model(model: Any) -> Any:
+    """Return the language model of a model that wraps one (its config has a ``text_config``), else the model itself."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
 
 
 def compute_soft_caps(model: Any) -> None:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from dvpo_service.models.load import text_model
+
 
 def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> Any:
     """Shard ``module`` in place over all ranks, and return it.
@@ -36,7 +38,7 @@ def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: b
         # transformers checkpoints in training mode only, and from_pretrained returns a model in eval mode.
         turn_off_noise(backbone)
         backbone.train()
-    for layer in decoder_layers(backbone):
+    for layer in decoder_layers(text_model(backbone)):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if hasattr(module, "value"):  # the critic's heads compute in float32
         fully_shard(module.value, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -67,7 +69,13 @@ def _zero_noise(values: dict[str, Any]) -> None:
 
 
 def decoder_layers(backbone: nn.Module) -> Iterator[nn.Module]:
-    """Yield the repeated blocks of a Hugging Face decoder, which are its longest ModuleList."""
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
+    """Yield the repeated blocks of a Hugging Face decoder: its longest ModuleList that is in no other.
+
+    A list inside another is a part of a block, such as the experts of a layer.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
     if lists:
-        yield from max(lists, key=len)
+        yield from max(lists.values(), key=len)

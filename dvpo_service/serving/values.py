@@ -77,9 +77,7 @@ class ValueModel:
         spec = self.critic.spec
         self.heads, self.alpha, self.beta = spec.num_heads, spec.alpha, spec.beta
         self.levels = spec.levels()
-        self.max_tokens: int | None = getattr(
-            self.critic.backbone.config.get_text_config(), "max_position_embeddings", None
-        )
+        self.max_tokens: int | None = getattr(self.critic.backbone.config, "max_position_embeddings", None)
 
     @torch.inference_mode()
     def values(self, queries: Sequence[ValueQuery]) -> list[ResponseValues]:
