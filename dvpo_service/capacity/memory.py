@@ -52,8 +52,10 @@ def devices(config: Config, shape: ModelShape) -> list[Device]:
     found = [Device("policy", config.policy.world_size, tuple(_policy(config, shape)))]
     if config.algorithm.has_critic:
         found.append(Device("critic", config.critic.world_size, tuple(_critic(config, shape))))
-    engines = Device("rollout", config.rollout.num_engines * config.rollout.tensor_parallel_size, ())
-    return [*found, Device(engines.pool, engines.count, tuple(_engine(config, shape)))]
+    if config.rollout.engine == "vllm":  # nothing is known of another's memory
+        count = config.rollout.num_engines * config.rollout.tensor_parallel_size
+        found.append(Device("rollout", count, tuple(_engine(config, shape))))
+    return found
 
 
 def _policy(config: Config, shape: ModelShape) -> Iterator[Part]:

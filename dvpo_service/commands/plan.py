@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 import torch
 from rich.table import Table
@@ -29,6 +31,23 @@ def capacity_of(config: Config, gib: float | None = None) -> Capacity:
     if gib:
         return capacity
     return Capacity(config, capacity.shape, _host_gib() if capacity.on_cpu else _gpu_gib())
+
+
+def check_capacity(config: Config) -> str:
+    """Check that the run fits this machine's memory; return what was found, in words.
+
+    The GPUs of a cluster elsewhere are not known before the actors start, so nothing is checked for one.
+
+    Raises:
+      ConfigError: it does not fit.
+      CheckpointError: the model's config cannot be read.
+    """
+    on_gpus = config.cluster.gpus_per_trainer > 0 or config.cluster.gpus_per_engine > 0
+    if config.cluster.address or "RAY_ADDRESS" in os.environ or (on_gpus and not torch.cuda.is_available()):
+        return "not checked: the devices are elsewhere; `dvpo plan --gib` does"
+    capacity = capacity_of(config)
+    capacity.check()
+    return ", ".join(f"{d.count} {d.pool} of {gib(d.size)}" for d in capacity.devices)
 
 
 def show(config: Config, gpus: int | None, gib: float | None) -> None:
@@ -90,7 +109,7 @@ def _arithmetic(capacity: Capacity) -> Table:
 
 
 def _host_gib() -> float:
-    return psutil.virtual_memory().available / 2**30
+    return psutil.virtual_memory().total / 2**30
 
 
 def _gpu_gib() -> float:
