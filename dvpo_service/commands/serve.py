@@ -18,9 +18,11 @@ from actors.cluster.connect import connected
 from dvpo_service import terminal
 from dvpo_service.config import Config, load_config
 from dvpo_service.errors import CheckpointError, ClusterError
-from dvpo_service.export.export import CONFIG_FILE, Exported, export, is_export, newest, open_export
+from dvpo_service.export.export import Exported, export, open_export
+from dvpo_service.export.states import is_export, newest
 from dvpo_service.host.stopping import SIGNALS, Stopped
 from dvpo_service.models.fixed_sequences import FILE, recorded
+from dvpo_service.runs.settings import CONFIG_FILE
 from dvpo_service.serving.deploy import Served, cpus_needed, deploy, free_listen_address, running, update
 from dvpo_service.serving.http import ListenAddress
 

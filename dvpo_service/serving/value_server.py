@@ -11,6 +11,7 @@ from ray import serve
 from transformers import PreTrainedTokenizerBase
 
 from dvpo_service.config import Config
+from dvpo_service.data.encode import text_ids
 from dvpo_service.errors import one_line
 from dvpo_service.models.load import load_tokenizer
 from dvpo_service.serving.errors import BadRequest
@@ -94,7 +95,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tu
       BadRequest: the messages do not fit the chat template.
     """
     if asked.messages is None:
-        prompt = tokenizer(asked.prompt)["input_ids"]
+        prompt = text_ids(asked.prompt, tokenizer)
     else:
         messages = [message.model_dump(exclude_unset=True) for message in asked.messages]
         try:

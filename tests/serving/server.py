@@ -16,11 +16,13 @@ from typing import Any, Self
 import httpx
 
 from dvpo_service.config import to_yaml
-from dvpo_service.export.export import CONFIG_FILE, CRITIC, EXPORT_FILE, Exported, open_export
+from dvpo_service.export.export import CRITIC, Exported, open_export
+from dvpo_service.export.states import EXPORT_FILE
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.fixed_sequences import record
 from dvpo_service.models.load import load_backbone, load_causal_lm, load_tokenizer
 from dvpo_service.models.small import save_small_model
+from dvpo_service.runs.settings import CONFIG_FILE
 from tests.builders import make_config
 
 ROOT = Path(__file__).parents[2]
