@@ -240,6 +240,7 @@ class PolicyServer:
 def context_length(policy: str) -> int:
     """Return the number of tokens that the model in a policy folder can read."""
     settings = json.loads((Path(policy) / "config.json").read_text())
+    settings = settings.get("text_config") or settings  # of a model that wraps a language model
     return int(settings.get("max_position_embeddings", 4096))
 
 
