@@ -89,7 +89,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tu
       BadRequest: the messages do not fit the chat template.
     """
     if asked.messages is None:
-        prompt = text_ids(asked.prompt, tokenizer)
+        prompt: Any = text_ids(asked.prompt or "", tokenizer)
     else:
         try:
             prompt = tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, return_dict=False)
