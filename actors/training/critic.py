@@ -17,14 +17,13 @@ from actors.training.process_group import add_up, all_reduce, all_reduce_min, al
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
 from actors.training.worker import TrainerWorker
 from dvpo_service.algo.advantages import returns_to_go
-from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.critic_folder import CriticSpec
-from dvpo_service.models.load import load_backbone
+from dvpo_service.models.load import compute_soft_caps, load_backbone, text_model
 from dvpo_service.models.sharding import shard
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
@@ -74,7 +73,9 @@ class CriticWorker(TrainerWorker):
         )
         minibatches = config.batch_size // (config.critic.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.critic.epochs * minibatches
-        self.trainer = Trainer(module, config.critic.optim, total_steps=steps)
+        self.trainer = Trainer(
+            module, config.critic.optim, total_steps=steps, defer_reduction=config.critic.defer_gradient_reduction
+        )
         # Count, sum and sum of squares of all returns so far, and the least value of the last batch.
         self.trainer.extra["return_moments"] = torch.zeros(3, dtype=torch.float64)
         self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
@@ -95,7 +96,7 @@ class CriticWorker(TrainerWorker):
         """
         rollouts = rollouts.with_(**changes)
         stats = self._running_stats()
-        split = self._split(len(rollouts), step)
+        split = self.split(self.config.critic, rollouts, step)
         sums: Sums = {}
         totals = torch.zeros(len(split), 2, dtype=torch.float64)  # valid tokens, sum of the mean shift
         rows: list[Tensor] = []
@@ -172,8 +173,7 @@ class CriticWorker(TrainerWorker):
         t = part.response_mask.shape[1]
         lengths = (part.prompt_lens + part.response_lens).to(self.device)
         positions = response_positions(part.prompt_lens.to(self.device), t + 1, tokens.shape[1])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
+        z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
         z_end = z[torch.arange(len(part), device=z.device), part.response_lens.to(z.device)]
         return z[:, :-1], z_end
 
@@ -202,19 +202,6 @@ class CriticWorker(TrainerWorker):
         mask = part.response_mask.to(z.device)
         return torch.stack([mask.sum().double(), self.objective.shift_sum(z, targets.to(z.device), mask)]).cpu()
 
-    def _split(self, batch_size: int, step: int) -> list[list[Tensor]]:
-        """Return this rank's rows by minibatch (an optimizer step) and micro-batch (a forward pass)."""
-        critic = self.config.critic
-        return rank_micro_batches(
-            batch_size,
-            mini_size=critic.mini_batch_size or batch_size,
-            micro_size=critic.micro_batch_size,
-            rank=self.meet.rank,
-            world_size=self.meet.world_size,
-            seed=self.config.trainer.seed,
-            step=step,
-        )
-
     def _values(self, rows: list[Tensor], width: int) -> RankValues:
         estimates = [part.estimate for minibatch in self.minibatches for part in minibatch.parts]
         advantages = torch.cat([_widen(e.advantages, width) for e in estimates])
@@ -242,6 +229,8 @@ def _build(config: Config, model_path: str, spec: CriticSpec) -> DistributionalC
         backbone = load_backbone(model_path, trust_remote_code=trust)
     else:
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=trust)).float()
+        compute_soft_caps(backbone)
+        backbone = text_model(backbone)
     return DistributionalCritic(
         backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
     )

@@ -24,8 +24,9 @@ def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkp
         "val_prompts": {name: len(d) for name, d in data.held_out.items()},
         "run_dir": str(run_dir),
     }
-    if skipped := data.train.skipped:
-        facts["rows_skipped"] = skipped
+    everything = {"train": data.train} | data.held_out
+    if left_out := "; ".join(f"{name}: {d.left_out}" for name, d in everything.items() if d.left_out):
+        facts["left_out"] = left_out
     if resume:
         facts["resumed_from"] = resume.record["state"]["step"]
     return facts

@@ -93,7 +93,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.warmstart is None):
-            raise ValueError("give exactly one of path (a folder or hub name) and warmstart (make one here)")
+            raise ValueError(
+                "give exactly one of path (a folder or hub name) and warmstart (make one here); null clears the other"
+            )
         return self
 
 
@@ -140,7 +142,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _something_held_out(self) -> Self:
         if bool(self.val_files) == (self.val_fraction is not None):
-            raise ValueError("give exactly one of val_files (files to evaluate on) and val_fraction (of train_files)")
+            raise ValueError(
+                "give exactly one of val_files (files to evaluate on) and val_fraction (of train_files); "
+                "null clears the other"
+            )
         return self
 
 
@@ -152,7 +157,8 @@ class TrainerConfig(Section):
       eval_every, save_every: steps between evaluations and between checkpoints; 0 means at the end only.
       resume: auto continues from the newest checkpoint of the run directory; never starts over.
       eval_samples: samples per prompt in an evaluation.
-      max_bad_steps: after this many steps in a row with a loss or gradient that is not finite, the run stops.
+      max_bad_steps: after this many steps in a row with a loss or gradient that is not finite, or with values that run
+        away from every return seen, the run stops.
     """
 
     num_steps: Positive = 100
@@ -231,12 +237,16 @@ class Config(Section):
         There is no default bound where the difference is known: where sampling is truncated, or where
         ``rollout.importance_correction`` asks for its correction.
         """
-        if self.rollout.max_kl is not None:
-            return self.rollout.max_kl
         r = self.rollout
-        if r.top_p < 1 or r.top_k > 0 or r.importance_correction in ("truncated", "masked"):
+        known = r.top_p < 1 or r.top_k > 0 or r.importance_correction in ("truncated", "masked")
+        if known and r.max_kl is None:
             return math.inf
-        return 1e-4 if self.model.dtype == "float32" else 0.1
+        return self.precision_kl
+
+    @property
+    def precision_kl(self) -> float:
+        """The KL per token by which engine and trainer may differ: ``rollout.max_kl``, or what rounding explains."""
+        return self.rollout.max_kl or (1e-4 if self.model.dtype == "float32" else 0.1)
 
     @property
     def max_model_len(self) -> int:
@@ -251,6 +261,17 @@ class Config(Section):
                 raise ValueError(
                     f"{name}: the batch of prompts_per_step x n = {self.batch_size} responses must divide into "
                     f"mini-batches of {mini}, and those over world_size = {pool.world_size} ranks"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_a_sequence(self) -> Self:
+        for name, pool in (("critic", self.critic), ("policy", self.policy)):
+            budget = pool.max_tokens_per_micro_batch
+            if budget is not None and budget < self.max_model_len:
+                raise ValueError(
+                    f"{name}.max_tokens_per_micro_batch = {budget} is less than one sequence may have: "
+                    f"data.max_prompt_tokens + rollout.max_new_tokens = {self.max_model_len}"
                 )
         return self
 

@@ -29,6 +29,7 @@ from dvpo_service.runs.integrity import Damaged, verify
 from dvpo_service.runs.settings import CONFIG_FILE, settings_changes
 from dvpo_service.runs.step_file import read_metrics
 from dvpo_service.runs.storage import follow_umask
+from dvpo_service.tracking.names import check_model_name
 from dvpo_service.tracking.registry import register, registry_uri
 from dvpo_service.tracking.store import open_store
 
@@ -111,10 +112,11 @@ def export_and_register(source: Path, output: Path, name: str | None) -> tuple[E
 
     Raises:
       CheckpointError: as ``export`` does.
-      TrackingError: MLflow cannot be used.
+      TrackingError: MLflow cannot be used, or takes no model of this name.
     """
     if name is None:
         return export(source, output), None
+    check_model_name(name)
     run_dir = run_of(newest(source)[1])
     uri = registry_uri(run_config(run_dir), run_dir)
     client = open_store(uri)

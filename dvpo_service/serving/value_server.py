@@ -11,6 +11,7 @@ from ray import serve
 from transformers import PreTrainedTokenizerBase
 
 from dvpo_service.config import Config
+from dvpo_service.data.encode import text_ids
 from dvpo_service.models.load import load_tokenizer
 from dvpo_service.serving.requests import BadRequest, ValuesRequest
 from dvpo_service.serving.values import ResponseValues, ValueModel, ValueQuery, as_json
@@ -88,7 +89,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tu
       BadRequest: the messages do not fit the chat template.
     """
     if asked.messages is None:
-        prompt = tokenizer(asked.prompt)["input_ids"]
+        prompt = text_ids(asked.prompt, tokenizer)
     else:
         try:
             prompt = tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, return_dict=False)

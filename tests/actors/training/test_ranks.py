@@ -100,7 +100,8 @@ def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
 ) -> None:
     algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32} | kind
     one = make_config(tiny_model, algorithm=algorithm, critic={"micro_batch_size": 8, "epochs": 2})
-    two = make_config(tiny_model, algorithm=algorithm, critic={"world_size": 2, "micro_batch_size": 3, "epochs": 2})
+    sizes = {"world_size": 2, "micro_batch_size": 3, "max_tokens_per_micro_batch": 24}
+    two = make_config(tiny_model, algorithm=algorithm, critic=sizes | {"epochs": 2}, data={"max_prompt_tokens": 8})
     first = launch(critic_run, one, tiny_model, 1, tmp_path / "one")
     assert_same(first, launch(critic_run, two, tiny_model, 2, tmp_path / "two"))
     scalar = "adv_estimator" in kind
@@ -113,7 +114,8 @@ def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
 def test_policy_gives_the_same_on_two_ranks_and_in_other_micro_batches(tiny_model: Path, tmp_path: Path) -> None:
     policy = {"kl": {"coef": 0.1, "where": "loss"}, "entropy_coef": 0.01, "epochs": 2, "optim": {"lr": 1e-3}}
     one = make_config(tiny_model, policy=policy | {"micro_batch_size": 8})
-    two = make_config(tiny_model, policy=policy | {"world_size": 2, "micro_batch_size": 3})
+    sizes = {"world_size": 2, "micro_batch_size": 3, "max_tokens_per_micro_batch": 24}
+    two = make_config(tiny_model, policy=policy | sizes, data={"max_prompt_tokens": 8})
     first = launch(policy_run, one, tiny_model, 1, tmp_path / "one")
     assert_same(first, launch(policy_run, two, tiny_model, 2, tmp_path / "two"))
     assert 0 < first[1][0]["policy/clip_fraction"] < 1
