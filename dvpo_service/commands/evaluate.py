@@ -27,6 +27,12 @@ from dvpo_service.export.states import is_export, newest
 from dvpo_service.models.load import check_model, load_tokenizer
 from dvpo_service.terminal import Bar, make_console, progress, warn_of
 
+# What the table says of its intervals, by ``ci95_method``.
+INTERVALS = {
+    "wilson": "Wilson's interval over prompts (rewards of 0 and 1)",
+    "student_t": "Student's t over prompts, within 0 and 1 where the rewards are",
+}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -123,6 +129,9 @@ def show(found: Mapping[str, Any]) -> None:
     console.print(_table("split", found["splits"]))
     if found["sources"].keys() != found["splits"].keys():
         console.print(_table("source", found["sources"]))
+    methods = {g["ci95_method"] for g in (*found["splits"].values(), *found["sources"].values())} - {None}
+    if methods:
+        console.print(f"95%: {' and '.join(INTERVALS[m] for m in sorted(methods))}")
 
 
 def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -3,89 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+import re
 from typing import Any
 
 import httpx
 import pytest
 
-from dvpo_service.config import ServeConfig
-from dvpo_service.serving.gateway import Gateway
-from dvpo_service.serving.policy import Answer, PolicyServer
-from dvpo_service.serving.replicas import Unavailable
-from dvpo_service.serving.requests import BadRequest
-from dvpo_service.serving.value_server import ValueServer
-from dvpo_service.serving.values import ResponseValues, ValueQuery
-
-
-@dataclass
-class FakePolicy:
-    """Answers with ``n`` choices.
-
-    ``hold`` keeps requests under way until it is set; ``lost`` fails as if no replica were left; ``cut`` ends a stream
-    in its middle, as when its replica dies.
-    """
-
-    hold: asyncio.Event = field(default_factory=asyncio.Event)
-    lost: bool = False
-    cut: bool = False
-    seen: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.hold.set()
-
-    async def call(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
-        if self.lost:
-            raise Unavailable("no answer within 1 s")
-        if method is PolicyServer.ready:
-            return "step-000007"
-        self.seen.append(args[1])
-        await self.hold.wait()
-        choices = [
-            {"index": i, "text": f"t{i}", "token_ids": [5, 6 + i, 1], "prompt_token_ids": [2, 3], "finish_reason": end}
-            for i, end in zip(range(args[1].get("n", 1)), ["stop", "length"] * 50, strict=False)
-        ]
-        return Answer(200, json.dumps({"choices": choices}).encode(), "step-000007")
-
-    async def stream(self, method: Callable[..., Any], kind: str, body: dict[str, Any]) -> AsyncIterator[Any]:
-        if body.get("bad"):
-            yield Answer(400, b'{"error": {"message": "no"}}', "step-000007")
-            return
-        yield Answer(200, b"", "step-000007")
-        yield "data: 1\n\n"
-        await self.hold.wait()
-        if self.cut:
-            raise Unavailable("its replica died")
-        yield "data: [DONE]\n\n"
-
-
-@dataclass
-class FakeValues:
-    seen: list[ValueQuery] = field(default_factory=list)
-
-    async def call(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
-        if method is ValueServer.ready:
-            return "step-000007"
-        if method is ValueServer.along:
-            if len(args[0].response) > 5:
-                raise BadRequest("too long")
-            return {"body": {"states": []}, "version": "step-000007"}
-        self.seen = args[0]
-        return [
-            ResponseValues(0.1, 0.1, [], [[]], [float(i)], [float(-i)], [0.0], [0.0]) for i, _ in enumerate(args[0])
-        ]
-
-
-def client(
-    policy: FakePolicy | None = None, values: FakeValues | None = None, key: str | None = None, **limits: Any
-) -> httpx.AsyncClient:
-    digest = hashlib.sha256(key.encode()).hexdigest() if key else None
-    gateway = Gateway(policy or FakePolicy(), values, ServeConfig(**limits), "m", digest)  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=httpx.ASGITransport(gateway.app()), base_url="http://test")
-
+from tests.serving.fake_replicas import NAME, FakePolicy, FakeValues, client
 
 COMPLETIONS = "/v1/completions"
 
@@ -96,18 +21,33 @@ async def status(c: httpx.AsyncClient, path: str, body: Any, **headers: str) -> 
     return answer.status_code, answer.json().get("error", {}).get("message", "")
 
 
+A = {"prompt": "a"}
+CHAT, VALUES = "/v1/chat/completions", "/v1/values"
+TURN = {"messages": [{"role": "user", "content": "a"}]}
+
+
 @pytest.mark.parametrize(
     ("body", "code", "says"),
     [
         (b"{", 400, "not JSON"),
-        (b'"\xff"', 400, "not JSON"),
+        (b'{"prompt": "\xff"}', 400, "not JSON"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "not JSON"),
+        (b'{"prompt": "a", "temperature": 1e999}', 400, "beyond 64 bits"),
+        (A | {"top_k": 10**30}, 400, "beyond 64 bits"),
+        (A | {"logit_bias": {"5": -(10**30)}}, 400, "beyond 64 bits"),
         ([], 400, "JSON object"),
-        ({"n": "three"}, 400, "positive integer"),
-        ({"n": 0}, 400, "positive integer"),
+        ({}, 400, "prompt: Field required"),
+        (A | {"n": "three"}, 400, "n: Input should be a valid integer"),
+        (A | {"n": 0}, 400, "greater than or equal to 1"),
+        (A | {"best_of": 5}, 400, "best_of: only 1 is supported"),
         ({"prompt": ["a"] * 5, "n": 3}, 400, "more than 10 a request"),
-        ({"max_tokens": 51}, 400, "more than 50"),
-        ({"rank_by": "luck"}, 400, "one of mean, cvar, upper_tail"),
-        ({"rank_by": "mean", "stream": True}, 400, "cannot stream"),
+        ({"prompt": [[1, 2]] * 11}, 400, "more than 10 a request"),
+        ({"prompt": []}, 400, "none of it empty"),
+        ({"prompt": ["a", 5]}, 400, "a list of texts"),
+        (A | {"stream": "no"}, 400, "stream: Input should be a valid boolean"),
+        (A | {"rank_by": "luck"}, 400, "'mean', 'cvar' or 'upper_tail'"),
+        (A | {"rank_by": "mean", "stream": True}, 400, "without stream"),
+        (A | {"rank_by": "mean", "echo": True}, 400, "without echo"),
         (b" " * 3000, 413, "larger than 2 KiB"),
     ],
 )
@@ -116,6 +56,141 @@ def test_what_is_beyond_the_limits_is_refused_in_words(body: Any, code: int, say
     answered, message = asyncio.run(status(c, COMPLETIONS, body))
     assert answered == code
     assert says in message
+
+
+@pytest.mark.parametrize("number", ["60", "60.0", "6e1", "6E+1", '"60"', "true", "-1", "40.5", "[40]", "1e400"])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        (COMPLETIONS, "max_tokens"),
+        (COMPLETIONS, "n"),
+        (CHAT, "max_tokens"),
+        (CHAT, "max_completion_tokens"),
+        (CHAT, "n"),
+    ],
+)
+def test_a_limit_holds_in_whatever_form_the_number_comes(path: str, field: str, number: str) -> None:
+    policy = FakePolicy()
+    body = json.dumps(A | TURN)[:-1] + f', "{field}": {number}}}'
+    code, _ = asyncio.run(status(client(policy, max_new_tokens=40, max_n=40), path, body.encode()))
+    assert code == 400
+    assert not policy.seen
+    body = body.replace(number, "4e1")
+    assert asyncio.run(status(client(policy, max_new_tokens=40, max_n=40), path, body.encode()))[0] == 200
+    assert (policy.seen[0][field], type(policy.seen[0][field])) == (40, int), "the engine gets what was checked"
+
+
+HALF = "\\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, f'{{"prompt": "{HALF}"}}'),
+        (COMPLETIONS, f'{{"prompt": ["a", "{HALF}"]}}'),
+        (COMPLETIONS, f'{{"prompt": "a", "stop": ["{HALF}"]}}'),
+        (COMPLETIONS, f'{{"prompt": "a", "{HALF}": 1}}'),
+        (CHAT, f'{{"messages": [{{"role": "user", "content": "{HALF}"}}]}}'),
+        (CHAT, f'{{"messages": [{{"role": "user", "content": [{{"type": "text", "text": "{HALF}"}}]}}]}}'),
+        (VALUES, f'{{"prompt": "a", "response": "{HALF}"}}'),
+        (VALUES, f'{{"prompt": "a", "response": "b", "model": "{HALF}"}}'),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_is(path: str, body: str) -> None:
+    code, message = asyncio.run(status(client(values=FakeValues()), path, body.encode()))
+    assert code == 400
+    assert "half a surrogate pair" in message
+    whole = body.replace(HALF, HALF + "\\ude00")
+    code, message = asyncio.run(status(client(values=FakeValues()), path, whole.encode()))
+    assert code == (404 if "model" in body else 200), message
+
+
+@pytest.mark.parametrize("depth", [70, 900, 100_000])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, VALUES])
+def test_deep_nesting_is_refused_and_counted_as_the_clients_mistake(path: str, depth: int) -> None:
+    async def scenario() -> None:
+        c = client(values=FakeValues())
+        body = b'{"x": ' + b"[" * depth + b"]" * depth + b"}"
+        code, message = await status(c, path, body)
+        assert (code, message) == (400, "the body is nested deeper than 64 levels")
+        counted = (await c.get("/metrics")).text
+        assert f'dvpo_requests_total{{route="{path}",status="400"}} 1.0' in counted
+        assert 'status="499"' not in counted
+
+    asyncio.run(scenario())
+
+
+def test_what_a_request_leaves_to_vllm_reaches_it() -> None:
+    policy = FakePolicy()
+    ask = TURN | {"min_p": 0.1, "tools": [{"type": "function"}], "rank_by": "mean", "n": 2}
+    asyncio.run(status(client(policy, FakeValues()), CHAT, ask))
+    assert policy.seen == [TURN | {"min_p": 0.1, "tools": [{"type": "function"}], "n": 2, "return_token_ids": True}]
+
+
+def test_a_fault_of_the_servers_is_500_in_openais_form_and_counted() -> None:
+    async def scenario() -> None:
+        policy = FakePolicy(fault=RuntimeError("secret"))
+        c = client(policy)
+        c._transport.raise_app_exceptions = False  # type: ignore[attr-defined]
+        answer = await c.post(COMPLETIONS, json=A)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalServerError")
+        assert "secret" not in answer.text
+        assert f'route="{COMPLETIONS}",status="500"' in (await c.get("/metrics")).text
+
+    asyncio.run(scenario())
+
+
+def test_openai_clients_find_the_model_by_its_id() -> None:
+    async def scenario() -> None:
+        c = client(FakePolicy(), FakeValues())
+        for path in (NAME, NAME.replace("/", "%2F")):
+            answer = await c.get(f"/v1/models/{path}")
+            assert (answer.status_code, answer.json()["id"]) == (200, NAME)
+        answer = await c.get("/v1/models/other/one")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFoundError")
+        code, message = await status(c, VALUES, {"prompt": "a", "response": "b", "model": "other"})
+        assert (code, message) == (404, f"the model 'other' does not exist; this server has '{NAME}'")
+
+    asyncio.run(scenario())
+
+
+def test_head_is_answered_where_get_is_and_errors_have_openais_form() -> None:
+    async def scenario() -> None:
+        c = client()
+        for path in (
+            "/",
+            "/healthz",
+            "/readyz",
+            "/metrics",
+            "/v1/models",
+            f"/v1/models/{NAME}",
+            "/docs",
+            "/openapi.json",
+        ):
+            assert (await c.head(path)).status_code == (await c.get(path)).status_code == 200, path
+        for method, path, code in (("GET", "/v1/nothing", 404), ("GET", COMPLETIONS, 405)):
+            answer = await c.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (code, code)
+
+    asyncio.run(scenario())
+
+
+def test_docs_and_page_name_nothing_outside_and_nothing_absolute() -> None:
+    """So they work without the internet, and behind a proxy's sub-path."""
+
+    async def scenario() -> None:
+        c = client()
+        docs = (await c.get("/docs")).text
+        for asset in re.findall(r'(?:src|href)="([^"]+)"', docs):
+            answer = await c.get(f"/{asset}")
+            assert (answer.status_code, len(answer.content) > 1000) == (200, True), asset
+        assert "url: 'openapi.json'" in docs
+        for text in (docs, (await c.get("/")).text):
+            assert not re.findall(r'https?://[^"\s]+', text.replace("http://www.w3.org/2000/svg", ""))
+            assert not re.findall(r"""(?:fetch|post)\(["']/|(?:src|href|url)[=:] ?["']/""", text)
+        assert (await c.get("/openapi.json")).json()["servers"] == [{"url": "."}]
+
+    asyncio.run(scenario())
 
 
 def test_the_default_length_is_within_the_limit() -> None:
@@ -174,7 +249,10 @@ def test_the_key_guards_the_api_and_not_the_health_checks() -> None:
         assert (await status(c, COMPLETIONS, {"prompt": "a"}))[0] == 401
         assert (await status(c, COMPLETIONS, {"prompt": "a"}, authorization="Bearer wrong"))[0] == 401
         assert (await status(c, COMPLETIONS, {"prompt": "a"}, authorization="Bearer secret"))[0] == 200
-        assert (await c.get("/v1/models")).status_code == 401
+        assert (await status(c, COMPLETIONS, {"prompt": "a"}, Authorization="bearer  secret"))[0] == 200
+        assert (await status(c, COMPLETIONS, {"prompt": "a"}, authorization="Basic secret"))[0] == 401
+        answer = await c.get("/v1/models")
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert (await c.get("/readyz")).status_code == 200
         assert (await c.get("/")).status_code == 200
 
@@ -189,7 +267,12 @@ def test_best_of_n_returns_one_choice_a_prompt_and_what_each_was_worth() -> None
         assert [c["text"] for c in body["choices"]] == ["t2"]
         assert [r["index"] for r in body["ranking"]] == [2, 1, 0]
         assert "token_ids" not in body["choices"][0], "nobody asked for them"
-        assert [q.response_ids for q in values.seen] == [(5, 6), (5, 7, 1), (5, 8)], "without the token that ends"
+        assert [r["text"] for r in body["ranking"]] == ["t2", "t1", "t0"]
+        assert [(r.sampled_ids, r.text, r.ended) for r in values.seen] == [
+            ((5, 6, 1), "t0", True),
+            ((5, 7, 1), "t1", False),
+            ((5, 8, 1), "t2", True),
+        ]
         body = (await c.post(COMPLETIONS, json={"prompt": "a", "n": 3, "rank_by": "cvar"})).json()
         assert [c["text"] for c in body["choices"]] == ["t0"]
 
@@ -210,10 +293,16 @@ def test_without_a_critic_values_are_501_and_completions_work() -> None:
     ("body", "says"),
     [
         ({"response": "a"}, "exactly one of prompt"),
-        ({"prompt": "a", "messages": [], "response": "a"}, "exactly one of prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}], "response": "a"}, "exactly one of prompt"),
         ({"prompt": "a"}, "response"),
         ({"prompt": "a", "response": "b", "levels": [2]}, "levels"),
+        ({"prompt": "a", "response": "b", "levels": ["0.5"]}, "levels.0: Input should be a valid number"),
+        ({"prompt": "a", "response": "b", "levels": [0.5] * 257}, "256 items"),
         ({"prompt": "a", "response": "b", "alpha": 0}, "alpha"),
+        ({"prompt": "a", "response": "b", "alpha": "0.5"}, "alpha"),
+        ({"messages": [{"role": "user"}], "response": "a"}, "messages.0.content: Field required"),
+        ({"messages": [{"role": "user", "content": None}], "response": "a"}, "messages.0.content"),
+        ({"messages": [{"content": "a"}], "response": "a"}, "messages.0.role"),
         ({"prompt": "a", "response": "b", "lvls": []}, "lvls"),
         ({"prompt": "a", "response": "b" * 9}, "too long"),
     ],
@@ -222,6 +311,11 @@ def test_bad_value_requests_are_refused_in_words(body: Any, says: str) -> None:
     code, message = asyncio.run(status(client(values=FakeValues()), "/v1/values", body))
     assert code == 400
     assert says in message
+
+
+def test_the_page_is_told_what_readers_must_know() -> None:
+    answer = asyncio.run(client(note="29 is 92").get("/readyz"))
+    assert (answer.json()["note"], answer.json()["model"]) == ("29 is 92", NAME)
 
 
 def test_no_replica_is_503_and_not_ready() -> None:

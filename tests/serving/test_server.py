@@ -20,6 +20,8 @@ from openai import APIStatusError, AuthenticationError, OpenAI
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
+from dvpo_service.models.fixed_sequences import FILE
+from dvpo_service.runs.integrity import STATE_FILE
 from dvpo_service.serving.values import ValueModel, ValueQuery
 from tests.ports import listening
 from tests.serving.server import ServerProcess, make_export
@@ -129,6 +131,24 @@ def test_the_best_of_n_is_the_one_that_values_say(server: ServerProcess, client:
     everything = client.completions.create(**ask, extra_body={"return_token_ids": True})
     best = everything.choices[ranking[0]["index"]]
     assert choice.text == best.text, "the same seed samples the same responses"
+
+
+def test_a_response_cut_by_a_stop_string_is_worth_what_its_text_is(server: ServerProcess, client: OpenAI) -> None:
+    ask: Any = {"model": "tiny", "prompt": "12+7=", "n": 4, "max_tokens": 8, "seed": 3}
+    plain = client.completions.create(**ask)
+    stop = next(c for choice in plain.choices for c in choice.text[2:] if c.isascii())  # the model is untrained
+    ranked = client.completions.create(**ask, stop=stop, extra_body={"rank_by": "mean"})
+    ranking = ranked.model_extra["ranking"]  # type: ignore[index]
+    cut = [
+        r
+        for r in ranking
+        if r["text"] in {choice.text.split(stop)[0] for choice in plain.choices if stop in choice.text}
+    ]
+    assert cut, "the stop string cut none"
+    for r in cut:
+        if "\ufffd" not in r["text"]:  # what is no UTF-8 cannot be asked for
+            states = values(server, prompt="12+7=", response=r["text"])["states"]
+            assert states[-1]["mean"] == pytest.approx(r["mean"], abs=1e-5)
 
 
 Rows = list[dict[str, Any]]
@@ -284,11 +304,33 @@ def test_the_new_weights_are_the_new_folders(server: ServerProcess, client: Open
     assert choice.logprobs.token_logprobs == pytest.approx(wanted, abs=1e-3)
 
 
+def test_weights_that_are_not_those_exported_are_refused_and_the_old_ones_served_on(
+    server: ServerProcess, run_dir: Path
+) -> None:
+    """The record of the newest checkpoint's export is another model's, as when weights were damaged or exchanged."""
+    before = values(server, prompt="12+7=", response="19")["states"][0]["mean"]
+    make_export(run_dir / "serving" / "step-000030", step=30, seed=6)
+    shutil.copy(run_dir / "policy" / FILE, run_dir / "serving" / "step-000030" / FILE)
+    checkpoint = run_dir / "checkpoints" / "step-000030"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE_FILE).write_text('{"state": {"step": 30}}')
+    until = time.monotonic() + 180
+    while "step-000030 is refused, step-000020 is served on" not in " ".join(server.output().split()):
+        assert time.monotonic() < until, server.output()[-2000:]
+        time.sleep(0.5)
+    assert server.wait_ready()["versions"] == {"policy": "step-000020", "values": "step-000020"}
+    assert values(server, prompt="12+7=", response="19")["states"][0]["mean"] == before
+
+
 def test_nothing_is_left_when_the_server_ends(server: ServerProcess) -> None:
     """This test stays the last of the file: it ends the server."""
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert processes(server, "VLLM::EngineCore")
+    said = len(server.output())
+    began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=60) == 143
+    print(f"ended in {time.monotonic() - began:.1f} s, saying {server.output()[said:]!r}")
+    assert server.output()[said:].strip() == "stopped serving"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []

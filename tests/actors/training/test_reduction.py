@@ -95,13 +95,17 @@ def _rank(rank: int, ports: dict[tuple[int, bool], int], model: str, out: str) -
     os._exit(0)  # gloo's threads can abort the interpreter's own shutdown
 
 
-def test_a_rank_keeps_the_gradient_of_its_own_shard(tiny_model: Path, tmp_path: Path) -> None:
+def measure(model: Path, folder: Path) -> dict[tuple[int, bool], list[dict[str, Any]]]:
+    """Return what ``one_step`` measured on each rank, by (number of ranks, deferred)."""
     ports = {(world, defer): free_port() for world in WORLDS for defer in (False, True)}
-    mp.spawn(_rank, (ports, str(tiny_model), str(tmp_path)), nprocs=max(WORLDS))
-    results = {
-        (world, defer): [torch.load(tmp_path / f"{world}-{defer}-{r}.pt") for r in range(world)]
-        for world, defer in ports
+    mp.spawn(_rank, (ports, str(model), str(folder)), nprocs=max(WORLDS))
+    return {
+        (world, defer): [torch.load(folder / f"{world}-{defer}-{r}.pt") for r in range(world)] for world, defer in ports
     }
+
+
+def test_a_rank_keeps_the_gradient_of_its_own_shard(tiny_model: Path, tmp_path: Path) -> None:
+    results = measure(tiny_model, tmp_path)
     wanted = results[1, False][0]["gradient"]
     assert wanted.norm() > 1e-3
     for (world, defer), ranks in results.items():
