@@ -191,7 +191,7 @@ class Config(Section):
             if self.batch_size % mini or mini % pool.world_size:
                 raise ValueError(
                     f"{name}: the batch of prompts_per_step x n = {self.batch_size} responses must divide into "
-                    f"mini-batches of {mini}, and those over world_size = {pool.world_size} ranks"
+                    f"mini-batches of {name}.mini_batch_size = {mini}, those over world_size = {pool.world_size} ranks"
                 )
         return self
 
