@@ -199,10 +199,10 @@ def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     model: Any = empty_policy(base, trust_remote_code=config.model.trust_remote_code)
     unshard(checkpoint / "policy", model, "backbone.")
     model.save_pretrained(folder)
-    record(model, load_tokenizer(str(base), trust_remote_code=config.model.trust_remote_code), folder)
     # The tokenizer and the generation config are those of the base model. The model's own config is not copied:
     # save_pretrained has written what the model is now (float32).
     shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+    record(model, load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code), folder)
 
 
 def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:

@@ -21,6 +21,9 @@ from dvpo_service.serving.value_server import ValueServer
 from dvpo_service.serving.values import ResponseValues
 
 NAME = "org/m"
+COMPLETIONS, CHAT, VALUES = "/v1/completions", "/v1/chat/completions", "/v1/values"
+A: dict[str, Any] = {"prompt": "a"}  # the smallest bodies of a completion and of a chat
+TURN: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
 
 
 @dataclass
@@ -102,3 +105,9 @@ def gateway(
 
 def client(*args: Any, **settings: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(gateway(*args, **settings).app()), base_url="http://test")
+
+
+async def status(c: httpx.AsyncClient, path: str, body: Any, **headers: str) -> tuple[int, str]:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = await c.post(path, content=content, headers=headers)
+    return answer.status_code, answer.json().get("error", {}).get("message", "")

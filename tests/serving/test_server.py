@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dvpo_service.models.fixed_sequences import FILE
 from dvpo_service.runs.integrity import STATE_FILE
 from dvpo_service.serving.values import ValueModel, ValueQuery
 from tests.ports import listening
+from tests.serving.load import all_back, hammer, processes
 from tests.serving.server import ServerProcess, make_export
 
 pytestmark = pytest.mark.e2e
@@ -151,45 +152,6 @@ def test_a_response_cut_by_a_stop_string_is_worth_what_its_text_is(server: Serve
             assert states[-1]["mean"] == pytest.approx(r["mean"], abs=1e-5)
 
 
-Rows = list[dict[str, Any]]
-
-
-def hammer(
-    server: ServerProcess, clients: int, meanwhile: Callable[[], None], *, seconds: float, until: Callable[[Rows], bool]
-) -> Rows:
-    """Send requests from ``clients`` threads at once, run ``meanwhile`` in between, and return a row per answer.
-
-    The threads stop ``seconds`` after ``until(rows)`` is true, and after three minutes at the latest.
-    """
-    rows: Rows = []
-    enough = threading.Event()
-    deadline = time.monotonic() + 180
-
-    def one(number: int) -> None:
-        with httpx.Client(headers={"authorization": "Bearer secret"}, timeout=120) as http:
-            while not enough.is_set() and time.monotonic() < deadline:
-                body = {"prompt": f"{number}+1=", "max_tokens": 48, "ignore_eos": True}
-                answer = http.post(f"{server.url}/v1/completions", json=body)
-                rows.append({"status": answer.status_code, "version": answer.headers.get("x-dvpo-version")})
-
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(one, i) for i in range(clients)]
-        time.sleep(1.5)
-        meanwhile()
-        while not until(rows) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(seconds)
-        enough.set()
-        for job in running:
-            job.result()
-    return rows
-
-
-def processes(server: ServerProcess, name: str) -> list[psutil.Process]:
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    return [p for p in family if p.is_running() and any(name in part for part in p.cmdline())]
-
-
 def test_64_clients_get_answers_and_no_error(server: ServerProcess) -> None:
     rows = hammer(server, 64, lambda: None, seconds=2, until=lambda rows: len(rows) > 128)
     assert len(rows) > 128
@@ -209,15 +171,6 @@ def test_a_process_killed_under_load_costs_no_request(server: ServerProcess, vic
     assert len(values(server, prompt="1+1=", response="2")["states"]) == 2, "a value waits for its replica"
     assert killed[0] not in {p.pid for p in all_back(server, victim, 1 if "values" in victim else REPLICAS)}
     server.wait_ready()
-
-
-def all_back(server: ServerProcess, name: str, count: int = REPLICAS) -> list[psutil.Process]:
-    """Wait until there are ``count`` processes of that name again, and return them."""
-    until = time.monotonic() + 240
-    while len(running := processes(server, name)) < count:
-        assert time.monotonic() < until, f"only {len(running)} of {name}"
-        time.sleep(0.5)
-    return running
 
 
 def test_gateways_share_a_port_and_one_that_dies_comes_back(server: ServerProcess) -> None:
