@@ -20,6 +20,7 @@ from dvpo_service.algo.advantages import returns_to_go
 from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
 from dvpo_service.algo.quantiles import quantile_levels
+from dvpo_service.algo.robust_width import add_batch, no_widths, running_width
 from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
@@ -75,8 +76,9 @@ class CriticWorker(TrainerWorker):
         minibatches = config.batch_size // (config.critic.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.critic.epochs * minibatches
         self.trainer = Trainer(module, config.critic.optim, total_steps=steps)
-        # Count, sum and sum of squares of all returns so far, and the least value of the last batch.
+        # Count, sum and sum of squares of all returns so far, their widths, and the least value of the last batch.
         self.trainer.extra["return_moments"] = torch.zeros(3, dtype=torch.float64)
+        self.trainer.extra["return_widths"] = no_widths()
         self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
         self.minibatches: list[Minibatch] = []
         self.levels = quantile_levels(self.objective.quantiles, config.algorithm.quantile_levels)
@@ -116,8 +118,9 @@ class CriticWorker(TrainerWorker):
         for minibatch, (tokens, shift) in zip(self.minibatches, totals.tolist(), strict=True):
             minibatch.tokens = max(1.0, tokens)
             minibatch.mean_shift = shift / minibatch.tokens
-        self._remember(sums)
-        return self._values(rows, rollouts.response_mask.shape[1]), critic_metrics(sums)
+        self._remember(sums, rollouts)
+        metrics = critic_metrics(sums) | {"critic/return_width": self._running_stats().return_width}
+        return self._values(rows, rollouts.response_mask.shape[1]), metrics
 
     def update(self) -> Metrics:
         """Take the optimizer steps of ``critic.epochs`` over the batch last evaluated; return their metrics."""
@@ -224,10 +227,21 @@ class CriticWorker(TrainerWorker):
     def _running_stats(self) -> RunningStats:
         n, total, squares = self.trainer.extra["return_moments"].tolist()
         variance = squares / n - (total / n) ** 2 if n else 1.0
-        return RunningStats(max(variance, 0.0) ** 0.5, float(self.trainer.extra["worst_value"]))
+        extra = self.trainer.extra
+        return RunningStats(
+            return_sd=max(variance, 0.0) ** 0.5,
+            return_width=running_width(extra["return_widths"]),
+            worst_value=float(extra["worst_value"]),
+        )
 
-    def _remember(self, sums: Sums) -> None:
-        """Add this batch's returns to the running moments, and keep its worst value; ``sums`` are over all ranks."""
+    def _remember(self, sums: Sums, rollouts: Rollouts) -> None:
+        """Add this batch's returns to the running moments and widths, and keep its worst value.
+
+        ``sums`` are over all ranks, and ``rollouts`` are the whole batch.
+        """
+        mask = rollouts.response_mask
+        returns = returns_to_go(rollouts.rewards, mask, self.config.algorithm.gamma)[mask]
+        self.trainer.extra["return_widths"] = add_batch(self.trainer.extra["return_widths"], returns)
         self.trainer.extra["return_moments"] += torch.stack([sums[k] for k in ("count", "return", "return_sq")])
         valid = [p.estimate.values[p.rollouts.response_mask] for m in self.minibatches for p in m.parts]
         low = min((float(v.min()) for v in valid if v.numel()), default=math.inf)
