@@ -27,4 +27,5 @@ KlPlace = Literal["reward", "loss"]
 BeyondCap = Literal["truncate", "mask"]
 
 # Noise that can be added to rewards.
-NoiseKind = Literal["none", "flip", "gaussian", "majority_vote"]
+NoiseKind = Literal["none", "flip", "gaussian", "spike", "student_t", "majority_vote"]
+SpikeSign = Literal["both", "up", "down"]

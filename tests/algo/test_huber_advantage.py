@@ -115,9 +115,8 @@ def test_an_offset_costs_no_digits_of_float32(offset: float) -> None:
 def test_float32_agrees_with_float64(clip: float) -> None:
     values, targets, mask = batch(5, 8, 16, 200, 200, torch.float32)
     exact = huber_advantages(values.double(), targets.double(), mask, clip)
-    assert_close(
-        huber_advantages(values, targets, mask, clip).double(), exact, rtol=1e-6, atol=3e-8
-    )  # of a range of about 10
+    # Of atoms that are about 10 apart.
+    assert_close(huber_advantages(values, targets, mask, clip).double(), exact, rtol=1e-6, atol=3e-8)
 
 
 def test_a_target_however_wild_counts_as_one_at_the_clip() -> None:
