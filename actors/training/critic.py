@@ -77,7 +77,7 @@ class CriticWorker(TrainerWorker):
         self.trainer = Trainer(
             module, config.critic.optim, total_steps=steps, defer_reduction=config.critic.defer_gradient_reduction
         )
-        # Count, mean and sum of squared deviations of all returns so far, their widths, and the last batch's least value.
+        # Of all returns so far: count, mean and sum of squared deviations, and widths; the last batch's least value.
         self.trainer.extra["return_spread"] = torch.zeros(3, dtype=torch.float64)
         self.trainer.extra["return_widths"] = no_widths()
         self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
