@@ -19,6 +19,7 @@ from actors.training.worker import TrainerWorker
 from dvpo_service.algo.advantages import returns_to_go
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums, merged_moments
 from dvpo_service.algo.quantiles import quantile_levels
+from dvpo_service.algo.robust_width import add_batch, no_widths, running_width
 from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
@@ -76,8 +77,9 @@ class CriticWorker(TrainerWorker):
         self.trainer = Trainer(
             module, config.critic.optim, total_steps=steps, defer_reduction=config.critic.defer_gradient_reduction
         )
-        # Count, mean and sum of squared deviations of all returns so far, and the least value of the last batch.
+        # Of all returns so far: count, mean and sum of squared deviations, and widths; the last batch's least value.
         self.trainer.extra["return_spread"] = torch.zeros(3, dtype=torch.float64)
+        self.trainer.extra["return_widths"] = no_widths()
         self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
         self.minibatches: list[Minibatch] = []
         self.levels = quantile_levels(self.objective.quantiles, config.algorithm.quantile_levels)
@@ -118,8 +120,9 @@ class CriticWorker(TrainerWorker):
         for minibatch, (tokens, shift) in zip(self.minibatches, totals.tolist(), strict=True):
             minibatch.tokens = max(1.0, tokens)
             minibatch.mean_shift = shift / minibatch.tokens
-        self._remember(sums, centre)
-        return self._values(rows, rollouts.response_mask.shape[1]), critic_metrics(sums, centre)
+        self._remember(sums, centre, rollouts)
+        metrics = critic_metrics(sums, centre) | {"critic/return_width": self._running_stats().return_width}
+        return self._values(rows, rollouts.response_mask.shape[1]), metrics
 
     def update(self) -> Metrics:
         """Take the optimizer steps of ``critic.epochs`` over the batch last evaluated; return their metrics."""
@@ -217,12 +220,22 @@ class CriticWorker(TrainerWorker):
         return RankValues(torch.cat(rows), advantages, values)
 
     def _running_stats(self) -> RunningStats:
-        n, _, squares = self.trainer.extra["return_spread"].tolist()
-        variance = squares / n if n else 1.0
-        return RunningStats(variance**0.5, float(self.trainer.extra["worst_value"]))
+        extra = self.trainer.extra
+        n, _, squares = extra["return_spread"].tolist()
+        return RunningStats(
+            return_sd=(squares / n if n else 1.0) ** 0.5,
+            return_width=running_width(extra["return_widths"]),
+            worst_value=float(extra["worst_value"]),
+        )
 
-    def _remember(self, sums: Sums, centre: float) -> None:
-        """Add this batch's returns to the running moments, and keep its worst value; ``sums`` are over all ranks."""
+    def _remember(self, sums: Sums, centre: float, rollouts: Rollouts) -> None:
+        """Add this batch's returns to the running moments and widths, and keep its worst value.
+
+        ``sums`` are over all ranks, around ``centre``; ``rollouts`` are the whole batch.
+        """
+        mask = rollouts.response_mask
+        returns = returns_to_go(rollouts.rewards, mask, self.config.algorithm.gamma)[mask]
+        self.trainer.extra["return_widths"] = add_batch(self.trainer.extra["return_widths"], returns)
         self.trainer.extra["return_spread"] = merged_moments(self.trainer.extra["return_spread"], sums, centre)
         valid = [p.estimate.values[p.rollouts.response_mask] for m in self.minibatches for p in m.parts]
         low = min((float(v.min()) for v in valid if v.numel()), default=math.inf)

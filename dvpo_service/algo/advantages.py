@@ -16,11 +16,11 @@ All results are detached and float32 or better. Each row of a result depends on 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dvpo_service.algo.masks import float32_or_better, zero_masked
+from dvpo_service.algo.quantiles import ascending
 from dvpo_service.algo.scan import LastFirst, linear_scan
 
 
@@ -177,7 +177,7 @@ def mixture_targets(
     # The recurrence of Eq. 2 with a coefficient per atom: gamma where the coin follows the target, else 0.
     backup = order.pack_following(values, z_end).masked_fill_(coins, 0).mul_(gamma)
     backup.add_(order.pack(rewards).unsqueeze(-1))
-    return order.unpack(_sorted(linear_scan(backup, coins.to(values.dtype).mul_(gamma), z_end)))
+    return order.unpack(ascending(linear_scan(backup, coins.to(values.dtype).mul_(gamma), z_end)))
 
 
 @torch.no_grad()
@@ -218,14 +218,3 @@ def _coins(mask: Tensor, m: int, trace: Tensor, seeds: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         coins[row, :valid] = torch.rand(valid, m, generator=generator) < trace[row, :valid]
     return coins.to(mask.device)
-
-
-def _sorted(atoms: Tensor) -> Tensor:
-    """Return ``atoms`` [..., M] in ascending order.
-
-    On the CPU NumPy sorts: its vectorised sort keeps no indices and is tens of times faster than torch's, which took
-    most of the time of this module.
-    """
-    if atoms.device.type == "cpu":
-        return torch.from_numpy(np.sort(atoms.numpy(), axis=-1))
-    return atoms.sort(-1).values

@@ -60,7 +60,7 @@ class Capacity:
                 continue
             worst = max(device.parts, key=lambda part: part.size)
             raise ConfigError(
-                f"the plan does not fit: each {device.pool} actor needs {gib(device.size)} and has {gib(room)} of memory. "
+                f"the plan does not fit: each {device.pool} actor needs {gib(device.size)} and has {gib(room)}. "
                 f"The most is for {worst.name}, {gib(worst.size)}: change {worst.key}. `dvpo plan` shows every part"
             )
         total = sum(device.count * device.size for device in self.devices) + sum(self.host.values())

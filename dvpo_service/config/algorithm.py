@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 
 from dvpo_service.algo.choices import (
     AdvantageKind,
+    ClipScale,
     CriticTarget,
     Curvature,
     HuberScale,
@@ -135,9 +136,12 @@ class AlgorithmConfig(Section):
       lam: GAE's trace for the policy's advantages.
       critic_lam: the trace of the critic's targets; ``lam`` when absent.
       length_adaptive_alpha: replaces ``lam`` by 1 - 1/(alpha x length).
-      advantage: the functional of the value distribution that DVPO's advantage compares (mean, or a risk measure).
       bootstrap_truncated: the critic's own value follows a response that was cut at the length limit. Only for rewards
         that are still to come then: an outcome reward of a cut response is its whole return.
+      advantage: how DVPO's advantage compares the distributions of target and prediction: by their means, pair by
+        pair with bounded differences (huber), or by a risk measure (cvar, entropic).
+      advantage_clip: huber's bound on the difference of a pair, in units of ``advantage_clip_scale``. 1.35 widths are
+        the interquartile range of the returns: 1 for 0/1 rewards.
       robust_rho: contamination per token of robust_gae.
       form: the preset for the keys in ``FORMS`` and for the loss weights.
     """
@@ -152,6 +156,8 @@ class AlgorithmConfig(Section):
     robust_rho: Probability = 0.01
 
     advantage: AdvantageKind = "mean"
+    advantage_clip: PositiveFloat = 1.35
+    advantage_clip_scale: ClipScale = "return_width"
     advantage_alpha: Fraction = 1.0
     advantage_beta: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     head_trust: NonNegativeFloat = 0.0
@@ -218,6 +224,12 @@ class AlgorithmConfig(Section):
     def has_critic(self) -> bool:
         """Whether the estimator learns values, and so needs a critic pool."""
         return self.traits.needs_critic
+
+    @property
+    def advantage_is_mean(self) -> bool:
+        """Whether the advantage compares means only, by name or by a parameter's neutral value."""
+        neutral = {"cvar": self.advantage_alpha == 1, "entropic": self.advantage_beta == 0, "huber": False}
+        return neutral.get(self.advantage, True)
 
     def critic_loss_spec(self) -> CriticLossSpec:
         """Return the settings of the critic's loss, in the form that ``dvpo_service.algo`` takes."""

@@ -56,6 +56,20 @@ class TrainerPool(Section):
     defer_gradient_reduction: bool = False
     step_timeout_s: PositiveFloat = 1800.0
 
+    def check_sizes(self, name: str, batch_size: int, max_model_len: int) -> None:
+        """Raise ValueError when batches of ``batch_size`` sequences, or one sequence, do not fit the pool's sizes."""
+        mini, budget = self.mini_batch_size or batch_size, self.max_tokens_per_micro_batch
+        if batch_size % mini or mini % self.world_size:
+            raise ValueError(
+                f"{name}: the batch of prompts_per_step x n = {batch_size} responses must divide into "
+                f"mini-batches of {name}.mini_batch_size = {mini}, those over world_size = {self.world_size} ranks"
+            )
+        if budget is not None and budget < max_model_len:
+            raise ValueError(
+                f"{name}.max_tokens_per_micro_batch = {budget} is less than one sequence may have: "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {max_model_len}"
+            )
+
 
 class CriticConfig(TrainerPool):
     """``value_clip`` bounds how far a scalar critic (gae, robust_gae) may move from its old value in one step."""

@@ -185,25 +185,9 @@ class Config(Section):
         return self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
-        for name, pool in (("critic", self.critic), ("policy", self.policy)):
-            mini = pool.mini_batch_size or self.batch_size
-            if self.batch_size % mini or mini % pool.world_size:
-                raise ValueError(
-                    f"{name}: the batch of prompts_per_step x n = {self.batch_size} responses must divide into "
-                    f"mini-batches of {mini}, and those over world_size = {pool.world_size} ranks"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _micro_batches_hold_a_sequence(self) -> Self:
-        for name, pool in (("critic", self.critic), ("policy", self.policy)):
-            budget = pool.max_tokens_per_micro_batch
-            if budget is not None and budget < self.max_model_len:
-                raise ValueError(
-                    f"{name}.max_tokens_per_micro_batch = {budget} is less than one sequence may have: "
-                    f"data.max_prompt_tokens + rollout.max_new_tokens = {self.max_model_len}"
-                )
+    def _pools_divide_the_batch(self) -> Self:
+        self.critic.check_sizes("critic", self.batch_size, self.max_model_len)
+        self.policy.check_sizes("policy", self.batch_size, self.max_model_len)
         return self
 
     @model_validator(mode="after")

@@ -94,7 +94,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tu
     Raises:
       BadRequest: the messages do not fit the chat template.
     """
+    prompt: Any
     if asked.messages is None:
+        assert asked.prompt is not None, "a request has messages or a prompt"
         prompt = text_ids(asked.prompt, tokenizer)
     else:
         messages = [message.model_dump(exclude_unset=True) for message in asked.messages]

@@ -190,6 +190,16 @@ def reference_entropic_advantage(z: list[float], y: list[float], b: float) -> fl
     return (mean([math.exp(b * (x - c)) for x in y]) - mean([math.exp(b * (x - c)) for x in z])) / b
 
 
+def reference_huber_advantage(z: list[float], y: list[float], clip: float) -> float:
+    """Return the Huber advantage of one token from every pair."""
+    return math.fsum(max(-clip, min(clip, target - atom)) for target in y for atom in z) / (len(y) * len(z))
+
+
+def reference_win_rate(z: list[float], y: list[float]) -> float:
+    """Return ``P(y > z) - P(y < z)``."""
+    return sum((target > atom) - (target < atom) for target in y for atom in z) / (len(y) * len(z))
+
+
 def reference_robust_advantages(
     rewards: list[float],
     values: list[float],

@@ -198,6 +198,6 @@ def test_the_kind_of_kl_follows_its_place() -> None:
 
 def test_a_micro_batch_holds_a_sequence(path: str) -> None:
     sizes = ["data.max_prompt_tokens=100", "rollout.max_new_tokens=28", "policy.max_tokens_per_micro_batch=127"]
-    with pytest.raises(ConfigError, match=r"policy\.max_tokens_per_micro_batch = 127 .* max_new_tokens = 128"):
+    with pytest.raises(ConfigError, match=r"policy\.max_tokens_per_micro_batch = 127 .*max_new_tokens = 128"):
         load_config(path, sizes)
     load_config(path, [*sizes, "policy.max_tokens_per_micro_batch=128"])

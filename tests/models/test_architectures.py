@@ -42,6 +42,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "bloom": {"n_layer": 2, "n_head": 2},  # ALiBi in place of positions
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48},
+    "gemma3": {  # a language model beside one for images, which gets no gradient
+        "text_config": SIZES | {"sliding_window": 4},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
 }
 ROTARY = ("llama", "qwen2", "mistral", "gemma2", "cohere", "granite")  # positions as an argument, so they can be packed
 
@@ -49,7 +55,8 @@ ROTARY = ("llama", "qwen2", "mistral", "gemma2", "cohere", "granite")  # positio
 def causal_lm(kind: str) -> Any:
     """Return a small model of random weights, large enough that log-probs are far from uniform."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SIZES | KINDS[kind]))
+    sizes = {} if "text_config" in KINDS[kind] else SIZES
+    config = AutoConfig.for_model(kind, **(sizes | KINDS[kind]))
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for p in lm.parameters():
         torch.nn.init.normal_(p, std=0.2)
