@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 
@@ -113,7 +115,7 @@ def _wait(config: Config, source: Path, served: Served, address: ListenAddress, 
 
 @contextmanager
 def stopped_after() -> Iterator[None]:
-    """End Serve, its replicas and their engines when the block ends, on SIGTERM and Ctrl-C too."""
+    """End Serve, its replicas and their engines when the block ends, on SIGTERM and Ctrl-C too; disconnect from Ray."""
 
     def stop(signum: int, frame: Any) -> None:
         raise Stopped("stopped serving", signum)
@@ -123,4 +125,8 @@ def stopped_after() -> Iterator[None]:
     try:
         yield
     finally:
-        serve.shutdown()
+        # Serve's controller is ended on purpose. Until this process is disconnected, Ray prints to standard output that
+        # calls to the controller failed and are retried for ever.
+        with redirect_stdout(io.StringIO()):
+            serve.shutdown()
+            ray.shutdown()
