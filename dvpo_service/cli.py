@@ -15,7 +15,7 @@ from dvpo_service import __version__
 from dvpo_service.errors import UserError
 from dvpo_service.host.stopping import SIGNALS, Stopped, raise_stopped
 
-# Heavy imports (torch, ray, transformers) are inside the commands, so that --help is quick.
+# Imports are inside the commands, so that --help is quick; commands/start.py has the order in which a command imports.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,14 +61,9 @@ def train(
     ] = None,
 ) -> None:
     """Train a policy. Run the same command again to continue an interrupted run."""
-    from dvpo_service.config import load_config
+    from dvpo_service.commands import start
 
-    resolved = load_config(config, overrides or [])  # a mistake in the config is reported before the heavy imports
-
-    from dvpo_service.commands import train as command
-    from dvpo_service.runs.directory import resolve_run_dir
-
-    command.train(resolved, resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
+    start.train(config, overrides or [], run_dir)
 
 
 @app.command()
@@ -80,19 +75,9 @@ def warmstart(
     ] = None,
 ) -> None:
     """Make the base model of a config that has a warm start, and print the model's folder."""
-    from dvpo_service.config import load_config
+    from dvpo_service.commands import start
 
-    resolved = load_config(config, overrides or [])
-
-    from actors.cluster.connect import connected
-    from dvpo_service.commands.warmstart import base_model
-    from dvpo_service.data.splits import load_data
-    from dvpo_service.runs.directory import RunDir, resolve_run_dir
-
-    train_data = load_data(resolved.data).train
-    with connected(resolved):
-        run = RunDir(resolve_run_dir(run_dir, resolved.trainer.run_dir, resolved.name))
-        typer.echo(base_model(resolved, train_data, run.local.parent))
+    start.warmstart(config, overrides or [], run_dir)
 
 
 @app.command("eval")
@@ -114,20 +99,9 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON.")] = None,
 ) -> None:
     """Measure accuracy, pass@k and greedy accuracy of a run (--run), or of any model on a config's splits."""
-    from dvpo_service.commands.evaluate import Subject, from_run
-    from dvpo_service.commands.evaluate import evaluate as measure
-    from dvpo_service.config import load_config
-    from dvpo_service.errors import ConfigError
-    from dvpo_service.export.download import local_copy
+    from dvpo_service.commands import start
 
-    output = output.expanduser() if output else None
-    if run and not (config or model):
-        with local_copy(run) as folder, from_run(folder, run, overrides or []) as subject:
-            measure(subject, data or [], n, output)
-    elif config and model and not run:
-        measure(Subject(load_config(config, overrides or []), model, model), data or [], n, output)
-    else:
-        raise ConfigError("dvpo eval: give either --run, or both --config and --model")
+    start.evaluate(run, config, model, overrides or [], data or [], n, output)
 
 
 @app.command()
@@ -139,15 +113,9 @@ def export(
     ] = None,
 ) -> None:
     """Export the newest policy and critic of a run as a Hugging Face folder with a model card."""
-    from dvpo_service.export.download import local_copy
-    from dvpo_service.export.export import export_and_register
+    from dvpo_service.commands import start
 
-    with local_copy(run) as folder:
-        exported, version = export_and_register(folder, output.expanduser(), register)
-    typer.echo(f"policy after {exported.step} updates: {exported.folder}")
-    typer.echo(f"critic: {exported.critic or 'none, the run has none'}")
-    if version:
-        typer.echo(f"MLflow: version {version} of {register}")
+    start.export(run, output, register)
 
 
 @app.command()
@@ -159,12 +127,9 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a policy and its value distributions: OpenAI's API, /v1/values, and a web page."""
-    from dvpo_service.commands.serve import run as serve_run
-    from dvpo_service.runs.storage import is_url
+    from dvpo_service.commands import start
 
-    if is_url(run):
-        raise UserError(f"{run}: every replica reads the weights from a path; `dvpo export --run {run} -o DIR` first")
-    serve_run(Path(run).expanduser(), overrides or [], follow=follow)
+    start.serve(run, overrides or [], follow=follow)
 
 
 @app.command()
@@ -176,11 +141,29 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Check that this machine is ready and, with --config, that the run fits on it."""
-    from dvpo_service.commands.doctor import examine
+    from dvpo_service.commands import start
+
+    if not start.doctor(config, overrides or []):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="How many GPUs there will be.")] = None,
+    gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of each GPU, or of the host for a run on CPUs, in GiB.")
+    ] = None,
+) -> None:
+    """Show what a run needs on each device, and whether it fits, without the devices."""
     from dvpo_service.config import load_config
 
-    if not examine(load_config(config, overrides or []) if config else None):
-        raise typer.Exit(1)
+    resolved = load_config(config, overrides or [])
+
+    from dvpo_service.commands.plan import show
+
+    show(resolved, gpus, gib)
 
 
 @app.command()
@@ -198,12 +181,17 @@ def sweep(
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: runs/GRID-CONFIG.")] = None,
 ) -> None:
     """Train every arm of a grid with every seed, compare the arms, and write the report."""
+    from dvpo_service.commands.start import loading
     from dvpo_service.runs.directory import resolve_run_dir
-    from tune_sweeps.run import run_sweep
+    from tune_sweeps.plan import find_grid, plan_trials
 
+    if (found := find_grid(grid)).arms:
+        plan_trials(found, config, overrides or [], range(seeds))  # says what is wrong before the heavy imports
     folder = resolve_run_dir(str(run_dir) if run_dir else None, None, f"{Path(grid).stem}-{Path(config).stem}")
     if not isinstance(folder, Path):
         raise UserError(f"{folder}: a sweep's folder is a path, not a URL; give --run-dir")
+    with loading():
+        from tune_sweeps.run import run_sweep
     page, failed = run_sweep(
         grid, config, overrides or [], range(seeds), folder, max_concurrent=max_concurrent, resume=resume
     )

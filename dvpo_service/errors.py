@@ -29,8 +29,26 @@ class TrackingError(UserError):
     """The tracking store cannot be used, or a file of logged steps is damaged."""
 
 
+class EngineMismatch(UserError):
+    """A rollout engine does not sample from the policy that is trained."""
+
+
 class RewardsFailed(UserError):
     """No response of a step could be scored."""
+
+
+def engine_mismatch(where: str, kl: float, bound: float) -> EngineMismatch:
+    """Return the error of an engine whose log-probs are a KL of ``kl`` per token from the trainer's.
+
+    Args:
+      where: the step or the engine, at the start of the message.
+    """
+    return EngineMismatch(
+        f"{where}: the rollout engine's log-probs are a KL of {kl:.3g} per token from the trainer's, more than "
+        f"rollout.max_kl = {bound:g}: it holds other weights, or computes another model. Nothing was trained on its "
+        "samples. Look at rollout.weight_transfer and model.dtype, and whether vLLM computes this architecture as "
+        "transformers does; where the difference is known and small, raise rollout.max_kl"
+    )
 
 
 def one_line(text: object, limit: int | None = 300) -> str:

@@ -20,13 +20,16 @@ from typing import Any
 from torch import Tensor
 
 from dvpo_service.config import Config
-from dvpo_service.errors import UserError
+from dvpo_service.errors import engine_mismatch
 from dvpo_service.host.stopping import Stopping
 from dvpo_service.objectives.measurements import prompt_metrics
 from dvpo_service.objectives.preparation import prepare_rewards, whiten
+from dvpo_service.objectives.value_range import largest_return, value_excess
 from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
 from dvpo_service.runs.checkpoint import Checkpoints
-from dvpo_service.types import Generated, Metrics, Rollouts
+from dvpo_service.types import Advantages, Generated, Metrics, Rollouts
+
+MAX_VALUE_EXCESS = 1.0  # values of twice the largest return seen; a fitted critic stays below it
 
 
 @dataclass
@@ -38,6 +41,9 @@ class TrainState:
     after: Metrics = field(default_factory=dict)
     bad_steps: int = 0
     seconds: float = 0.0
+    largest_return: float = 0.0  # the largest absolute return of any token so far
+    value_excess: float = 0.0  # of the last step, as objectives/value_range.py has it
+    values_grow: bool = False  # it was larger than at the step before; fresh heads that are too large shrink
 
 
 @dataclass
@@ -56,12 +62,8 @@ class Roles:
     health: Callable[[], Metrics]
 
 
-class EngineMismatch(UserError):
-    """The rollout engines do not sample from the policy that is trained."""
-
-
 class TrainingStopped(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
+    """Too many steps in a row had a non-finite loss or gradient, or values that no return explains."""
 
 
 def train(
@@ -110,6 +112,7 @@ def train(
         for update in updates:
             metrics |= update
         checkpoints.advance()
+        metrics |= watch_values(estimate, rollouts, config.algorithm.gamma, state)
         stop_if_diverging(metrics, state, trainer.max_bad_steps, rollouts, estimate.advantages, checkpoints.run_dir)
         metrics |= clock.pop_metrics() | checkpoints.pop_metrics() | {"time/step": time.perf_counter() - started}
         if due(trainer.eval_every, state.step, trainer.num_steps):
@@ -160,12 +163,21 @@ def stop_if_engines_differ(mismatch: Metrics, batch: Generated, config: Config, 
     kl, bound = mismatch.get("policy/rollout_kl", 0.0), config.max_rollout_kl
     if from_before or kl <= bound or batch.rollouts.num_tokens == 0:
         return
-    raise EngineMismatch(
-        f"step {step + 1}: the rollout engine's log-probs are a KL of {kl:.3g} per token from the trainer's, more than "
-        f"rollout.max_kl = {bound:g}: it holds other weights, or computes another model. Nothing was trained on this "
-        "batch. Look at rollout.weight_transfer and model.dtype, and whether vLLM computes this architecture as "
-        "transformers does; where the difference is known and small, raise rollout.max_kl"
-    )
+    raise engine_mismatch(f"step {step + 1}", kl, bound)
+
+
+def watch_values(estimate: Advantages, rollouts: Rollouts, gamma: float, state: TrainState) -> Metrics:
+    """Return ``critic/value_excess`` of the step, and remember it and the largest return in ``state``.
+
+    Return nothing where there are no values.
+    """
+    if estimate.values is None:
+        return {}
+    mask = rollouts.response_mask
+    state.largest_return = max(state.largest_return, largest_return(rollouts.rewards, mask, gamma))
+    excess = value_excess(estimate.values, mask, state.largest_return)
+    state.values_grow, state.value_excess = excess > state.value_excess, excess
+    return {"critic/value_excess": excess}
 
 
 def stop_if_diverging(
@@ -176,19 +188,30 @@ def stop_if_diverging(
     advantages: Tensor,
     run_dir: Path,
 ) -> None:
-    """Count steps that a trainer skipped; after ``max_bad_steps`` in a row keep the batch and stop.
+    """Count steps that a trainer skipped, or whose values ran away; after ``max_bad_steps`` in a row stop.
 
-    Raises TrainingStopped.
+    The batch is kept. Raises TrainingStopped.
     """
     skipped = metrics.get("policy/skipped_steps", 0) + metrics.get("critic/skipped_steps", 0)
-    state.bad_steps = state.bad_steps + 1 if skipped else 0
+    excess = metrics.get("critic/value_excess", 0.0)
+    ran_away = excess > MAX_VALUE_EXCESS and state.values_grow
+    state.bad_steps = state.bad_steps + 1 if skipped or ran_away else 0
     if state.bad_steps < max_bad_steps:
         return
     path = run_dir / f"bad-batch-{state.step:06d}.safetensors"
     rollouts.save(path, advantages=advantages)
+    what, causes = (
+        ("a non-finite loss or gradient", "learning rate too high, rewards of a huge scale")
+        if skipped
+        else (
+            f"values whose mean is {1 + excess:.1f} times the largest return seen "
+            f"({state.largest_return:g}), and growing",
+            "algorithm.bootstrap_truncated=true with an outcome reward, critic.optim.lr too high",
+        )
+    )
     raise TrainingStopped(
-        f"{state.bad_steps} steps in a row had a non-finite loss or gradient; stopped at step {state.step}. "
-        f"The last batch is in {path}. Usual causes: learning rate too high, rewards of a huge scale. "
+        f"{state.bad_steps} steps in a row had {what}; stopped at step {state.step}. "
+        f"The last batch is in {path}. Usual causes: {causes}. "
         "The same command continues from the last checkpoint; give trainer.resume=never to start over"
     )
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from dvpo_service.config import TrainerConfig
-from dvpo_service.loop import EngineMismatch, Roles, TrainingStopped, TrainState, train
+from dvpo_service.errors import EngineMismatch
+from dvpo_service.loop import Roles, TrainingStopped, TrainState, train
 from dvpo_service.runs.checkpoint import Checkpoints
 from dvpo_service.runs.integrity import Written
-from dvpo_service.types import Generated
+from dvpo_service.types import Advantages, Generated, Metrics, Rollouts
 from tests.builders import make_config
 from tests.fakes import FakeEstimator, FakeEvaluator, FakePolicy, FakeStream, FakeTracker, FakeWeights, Log
 
@@ -117,6 +118,37 @@ def test_stops_after_bad_steps_in_a_row_and_keeps_the_batch(tmp_path: Path) -> N
         run(tmp_path, config, make_roles(Log(), skipped=1.0))
     batch = load_file(tmp_path / "bad-batch-000002.safetensors")
     assert batch["advantages"].shape == batch["response_mask"].shape
+
+
+class ValuingEstimator(FakeEstimator):
+    """Its values are given by step; the returns of the fakes' batches are at most 1."""
+
+    def __init__(self, log: Log, values: list[float]):
+        super().__init__(log)
+        self.given = values
+
+    def advantages(self, rollouts: Rollouts, step: int) -> tuple[Advantages, Metrics]:
+        estimate, metrics = super().advantages(rollouts, step)
+        return replace(estimate, values=torch.full_like(estimate.advantages, self.given[step])), metrics
+
+
+def test_values_that_no_return_explains_stop_the_run(tmp_path: Path) -> None:
+    roles = make_roles(Log())
+    roles.estimator = ValuingEstimator(Log(), [0.5, 0.9, 3.0, 4.0, 5.0, 9.0])
+    config = TrainerConfig(num_steps=6, max_bad_steps=3, save_every=0, eval_every=0)
+    with pytest.raises(
+        TrainingStopped, match=r"3 steps in a row had values whose mean is 5\.0 times .*bootstrap_trunc"
+    ):
+        run(tmp_path, config, roles)
+    assert (tmp_path / "bad-batch-000005.safetensors").is_file()
+    assert roles.tracker.rows[3]["critic/value_excess"] == pytest.approx(2.0)  # type: ignore[attr-defined]
+
+
+def test_values_that_are_too_large_at_first_and_shrink_do_not(tmp_path: Path) -> None:
+    roles = make_roles(Log())
+    roles.estimator = ValuingEstimator(Log(), [9.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    state = run(tmp_path, TrainerConfig(num_steps=6, max_bad_steps=3, save_every=0, eval_every=0), roles)
+    assert state.step == 6
 
 
 def test_a_batch_of_engines_that_hold_another_policy_is_not_trained_on(tmp_path: Path) -> None:

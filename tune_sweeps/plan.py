@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dvpo_service.config import Config, load_config
+from dvpo_service.config.plain_yaml import read_yaml
+from dvpo_service.config.spelling import as_meant, kind_of
 from dvpo_service.errors import ConfigError, one_line
 from tune_sweeps.grid import GRIDS, Arm, Grid
 from tune_sweeps.records import Sweep, short_hash, trial_folder, trial_name
@@ -49,9 +49,9 @@ def find_grid(name_or_path: str) -> Grid:
     if not path.is_file():
         raise ConfigError(f"no grid {name_or_path!r}: neither a file nor one of {', '.join(GRIDS)}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"grid {path}: not valid YAML: {one_line(error, None)}") from error
+        tree = read_yaml(path.read_text(encoding="utf-8"), f"grid {path}")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"grid {path}: not UTF-8: {one_line(error, None)}") from error
     if not isinstance(tree, dict) or bool(tree.get("arms")) == bool(tree.get("space")):
         raise ConfigError(f"grid {path}: give either arms (name: overrides) or space (key: sampler), and not empty")
     return _user_grid(path, tree)
@@ -62,7 +62,8 @@ def _user_grid(path: Path, tree: dict[str, Any]) -> Grid:
     unknown = sorted(set(tree) - known)
     if unknown:
         raise ConfigError(f"grid {path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    arms = tuple(Arm(str(name), values or {}) for name, values in (tree.pop("arms", None) or {}).items())
+    tree = {key: _as_meant(key, value) for key, value in tree.items()}
+    arms = tuple(Arm(name, values or {}) for name, values in (tree.pop("arms", None) or {}).items())
     bad = [a.name for a in arms if not isinstance(a.overrides, dict)]
     if bad:
         raise ConfigError(f"grid {path}: arm {bad[0]!r} must map dotted config keys to values")
@@ -74,6 +75,23 @@ def _user_grid(path: Path, tree: dict[str, Any]) -> Grid:
         raise ConfigError(f"grid {path}: reference {tree['reference']!r} is none of its arms")
     fields = {"name": path.stem, "title": path.stem} | {k: v for k, v in tree.items() if v is not None}
     return Grid(arms=arms, **fields)
+
+
+def _as_meant(key: str, value: Any) -> Any:
+    """Return a part of a grid's file in plain values; numbers are text where the config key takes text."""
+    if key == "arms" and isinstance(value, dict):
+        return {name: _overrides(arm) for name, arm in value.items()}
+    if key == "space":
+        return _overrides(value)
+    return as_meant(value, str if key in ("name", "title", "reference") else None)
+
+
+def _overrides(given: Any) -> Any:
+    if not isinstance(given, dict):
+        return as_meant(given, None)
+    kinds = {key: kind_of(Config, key) for key in given}
+    # A sampler is a mapping from its kind to what it draws.
+    return {key: as_meant(value, kinds[key]) for key, value in given.items()}
 
 
 def resolve(config: str, overrides: Sequence[str], arm: Mapping[str, Any], seed: int) -> Config:

@@ -7,6 +7,7 @@ import logging
 from dvpo_service.config import Config
 from dvpo_service.errors import TrackingError
 from dvpo_service.tracking.mlflow_sink import experiment_id
+from dvpo_service.tracking.names import TAG_LIMIT, safe_run_name, safe_text
 from dvpo_service.tracking.store import open_store, reaching, tracking_uri
 from tune_sweeps.records import Sweep
 
@@ -22,10 +23,11 @@ def open_parent(config: Config, sweep: Sweep) -> tuple[str, str]:
     uri = tracking_uri(config, sweep.folder)
     client = open_store(uri)
     with reaching(uri):
-        run = client.create_run(experiment_id(client, config.tracking.experiment, uri), run_name=sweep.folder.name)
+        experiment = experiment_id(client, config.tracking.experiment, uri)
+        run = client.create_run(experiment, run_name=safe_run_name(sweep.folder.name))
         tags = {"mlflow.note.content": _description(sweep), "sweep": sweep.grid.name, "config": sweep.config}
         for key, value in tags.items():
-            client.set_tag(run.info.run_id, key, value)
+            client.set_tag(run.info.run_id, key, safe_text(value, TAG_LIMIT))
     return uri, run.info.run_id
 
 

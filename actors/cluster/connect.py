@@ -17,7 +17,7 @@ import ray
 from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
-from actors.cluster.placement import alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
+from actors.cluster.placement import Bundle, alive_nodes, check_plan, local_cpus, local_gpus, plan_bundles
 from dvpo_service.config import Config
 from dvpo_service.config.exposure import dashboard_warning
 from dvpo_service.errors import ClusterError, one_line
@@ -182,7 +182,23 @@ def plan_fit(config: Config) -> str:
     if not _address(config):
         here: Mapping[str, float] = {"CPU": config.cluster.num_cpus or local_cpus(bundles), "GPU": local_gpus()}
         check_plan(bundles, [here])
+        return _on_this_machine(bundles)
     else:
         with connected(config):
             check_plan(bundles, alive_nodes())
+    return _words(bundles)
+
+
+def _words(bundles: list[Bundle]) -> str:
     return ", ".join(str(b) for b in bundles)
+
+
+def _on_this_machine(bundles: list[Bundle]) -> str:
+    """Return the bundles, and where they ask for more CPUs than there are, what that means here and on a cluster."""
+    cores, asked = os.cpu_count() or 1, local_cpus(bundles)
+    if asked <= cores:
+        return _words(bundles)
+    return (
+        f"{_words(bundles)}; that is {asked} CPUs on {cores} cores: the cluster that a run starts here lets pools take "
+        f"turns on them, one of your own does with `ray start --head --num-cpus={asked}`"
+    )

@@ -61,7 +61,12 @@ def local_cpus(bundles: Iterable[Bundle]) -> int:
     It is at least what the bundles ask for. Pools take turns, so a plan may have more actors than the machine has
     cores; with the true number Ray would wait for cores that never come.
     """
-    return max(os.cpu_count() or 1, math.ceil(sum(b.resources.get("CPU", 0) for b in bundles)))
+    return max(os.cpu_count() or 1, _cpus(bundles))
+
+
+def _cpus(bundles: Iterable[Bundle]) -> int:
+    """Return how many CPUs the bundles take together."""
+    return math.ceil(sum(b.resources.get("CPU", 0) for b in bundles))
 
 
 def local_gpus() -> int:
@@ -93,9 +98,12 @@ def check_plan(bundles: list[Bundle], nodes: list[Mapping[str, float]]) -> None:
     if misfit is None:
         return
     have = "; ".join(" + ".join(f"{n.get(k, 0):g} {k}" for k in ("CPU", "GPU")) for n in nodes)
+    too_few = sum(n.get("CPU", 0) for n in nodes) < _cpus(bundles)
+    declare = f", or let pools take turns on the cores: `ray start --head --num-cpus={_cpus(bundles)}`"
+    more = f"or add nodes{declare if too_few else ''}"
     raise ClusterError(
         f"the plan does not fit the cluster: no room for {misfit}. Nodes have: {have or 'none'}. "
-        f"Lower {misfit.pool}'s actor count or cluster.cpus_per_* / gpus_per_*, or add nodes"
+        f"Lower {misfit.pool}'s actor count or cluster.cpus_per_* / gpus_per_*, {more}"
     )
 
 

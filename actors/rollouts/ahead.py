@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 from actors.cluster.pool import POLL_S
@@ -19,6 +22,10 @@ from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.ledger import Ledger
 from dvpo_service.host import stopping
 from dvpo_service.types import Generated
+
+log = logging.getLogger(__name__)
+
+_STOP_S = 60.0  # how long an abandoned batch may take to end, besides the deadlines of its rewards
 
 
 class _Unwanted(Exception):
@@ -40,7 +47,8 @@ class AheadStream(SyncStream):
         self._given: CursorState = self.cursor.state_dict()
         self._ahead: dict[int, Future[tuple[CachedBatch, bool]]] = {}
         self._unwanted = threading.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts ahead")
+        self._thread = _Thread("rollouts ahead")
+        self._stop_s = _STOP_S + config.reward.start_timeout_s + config.reward.timeout_s
 
     def next(self, step: int) -> Generated:
         """Return the batch of ``step``, and start the generation of the batches after it that are allowed.
@@ -72,15 +80,21 @@ class AheadStream(SyncStream):
         return self._given
 
     def load_state_dict(self, state: CursorState) -> None:
-        """Go back to ``state``. Batches generated ahead are dropped, except those in the cache for repeated steps."""
-        self._drop()
+        """Go back to ``state``. Batches generated ahead are dropped, except those in the cache for repeated steps.
+
+        Raises:
+          RuntimeError: a batch that is being generated does not end.
+        """
+        if stuck := self._drop():
+            raise RuntimeError(stuck)
         super().load_state_dict(state)
         self._given = self.cursor.state_dict()
 
     def close(self) -> None:
-        """Abandon the batches that are being generated, and end the thread."""
-        self._drop()
-        self._thread.shutdown()
+        """Abandon the batches that are being generated, and end the thread; a thread that hangs is left behind."""
+        if stuck := self._drop():
+            log.warning("%s; left behind", stuck)
+        self._thread.end()
 
     def _make(self, step: int) -> tuple[CachedBatch, bool]:
         self._check()
@@ -89,28 +103,60 @@ class AheadStream(SyncStream):
             self.cache.drop_after(step)  # later batches follow a course of the run that was abandoned
         return cached, reused
 
-    def _drop(self) -> None:
-        """Abandon all batches and wait until the thread is idle.
+    def _drop(self) -> str | None:
+        """Abandon all batches and wait until the thread is idle. Return which batch does not end, if any.
 
         A scoring call ends at its own deadline; everything else ends at once.
         """
         self._unwanted.set()
-        for future in self._ahead.values():
-            future.cancel()
-            if not future.cancelled():
-                future.exception()
+        deadline = time.monotonic() + self._stop_s
+        for step, future in self._ahead.items():
+            if not future.cancel() and not _done_within(future, deadline - time.monotonic()):
+                return (
+                    f"rollouts ahead: the batch of step {step + 1} did not stop within {self._stop_s:g} s: an engine "
+                    "or a reward worker does not answer"
+                )
         self._ahead = {}
         self._unwanted.clear()
+        return None
 
     def _check(self) -> None:
         if self._unwanted.is_set():
             raise _Unwanted
 
 
+class _Thread:
+    """Runs calls one after the other in a daemon thread, which cannot keep the process from ending."""
+
+    def __init__(self, name: str):
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Queue ``function(*arguments)``."""
+        future: Future[Any] = Future()
+        self._calls.put((future, lambda: function(*arguments)))
+        return future
+
+    def end(self) -> None:
+        """End the thread after the call that is running; do not wait for it."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - whoever asks for the batch gets it
+                future.set_exception(error)
+
+
 def _done_within(future: Future[Any], seconds: float) -> bool:
     """Wait ``seconds`` at most, and return whether the future has a result or an error."""
     try:
-        future.exception(seconds)
+        future.exception(max(0.0, seconds))
     except TimeoutError:
         return False
     return True

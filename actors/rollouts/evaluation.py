@@ -33,13 +33,17 @@ class HeldOutEvaluator:
         """Return two means for every split, over the samples that could be scored; NaN if none could.
 
         ``eval/<split>/accuracy`` is over ``trainer.eval_samples`` samples of each prompt, ``eval/<split>/greedy`` over
-        one greedy sample each.
+        one greedy sample each. ``eval/<split>/graded``, the share of rewards that are neither 0 nor 1, is there only
+        where it is not 0: the accuracy is then a mean of grades.
         """
         metrics: Metrics = {}
         for split, data in self.splits.items():
             for name, sampling in self._samplings(self.config.trainer.eval_samples).items():
                 clean = [s for group in self._score(data.prompts, sampling) for s in _clean_rewards(group)]
                 metrics[f"eval/{split}/{name}"] = sum(clean) / len(clean) if clean else math.nan
+                graded = sum(reward not in (0.0, 1.0) for reward in clean)
+                if graded and name == "accuracy":
+                    metrics[f"eval/{split}/graded"] = graded / len(clean)
         return metrics
 
     def measure(self, n: int, on_progress: Callable[[int], None]) -> list[PromptScores]:

@@ -17,15 +17,14 @@ from actors.training.process_group import add_up, all_reduce, all_reduce_min, al
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
 from actors.training.worker import TrainerWorker
 from dvpo_service.algo.advantages import returns_to_go
-from dvpo_service.algo.batching import rank_micro_batches
-from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
+from dvpo_service.algo.diagnostics import critic_metrics, critic_sums, merged_moments
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.algo.robust_width import add_batch, no_widths, running_width
 from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.critic_folder import CriticSpec
-from dvpo_service.models.load import load_backbone
+from dvpo_service.models.load import compute_soft_caps, load_backbone, text_model
 from dvpo_service.models.sharding import shard
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
@@ -75,9 +74,11 @@ class CriticWorker(TrainerWorker):
         )
         minibatches = config.batch_size // (config.critic.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.critic.epochs * minibatches
-        self.trainer = Trainer(module, config.critic.optim, total_steps=steps)
-        # Count, sum and sum of squares of all returns so far, their widths, and the least value of the last batch.
-        self.trainer.extra["return_moments"] = torch.zeros(3, dtype=torch.float64)
+        self.trainer = Trainer(
+            module, config.critic.optim, total_steps=steps, defer_reduction=config.critic.defer_gradient_reduction
+        )
+        # Of all returns so far: count, mean and sum of squared deviations, and widths; the last batch's least value.
+        self.trainer.extra["return_spread"] = torch.zeros(3, dtype=torch.float64)
         self.trainer.extra["return_widths"] = no_widths()
         self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
         self.minibatches: list[Minibatch] = []
@@ -97,7 +98,8 @@ class CriticWorker(TrainerWorker):
         """
         rollouts = rollouts.with_(**changes)
         stats = self._running_stats()
-        split = self._split(len(rollouts), step)
+        split = self.split(self.config.critic, rollouts, step)
+        centre = self._a_return(rollouts)
         sums: Sums = {}
         totals = torch.zeros(len(split), 2, dtype=torch.float64)  # valid tokens, sum of the mean shift
         rows: list[Tensor] = []
@@ -111,15 +113,15 @@ class CriticWorker(TrainerWorker):
                 estimate = self._estimate(z, z_end, part, index, step, stats)
                 minibatch.parts.append(MicroBatch(part, estimate))
                 rows.append(index)
-                add_up(sums, self._measure(z, part, stats))
+                add_up(sums, self._measure(z, part, stats, centre))
                 totals[number] += self._totals(z, estimate.targets, part)
         sums = all_reduce_sums(sums, self.device)
         totals = all_reduce(totals, self.device)
         for minibatch, (tokens, shift) in zip(self.minibatches, totals.tolist(), strict=True):
             minibatch.tokens = max(1.0, tokens)
             minibatch.mean_shift = shift / minibatch.tokens
-        self._remember(sums, rollouts)
-        metrics = critic_metrics(sums) | {"critic/return_width": self._running_stats().return_width}
+        self._remember(sums, centre, rollouts)
+        metrics = critic_metrics(sums, centre) | {"critic/return_width": self._running_stats().return_width}
         return self._values(rows, rollouts.response_mask.shape[1]), metrics
 
     def update(self) -> Metrics:
@@ -175,8 +177,7 @@ class CriticWorker(TrainerWorker):
         t = part.response_mask.shape[1]
         lengths = (part.prompt_lens + part.response_lens).to(self.device)
         positions = response_positions(part.prompt_lens.to(self.device), t + 1, tokens.shape[1])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
+        z = split_heads(self.trainer.module(tokens, lengths, positions), self.objective.heads)
         z_end = z[torch.arange(len(part), device=z.device), part.response_lens.to(z.device)]
         return z[:, :-1], z_end
 
@@ -194,29 +195,23 @@ class CriticWorker(TrainerWorker):
             stats=stats,
         ).to(torch.device("cpu"))
 
-    def _measure(self, z: Tensor, part: Rollouts, stats: RunningStats) -> Sums:
+    def _measure(self, z: Tensor, part: Rollouts, stats: RunningStats, centre: float) -> Sums:
         algorithm = self.config.algorithm
         mask = part.response_mask.to(z.device)
         returns = returns_to_go(part.rewards.to(z.device), mask, algorithm.gamma)
         near = 0.05 * stats.return_sd  # a predicted quantile this close to a 0/1 reward counts as equal to it
-        return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta, near)
+        tails = (algorithm.dvpo_alpha, algorithm.dvpo_beta)
+        return critic_sums(z, returns, mask, self.levels, *tails, tolerance=near, centre=centre)
+
+    def _a_return(self, rollouts: Rollouts) -> float:
+        """Return the first valid return of the whole batch, the same on every rank; 0 where there is none."""
+        mask = rollouts.response_mask
+        valid = returns_to_go(rollouts.rewards, mask, self.config.algorithm.gamma)[mask]
+        return float(valid[0]) if valid.numel() else 0.0
 
     def _totals(self, z: Tensor, targets: Tensor, part: Rollouts) -> Tensor:
         mask = part.response_mask.to(z.device)
         return torch.stack([mask.sum().double(), self.objective.shift_sum(z, targets.to(z.device), mask)]).cpu()
-
-    def _split(self, batch_size: int, step: int) -> list[list[Tensor]]:
-        """Return this rank's rows by minibatch (an optimizer step) and micro-batch (a forward pass)."""
-        critic = self.config.critic
-        return rank_micro_batches(
-            batch_size,
-            mini_size=critic.mini_batch_size or batch_size,
-            micro_size=critic.micro_batch_size,
-            rank=self.meet.rank,
-            world_size=self.meet.world_size,
-            seed=self.config.trainer.seed,
-            step=step,
-        )
 
     def _values(self, rows: list[Tensor], width: int) -> RankValues:
         estimates = [part.estimate for minibatch in self.minibatches for part in minibatch.parts]
@@ -225,24 +220,23 @@ class CriticWorker(TrainerWorker):
         return RankValues(torch.cat(rows), advantages, values)
 
     def _running_stats(self) -> RunningStats:
-        n, total, squares = self.trainer.extra["return_moments"].tolist()
-        variance = squares / n - (total / n) ** 2 if n else 1.0
         extra = self.trainer.extra
+        n, _, squares = extra["return_spread"].tolist()
         return RunningStats(
-            return_sd=max(variance, 0.0) ** 0.5,
+            return_sd=(squares / n if n else 1.0) ** 0.5,
             return_width=running_width(extra["return_widths"]),
             worst_value=float(extra["worst_value"]),
         )
 
-    def _remember(self, sums: Sums, rollouts: Rollouts) -> None:
+    def _remember(self, sums: Sums, centre: float, rollouts: Rollouts) -> None:
         """Add this batch's returns to the running moments and widths, and keep its worst value.
 
-        ``sums`` are over all ranks, and ``rollouts`` are the whole batch.
+        ``sums`` are over all ranks, around ``centre``; ``rollouts`` are the whole batch.
         """
         mask = rollouts.response_mask
         returns = returns_to_go(rollouts.rewards, mask, self.config.algorithm.gamma)[mask]
         self.trainer.extra["return_widths"] = add_batch(self.trainer.extra["return_widths"], returns)
-        self.trainer.extra["return_moments"] += torch.stack([sums[k] for k in ("count", "return", "return_sq")])
+        self.trainer.extra["return_spread"] = merged_moments(self.trainer.extra["return_spread"], sums, centre)
         valid = [p.estimate.values[p.rollouts.response_mask] for m in self.minibatches for p in m.parts]
         low = min((float(v.min()) for v in valid if v.numel()), default=math.inf)
         worst = all_reduce_min(torch.tensor(low, dtype=torch.float64), self.device)
@@ -256,6 +250,8 @@ def _build(config: Config, model_path: str, spec: CriticSpec) -> DistributionalC
         backbone = load_backbone(model_path, trust_remote_code=trust)
     else:
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=trust)).float()
+        compute_soft_caps(backbone)
+        backbone = text_model(backbone)
     return DistributionalCritic(
         backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,9 @@ from actors.cluster.pool import Rendezvous
 from actors.training.process_group import add_up, all_reduce, all_reduce_sums, init_process_group
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
 from actors.training.worker import TrainerWorker
-from dvpo_service.algo.batching import rank_micro_batches
 from dvpo_service.algo.diagnostics import policy_metrics
 from dvpo_service.config import Backend, Config
+from dvpo_service.models.fixed_sequences import record
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharding import shard
@@ -49,7 +50,9 @@ class PolicyWorker(TrainerWorker):
         module: Any = self._load()
         minibatches = config.batch_size // (config.policy.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.policy.epochs * minibatches
-        self.trainer = Trainer(module, config.policy.optim, total_steps=steps)
+        self.trainer = Trainer(
+            module, config.policy.optim, total_steps=steps, defer_reduction=config.policy.defer_gradient_reduction
+        )
         self.objective = PolicyObjective(config)
         self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
         self.transfer: Any = None
@@ -64,7 +67,7 @@ class PolicyWorker(TrainerWorker):
         logprobs: list[Tensor] = []
         reference: list[Tensor] = []
         width = rollouts.response_mask.shape[1]
-        for minibatch in self._split(len(rollouts), step):
+        for minibatch in self.split(self.config.policy, rollouts, step):
             for index in minibatch:
                 part = rollouts.select(index)
                 rows.append(index)
@@ -72,6 +75,11 @@ class PolicyWorker(TrainerWorker):
                 if self.reference is not None:
                     reference.append(_widen(self._score(self.reference, part)[0], part, width))
         return RankLogprobs(torch.cat(rows), torch.cat(logprobs), torch.cat(reference) if reference else None)
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """Return log-probs [B, T] of a few responses in one forward pass. Every rank scores all of them. Collective."""
+        return _widen(self._score(self.trainer.module, rollouts)[0], rollouts, rollouts.response_mask.shape[1])
 
     def update(self, rollouts: Rollouts, changes: dict[str, Tensor], advantages: Tensor, step: int) -> Metrics:
         """Take the optimizer steps of ``policy.epochs`` over the batch, and return metrics over all ranks.
@@ -86,7 +94,7 @@ class PolicyWorker(TrainerWorker):
         metrics = UpdateMetrics("policy", "loss")
         sums: Sums = {}
         for _ in range(self.config.policy.epochs):
-            for minibatch in self._split(len(rollouts), step):
+            for minibatch in self.split(self.config.policy, rollouts, step):
                 shares: Sums = {}
                 report = self.trainer.step(self._losses(rollouts, advantages, minibatch, shares, sums))
                 metrics.add(report, all_reduce_sums(shares, self.device))
@@ -105,7 +113,8 @@ class PolicyWorker(TrainerWorker):
         if self.membership != client.membership:
             if self.transfer is not None:
                 self.transfer.shutdown()
-            self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank)
+            dtype = getattr(torch, self.config.model.dtype)
+            self.transfer = connect(self.trainer.module.backbone, client, backend, self.meet.rank, dtype)
             self.membership = client.membership
         self.transfer.client = client
         self.transfer.send_weights()
@@ -119,7 +128,10 @@ class PolicyWorker(TrainerWorker):
             lm = load_causal_lm(self.model_path, trust_remote_code=trust)
             with written_locally(folder) as local:
                 lm.save_pretrained(local, state_dict=state)  # type: ignore[operator]
-                load_tokenizer(self.model_path, trust_remote_code=trust).save_pretrained(local)
+                tokenizer = load_tokenizer(self.model_path, trust_remote_code=trust)
+                tokenizer.save_pretrained(local)
+                lm.load_state_dict(state)
+                record(lm, tokenizer, Path(local))
 
     def _load(self) -> Any:
         lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
@@ -130,28 +142,15 @@ class PolicyWorker(TrainerWorker):
             checkpointing=self.config.policy.gradient_checkpointing,
         )
 
-    def _split(self, batch_size: int, step: int) -> list[list[Tensor]]:
-        """Return this rank's rows by minibatch (an optimizer step) and micro-batch (a forward pass)."""
-        policy = self.config.policy
-        return rank_micro_batches(
-            batch_size,
-            mini_size=policy.mini_batch_size or batch_size,
-            micro_size=policy.micro_batch_size,
-            rank=self.meet.rank,
-            world_size=self.meet.world_size,
-            seed=self.config.trainer.seed,
-            step=step,
+    def _score(self, module: Any, part: Rollouts, *, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs and entropies [b, T] of the responses in ``part``; None in place of entropies not wanted."""
+        return module(
+            part.tokens.to(self.device),
+            part.prompt_lens.to(self.device),
+            (part.prompt_lens + part.response_lens).to(self.device),
+            part.response_mask.shape[1],
+            with_entropy=with_entropy,
         )
-
-    def _score(self, module: Any, part: Rollouts) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies [b, T] of the responses in ``part``."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            return module(
-                part.tokens.to(self.device),
-                part.prompt_lens.to(self.device),
-                (part.prompt_lens + part.response_lens).to(self.device),
-                part.response_mask.shape[1],
-            )
 
     def _losses(
         self, rollouts: Rollouts, advantages: Tensor, minibatch: list[Tensor], shares: Sums, sums: Sums
@@ -163,7 +162,8 @@ class PolicyWorker(TrainerWorker):
 
         def loss(rows: Tensor) -> Tensor:
             part = rollouts.select(rows).to(self.device)
-            logprobs, entropy = self._score(self.trainer.module, part)
+            logprobs, entropy = self._score(self.trainer.module, part, with_entropy=True)
+            assert entropy is not None
             total, share, summed = self.objective.loss(
                 logprobs,
                 entropy,

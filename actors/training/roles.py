@@ -59,6 +59,10 @@ class PolicyRanks(TrainerRanks):
         reference = [p.ref_logprobs for p in parts if p.ref_logprobs is not None]
         return rollouts.with_(ref_logprobs=in_batch_order(rows, reference)) if reference else rollouts
 
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """Return the current log-probs [B, T] of a few responses."""
+        return self.ranks.call(PolicyWorker.score, ray.put(rollouts))[0]
+
     def update_async(self, rollouts: Rollouts, advantages: Tensor, step: int) -> MetricsJob:
         """Start the update; ``advantages`` [B, T] as the loss takes them."""
         shared, changes = self.batch.share(rollouts)

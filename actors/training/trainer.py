@@ -6,6 +6,7 @@ Every rank calls every method in the same order.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from actors.training.background_save import BackgroundSaver
@@ -26,6 +28,8 @@ from dvpo_service.config import OptimConfig
 from dvpo_service.runs.integrity import Files
 from dvpo_service.runs.storage import read_locally
 from dvpo_service.types import Metrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,20 +76,24 @@ class Trainer:
       module: sharded by ``models.sharding.shard``.
       config: of the optimizer (AdamW) and the learning rate schedule.
       total_steps: optimizer steps of the run, for the schedule.
+      defer_reduction: reduce gradients over the ranks once per optimizer step, not after every micro-batch. Each rank
+        then keeps the gradient of the whole module in between, not of its own shard.
 
     Attributes:
       extra: further tensors to save with the state, the same on every rank.
     """
 
-    def __init__(self, module: Any, config: OptimConfig, *, total_steps: int):
+    def __init__(self, module: Any, config: OptimConfig, *, total_steps: int, defer_reduction: bool = False):
         self.module = module
         self.config = config
+        self.defer_reduction = defer_reduction
         self.optimizer = torch.optim.AdamW(
             module.parameters(),
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" or None,  # None is the default, which on GPUs takes a copy of the shard
         )
         name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         self.schedule = get_scheduler(
@@ -114,13 +122,12 @@ class Trainer:
         pending = list(losses)
         total = 0.0
         for i, compute in enumerate(pending):
-            self._reduce_gradients(i == len(pending) - 1)
+            self._reduce_gradients(not self.defer_reduction or i == len(pending) - 1)
             loss = compute()
             (loss * world).backward()
             total += float(loss.detach())
         total = float(all_reduce(torch.tensor(total, dtype=torch.float64), self.device))
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        grad_norm = float(clip_grad_norm(self.module.parameters(), self.config.max_grad_norm))
         finite = math.isfinite(total) and math.isfinite(grad_norm)
         if finite:
             self.optimizer.step()
@@ -138,10 +145,10 @@ class Trainer:
         """The device of the module's parameters."""
         return next(self.module.parameters()).device
 
-    def _reduce_gradients(self, last: bool) -> None:
-        """Reduce gradients over the ranks only after the ``last`` micro-batch."""
+    def _reduce_gradients(self, now: bool) -> None:
+        """Let the next backward pass reduce its gradients over the ranks, or keep them."""
         if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
+            self.module.set_requires_gradient_sync(now)
 
     # State. Each rank writes its own sharded safetensors files (nothing is unpickled from disk), and they can be loaded
     # at any world size.
@@ -165,11 +172,19 @@ class Trainer:
         return self._saver.outcome(wait=wait)
 
     def load(self, folder: str) -> None:
-        """Restore what ``save`` wrote, at any world size. Collective."""
+        """Restore what ``save`` wrote, at any world size. Collective.
+
+        Extra tensors that an earlier version did not save keep their first values.
+        """
         model, optim = self._state()
         tensors = self._tensors(model, optim)
         with read_locally(folder) as local:  # the reader memory-maps its files
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(local))
+            reader = HuggingFaceStorageReader(local)
+            saved = reader.read_metadata().state_dict_metadata
+            for name in [k for k in tensors if k.startswith("extra.") and k not in saved]:
+                log.warning("%s is of an earlier version: %s starts anew", folder, name.removeprefix("extra."))
+                del tensors[name]
+            dcp.load(tensors, storage_reader=reader)
         set_state_dict(
             self.module,
             self.optimizer,
@@ -177,7 +192,7 @@ class Trainer:
             optim_state_dict={k: tensors.get(f"optim.{k}", v) for k, v in optim.items()},
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
-        self.extra = {k: tensors[f"extra.{k}"] for k in self.extra}
+        self.extra = {k: tensors.get(f"extra.{k}", v) for k, v in self.extra.items()}
         self._set_schedule(int(tensors["schedule"]))
 
     def _set_schedule(self, steps_done: int) -> None:
@@ -199,6 +214,25 @@ class Trainer:
         tensors |= {f"extra.{k}": v for k, v in self.extra.items()}
         tensors["schedule"] = torch.tensor(self.schedule.last_epoch)
         return tensors
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their common norm is at most ``max_norm``; return their norm before. Collective.
+
+    Unlike torch's ``clip_grad_norm_`` it takes parameters that are sharded over different device meshes.
+    """
+    meshes: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            meshes.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
+    if not meshes:
+        return torch.zeros(())
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in meshes.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
+    for group in meshes.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ the trainer ends in whatever way. The engine's worker on the same machine maps t
 on another host gets the file's bytes first (``EngineClient.update_weights``). ``register`` is a
 ``vllm.general_plugins`` entry point, so vLLM runs it in every process of an engine before a model is built.
 
-The plugin also turns off packed linear layers. On a CPU vLLM hands each weight to oneDNN (or an AMX kernel), which
+The plugin also turns off packed linear layers, and has the packed weights of experts renewed after an update
+(``cpu_experts``). On a CPU vLLM hands each weight to oneDNN (or an AMX kernel), which
 keeps a packed copy behind a handle, and the compiled graph holds that handle as a constant. Loading new weights makes a
 new handle that the graph never sees, so the engine would go on with the old policy without an error. Without packing
 the graph takes the weight itself as an argument, and an in-place copy is exact.
@@ -39,6 +40,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from actors.cluster.process import end_with_parent
 from actors.cluster.shm_cleanup import expect_removed_names
+from actors.weights import cpu_experts
 
 BACKEND = "safetensors"
 
@@ -54,18 +56,19 @@ def register() -> None:
     end_with_parent()
     expect_removed_names()
     if current_platform.is_cpu():
-        _disable_packed_linear()
+        _disable_packed_weights()
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, SafetensorsEngine)
         WeightTransferTrainerFactory.register_engine(BACKEND, SafetensorsTrainerEngine)
 
 
-def _disable_packed_linear() -> None:
+def _disable_packed_weights() -> None:
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
 
     _custom_ops._supports_onednn = False
     utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
+    cpu_experts.keep_unpacked()
 
 
 @dataclass
@@ -96,6 +99,7 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Raise RuntimeError if a layer keeps a packed copy of its weights, which an update would not reach."""
         packed = [name for name, p in self.model.named_parameters() if math.prod(p.shape) == 0]
+        packed += cpu_experts.not_updatable(self.model)
         if packed:
             raise RuntimeError(
                 f"{len(packed)} layers of the engine keep a packed copy of their weights "
@@ -113,6 +117,7 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 (name, file.get_tensor(name))
                 for name in file.keys()  # noqa: SIM118 - ``file`` is no dict
             )
+            cpu_experts.repack(self.model)
         missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
         if missing:
             raise RuntimeError(f"the update left {len(missing)} parameters unchanged: {sorted(missing)[:3]}")

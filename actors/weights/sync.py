@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from actors.rollouts.engines import EnginePool
+from actors.weights.check import EngineCheck
 from actors.weights.transfer import EngineClient
 from dvpo_service.config import Backend, Config
 from dvpo_service.types import Prompt, Sample, Sampling
@@ -18,13 +20,21 @@ class SyncedEngines:
 
     After ``push(v)`` every engine that serves samples from version ``v`` and from nothing older. An engine that is lost
     on the way is replaced; its successor gets the weights at the next push, or at once when no engine serves: the
-    policy holds version ``v`` until the next push.
+    policy holds version ``v`` until the next push. ``check`` compares an engine with the policy when it gets its first
+    weights.
     """
 
-    def __init__(self, config: Config, engines: EnginePool, backend: Backend, send: SendWeights):
+    def __init__(
+        self,
+        config: Config,
+        engines: EnginePool,
+        backend: Backend,
+        send: SendWeights,
+        check: EngineCheck | None = None,
+    ):
         self.timeout_s = config.rollout.sync_timeout_s
         self.workers_per_engine = config.rollout.tensor_parallel_size
-        self.engines, self.backend, self.send = engines, backend, send
+        self.engines, self.backend, self.send, self.check = engines, backend, send, check
         self.version: int | None = None
 
     def push(self, version: int) -> None:
@@ -32,6 +42,7 @@ class SyncedEngines:
 
         Raises:
           PoolError: the policy cannot send its weights.
+          EngineMismatch: an engine that got its first weights does not compute the policy.
           RestartBudgetExhausted: engines died too often.
         """
         self.version = version
@@ -73,4 +84,14 @@ class SyncedEngines:
         lost = self.send(client, self.backend, 4 * self.timeout_s)
         for i, cause in lost.items():
             self.engines.supervisor.lost(i, alive[i], cause)
-        self.engines.set_version({i: a for i, a in alive.items() if i not in lost}, self.version, self.timeout_s)
+        holding = {i: a for i, a in alive.items() if i not in lost}
+        self.engines.set_version(holding, self.version, self.timeout_s)
+        if self.check:
+            # Again for those that were checked, so that nothing of the check is left in their prefix caches.
+            checked = self.check.run(self.engines, self._of_version(holding))
+            self.engines.set_version(checked, self.version, self.timeout_s)
+
+    def _of_version(self, engines: dict[int, Any]) -> dict[int, Any]:
+        """Return those of ``engines`` that have acknowledged the version."""
+        serving = self.engines.supervisor.serving()
+        return {i: a for i, a in engines.items() if i in serving}

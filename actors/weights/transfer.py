@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import nn
 
@@ -116,7 +117,7 @@ class EngineClient:
         return results
 
 
-def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int) -> Any:
+def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int, dtype: torch.dtype) -> Any:
     """Join the weight transfer between the policy's ranks and the engines. Collective.
 
     Args:
@@ -124,20 +125,22 @@ def connect(module: nn.Module, client: EngineClient, backend: Backend, rank: int
       client: the engines.
       backend: how the weights travel.
       rank: of this process in the policy's pool.
+      dtype: what the engines compute in; the weights travel in it.
 
     Returns:
       A vLLM ``TrainerWeightTransferEngine``.
     """
     # vLLM takes seconds to import; code that only names a backend or a client need not wait for that.
-    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
     from actors.weights import cpu_transfer
+    from actors.weights.source import CheckpointSource
 
     cpu_transfer.register()
     if rank == 0:
         client.shutdown_weight_transfer_engine()  # the engines leave the group that they joined before
     return WeightTransferTrainerFactory.trainer_init(
-        _init_info(backend, rank, client), client=client, source=ModuleSource(module)
+        _init_info(backend, rank, client), client=client, source=CheckpointSource(module, dtype)
     )
 
 

@@ -65,6 +65,15 @@ CRITIC = (
         after=CRITIC_STEPS,
     ),
     Rule(
+        # A critic that fits its returns stays within them. More than twice the largest, and growing, stops the run.
+        "values_leave_the_returns",
+        limit("critic/value_excess", ">", 0.25),
+        "The critic's mean is {value:.0%} beyond the largest return seen, so it values what no reward pays.",
+        "Set algorithm.bootstrap_truncated=false for outcome rewards, and lower critic.optim.lr; a mean of twice the "
+        "largest return, and growing, for trainer.max_bad_steps stops the run.",
+        after=CRITIC_STEPS,
+    ),
+    Rule(
         # In a small regression with 0/1 and with normal returns, the error of the calibrated form stays below 0.05,
         # and that of the paper's form is 0.2.
         "quantiles_miscalibrated",

@@ -22,6 +22,8 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
       logits: [B, T, V], which the caller has divided by the sampling temperature.
       targets: [B, T] int64.
+
+    Training uses ``chunked_logprobs``, which gives the same and needs no logits of a whole batch.
     """
     logprobs = torch.log_softmax(float32_or_better(logits), dim=-1)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

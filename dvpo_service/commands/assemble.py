@@ -20,6 +20,7 @@ from actors.rollouts.stream import SyncStream
 from actors.training.rank_pool import RankPool, SharedBatch
 from actors.training.recovery import GroupRestarts, Recovery
 from actors.training.roles import CriticEstimator, PolicyRanks, engine_mismatch
+from actors.weights.check import EngineCheck
 from actors.weights.sync import SyncedEngines
 from actors.weights.transfer import weight_backend
 from dvpo_service import loop
@@ -130,7 +131,8 @@ def assemble(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker, run_dir: Path
 ) -> loop.Roles:
     """Return the pools in the roles that the loop talks to."""
-    weights = SyncedEngines(config, pools.engines, pools.backend, pools.policy.send_weights)
+    check = EngineCheck(config, data.train.prompts, pools.policy.score)
+    weights = SyncedEngines(config, pools.engines, pools.backend, pools.policy.send_weights, check)
     stream = AheadStream if config.rollout.max_staleness else SyncStream
 
     def health() -> dict[str, float]:

@@ -10,12 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from dvpo_service.config import Config
 from dvpo_service.errors import UserError
+
+if TYPE_CHECKING:
+    from dvpo_service.data.dataset import Dataset
 
 MIN_MEMORY_GIB = 8
 MIN_DISK_GIB = 2
@@ -110,11 +114,15 @@ def _data(config: Config) -> Iterator[Finding]:
     from dvpo_service.data.splits import load_data
 
     data = load_data(config.data)
-    yield Finding(True, "training data", f"{len(data.train)} prompts, {data.train.skipped} rows skipped")
+    yield Finding(True, "training data", _size(data.train))
     for name, split in data.held_out.items():
-        yield Finding(True, f"held-out data {name!r}", f"{len(split)} prompts")
+        yield Finding(True, f"held-out data {name!r}", _size(split))
     check_rollouts(config, data.train.prompts[0])
     yield Finding(True, "reward", f"{config.reward.function} scores the answer of the first training row")
+
+
+def _size(data: Dataset) -> str:
+    return f"{len(data)} prompts" + (f"; {data.left_out}" if data.left_out else "")
 
 
 def _model(config: Config) -> Iterator[Finding]:
@@ -130,5 +138,7 @@ def _model(config: Config) -> Iterator[Finding]:
 
 def _plan(config: Config) -> Iterator[Finding]:
     from actors.cluster.connect import plan_fit
+    from dvpo_service.commands.plan import check_capacity
 
     yield Finding(True, "plan fits", plan_fit(config))
+    yield Finding(True, "memory of each actor", check_capacity(config))

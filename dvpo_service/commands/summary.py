@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from dvpo_service.config import Config
@@ -23,8 +24,9 @@ def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkp
         "val_prompts": {name: len(d) for name, d in data.held_out.items()},
         "run_dir": str(run_dir),
     }
-    if skipped := data.train.skipped:
-        facts["rows_skipped"] = skipped
+    everything = {"train": data.train} | data.held_out
+    if left_out := "; ".join(f"{name}: {d.left_out}" for name, d in everything.items() if d.left_out):
+        facts["left_out"] = left_out
     if resume:
         facts["resumed_from"] = resume.record["state"]["step"]
     return facts
@@ -33,25 +35,36 @@ def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkp
 def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, seconds: float) -> dict[str, Any]:
     """Write ``summary.json`` to the run's local folder, and return its content.
 
-    It has the accuracy by split before and after training, and the paths of the results.
+    It has the accuracy by split before and after training, and the paths of the results. ``graded`` names the splits
+    whose rewards are not all 0 or 1, so that their accuracy is a mean reward.
 
     Args:
       seconds: duration of this start of the run; ``training_seconds`` counts all of its starts.
     """
 
-    def by_split(metrics: dict[str, float], name: str) -> dict[str, float]:
-        return {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith(f"/{name}")}
+    def by_split(metrics: dict[str, float], name: str) -> dict[str, float | None]:
+        """JSON has no NaN: where nothing could be scored the figure is null."""
+        found = {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith(f"/{name}")}
+        return {split: value if math.isfinite(value) else None for split, value in found.items()}
 
+    after = by_split(state.after, "accuracy")
+    unscored = [
+        f"held-out split {split}: no response could be scored at step {state.step}, so it has no accuracy; look at "
+        "reward/failed, and try the reward function on a row of the split"
+        for split, value in after.items()
+        if value is None
+    ]
     summary = {
         "name": config.name,
         "steps": state.step,
         "seconds": round(seconds, 1),
         "training_seconds": round(state.seconds, 1),
         "held_out_before": by_split(state.before, "accuracy"),
-        "held_out_after": by_split(state.after, "accuracy"),
+        "held_out_after": after,
         "held_out_greedy_before": by_split(state.before, "greedy"),
         "held_out_greedy_after": by_split(state.after, "greedy"),
-        "warnings": tracker.advice,
+        "graded": list(by_split(state.after, "graded")),
+        "warnings": [*tracker.advice, *unscored],
         "where": {
             "run": str(run.location),
             "policy": str(run.location / "policy"),
@@ -62,6 +75,6 @@ def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, 
         },
     }
     temporary = run.local / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     temporary.replace(run.local / "summary.json")  # complete or absent: a sweep's report may read it at any time
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from dvpo_service import loop, terminal
 from dvpo_service.commands.assemble import assemble, recovery_of, start_pools
 from dvpo_service.commands.check_plugins import check_plugins
 from dvpo_service.commands.check_rollouts import check_rollouts
+from dvpo_service.commands.plan import check_capacity
 from dvpo_service.commands.resume import open_tracker, restore, resume_point
 from dvpo_service.commands.summary import plan_facts, summarize
 from dvpo_service.commands.warmstart import base_model
-from dvpo_service.config import Config, to_yaml
+from dvpo_service.config import Config
 from dvpo_service.data.splits import Data, check_sources, load_data
-from dvpo_service.export.export import CRITIC, EXPORT_FILE, POLICY, describe, writing
+from dvpo_service.export.export import CRITIC, describe, writing
+from dvpo_service.export.states import EXPORT_FILE, POLICY
 from dvpo_service.host.stopping import Stopped, Stopping
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import check_model, load_tokenizer
@@ -27,7 +30,8 @@ from dvpo_service.runs.checkpoint import Checkpoint, Checkpoints
 from dvpo_service.runs.directory import RunDir
 from dvpo_service.runs.lock import locked
 from dvpo_service.runs.remote_checkpoint import checkpoints_of
-from dvpo_service.runs.storage import StoragePath, written_locally
+from dvpo_service.runs.settings import record_settings
+from dvpo_service.runs.storage import StoragePath, remove_marked, written_locally
 from dvpo_service.tracking.tracker import Tracker
 
 
@@ -87,6 +91,7 @@ def _check(config: Config, *, quiet: bool) -> Data:
     check_rollouts(config, data.train.prompts[0])
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     plan_fit(config)
+    check_capacity(config)
     return data
 
 
@@ -103,7 +108,6 @@ def _run(
     """Start the pools, train and export. Return the summary."""
     started = time.time()
     trust = config.model.trust_remote_code
-    (run.local / "config.yaml").write_text(to_yaml(config))
     with Stopping(display.status).listening() as stopping, connected(config), ExitStack() as stack:
         model_path = base_model(config, raw.train, run.local.parent)
         tokenizer = load_tokenizer(model_path, trust_remote_code=trust)
@@ -118,6 +122,9 @@ def _run(
         stack.callback(roles.stream.close)
         recovery = recovery_of(config, roles, pools, checkpoints, display.note)
         state = restore(roles, resume)
+        # Not before everything has started: these are the settings that were trained with.
+        if changed := record_settings(run.local, config, state.step):
+            display.note(f"continues at step {state.step} with other settings: {'; '.join(changed)}")
         display.status("")
         with checkpoints.finish_on_error():
             for attempt in recovery.attempts(state):
@@ -139,8 +146,11 @@ def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> N
             roles.estimator.export(folder / CRITIC)
             describe(folder, run.local, config, step, roles.tracker.run_id)
         return
-    (target / EXPORT_FILE).unlink(missing_ok=True)  # without this file the folder is no export; it is written last
+    # An object store cannot rename. EXPORT_FILE makes the folder an export: it is removed first and written last, with
+    # an id of its own, so that a reader who finds the same file before and after has read one whole export.
+    remove_marked(target, EXPORT_FILE)
     roles.policy.export(target)
     roles.estimator.export(target / CRITIC)
-    with written_locally(str(target)) as local:
-        describe(Path(local), run.local, config, step, roles.tracker.run_id, critic=config.algorithm.has_critic)
+    run_id, upload = roles.tracker.run_id, uuid.uuid4().hex
+    with written_locally(str(target), last=EXPORT_FILE) as local:
+        describe(Path(local), run.local, config, step, run_id, critic=config.algorithm.has_critic, upload=upload)

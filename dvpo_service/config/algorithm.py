@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, create_model, model_validator
@@ -113,13 +114,20 @@ def _are_references(terms: dict[str, float]) -> dict[str, float]:
     return terms
 
 
-def _whitening(given: dict[str, object]) -> dict[str, bool]:
+def form_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the keys that follow ``form``; those of ``paper`` for an unknown form."""
+    form = given.get("form", "paper")
+    if not isinstance(form, str) or form not in FORMS:
+        form = "paper"  # fill in the other keys, so that the wrong form is the one error reported
+    return FORMS[form] | {"dvpo_loss_weights": FORM_WEIGHTS[form]}
+
+
+def whitening_default(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the default of ``whiten_advantages``; False for an unknown name, which is reported elsewhere.
 
-    The config of a run holds the value. An estimator of the user's own need not be there to serve or export the run.
+    Raises:
+      ConfigError: an estimator of the user's own cannot be loaded.
     """
-    if "whiten_advantages" in given:
-        return {}
     estimator = given.get("adv_estimator", "dvpo")
     try:
         return {"whiten_advantages": estimators.traits_of(estimators.check_name(str(estimator))).whitens}
@@ -136,6 +144,8 @@ class AlgorithmConfig(Section):
       lam: GAE's trace for the policy's advantages.
       critic_lam: the trace of the critic's targets; ``lam`` when absent.
       length_adaptive_alpha: replaces ``lam`` by 1 - 1/(alpha x length).
+      bootstrap_truncated: the critic's own value follows a response that was cut at the length limit. Only for rewards
+        that are still to come then: an outcome reward of a cut response is its whole return.
       advantage: how DVPO's advantage compares the distributions of target and prediction: by their means, pair by
         pair with bounded differences (huber), or by a risk measure (cvar, entropic).
       advantage_clip: huber's bound on the difference of a pair, in units of ``advantage_clip_scale``. 1.35 widths are
@@ -150,7 +160,7 @@ class AlgorithmConfig(Section):
     critic_lam: Probability | None = None
     length_adaptive_alpha: PositiveFloat | None = None
     whiten_advantages: bool
-    bootstrap_truncated: bool = True
+    bootstrap_truncated: bool = False
     robust_rho: Probability = 0.01
 
     advantage: AdvantageKind = "mean"
@@ -187,13 +197,12 @@ class AlgorithmConfig(Section):
     def _fill_from_form(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        form = str(given.get("form", "paper"))  # may be of any type here: it is checked later
-        if form not in FORMS:
-            form = "paper"  # fill in the other keys, so that the wrong form is the one error reported
-        weights = given.get("dvpo_loss_weights", {})
-        if isinstance(weights, dict):
-            weights = FORM_WEIGHTS[form] | weights
-        return FORMS[form] | _whitening(given) | given | {"dvpo_loss_weights": weights}
+        # The config of a run holds the value. An estimator of the user's own need not be there to serve or export it.
+        whitening = {} if "whiten_advantages" in given else whitening_default(given)
+        filled = form_defaults(given) | whitening | given
+        if isinstance(given.get("dvpo_loss_weights"), dict):
+            filled["dvpo_loss_weights"] = form_defaults(given)["dvpo_loss_weights"] | given["dvpo_loss_weights"]
+        return filled
 
     @model_validator(mode="after")
     def _a_distribution(self) -> Self:

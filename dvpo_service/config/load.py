@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dvpo_service.config.layers import lay, lay_overrides
+from dvpo_service.config.plain_yaml import NotYaml, read_yaml
 from dvpo_service.config.schema import Config
+from dvpo_service.config.spelling import as_meant, kind_of, value_of
 from dvpo_service.errors import ConfigError, one_line
 from dvpo_service.host.secrets import mask, mask_override, names_secret
 
@@ -38,8 +40,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """
     path = _find(name_or_path)
     tree = {"name": path.stem} | _read(path)
-    for override in overrides:
-        _apply(tree, override)
+    tree = lay_overrides(tree, dict(map(_parsed, overrides)))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -55,9 +56,9 @@ def to_yaml(config: Config) -> str:
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the file's tree, merged over the config that it ``extends`` (a shipped name, or a path beside it)."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error, None)}") from error
+        tree = as_meant(read_yaml(path.read_text(encoding="utf-8"), str(path)), Config)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {one_line(error, None)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
     parent = tree.pop("extends", None)
@@ -69,16 +70,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent_path = beside if os.path.isfile(beside) else _find(parent)
     if parent_path.resolve() in (*below, path.resolve()):
         raise ConfigError(f"{path}: extends {parent!r}, which extends it again; break the circle")
-    return _merge(_read(parent_path, (*below, path.resolve())), tree)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``over`` merged in: sections key by key, any other value replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return lay(_read(parent_path, (*below, path.resolve())), tree)
 
 
 def _find(name_or_path: str) -> Path:
@@ -93,25 +85,17 @@ def _find(name_or_path: str) -> Path:
     raise ConfigError(f"no config {name_or_path!r}: neither a file nor a shipped name ({', '.join(shipped)}){hint}")
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    key = ".".join(part.strip() for part in key.split("."))
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"override {mask_override(override)!r}: write it as key.sub=value")
+    where = f"override {mask_override(override)!r}"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {mask_override(override)!r}: the value is not valid YAML") from error
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a string; every user means the number.
-        with contextlib.suppress(ValueError):
-            value = float(value) if "e" in value.lower() else value
-    for part in parts[:-1]:
-        child = tree.get(part)
-        if not isinstance(child, dict):
-            child = tree[part] = {}
-        tree = child
-    tree[parts[-1]] = value
+        return key, value_of(text, kind_of(Config, key), where)
+    except NotYaml as error:
+        comment = "; YAML reads ' #' as the start of a comment: put quotes around the text" if " #" in text else ""
+        raise ConfigError(f"{where}: the value is not valid YAML{comment}") from error
 
 
 def _explain(error: Any) -> str:

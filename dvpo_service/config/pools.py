@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -36,17 +37,38 @@ class TrainerPool(Section):
 
     Attributes:
       mini_batch_size: sequences per optimizer step over all ranks; the whole batch when absent.
-      micro_batch_size: sequences per forward pass of one rank.
+      micro_batch_size: sequences per forward pass of one rank, at most.
+      max_tokens_per_micro_batch: tokens per forward pass of one rank, at most: prompts, responses and padding. Each
+        forward pass then takes sequences of similar length. When absent, it takes them as they come, and only
+        ``micro_batch_size`` counts.
       packing: lay a micro-batch's sequences end to end instead of padding them.
+      defer_gradient_reduction: reduce gradients over the ranks once per optimizer step instead of once per micro-batch.
+        It saves network traffic, and every rank then holds a float32 gradient of the whole model.
     """
 
     world_size: Positive = 1
     epochs: Positive = 1
     mini_batch_size: Positive | None = None
     micro_batch_size: Positive = 64
+    max_tokens_per_micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     packing: bool = False
+    defer_gradient_reduction: bool = False
     step_timeout_s: PositiveFloat = 1800.0
+
+    def check_sizes(self, name: str, batch_size: int, max_model_len: int) -> None:
+        """Raise ValueError when batches of ``batch_size`` sequences, or one sequence, do not fit the pool's sizes."""
+        mini, budget = self.mini_batch_size or batch_size, self.max_tokens_per_micro_batch
+        if batch_size % mini or mini % self.world_size:
+            raise ValueError(
+                f"{name}: the batch of prompts_per_step x n = {batch_size} responses must divide into "
+                f"mini-batches of {name}.mini_batch_size = {mini}, those over world_size = {self.world_size} ranks"
+            )
+        if budget is not None and budget < max_model_len:
+            raise ValueError(
+                f"{name}.max_tokens_per_micro_batch = {budget} is less than one sequence may have: "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {max_model_len}"
+            )
 
 
 class CriticConfig(TrainerPool):
@@ -55,6 +77,11 @@ class CriticConfig(TrainerPool):
     optim: OptimConfig = OptimConfig(lr=5e-4)
     init_from_policy: bool = True
     value_clip: PositiveFloat | None = None
+
+
+def kind_default(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default of the KL's ``kind``, which follows ``where``."""
+    return {"kind": "k1" if given.get("where") == "reward" else "k3"}
 
 
 class KLConfig(Section):
@@ -71,7 +98,7 @@ class KLConfig(Section):
     def _kind_by_place(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {"kind": "k1" if given.get("where") == "reward" else "k3"} | given
+        return kind_default(given) | given
 
     @model_validator(mode="after")
     def _has_the_gradient_of_the_kl(self) -> Self:
@@ -109,5 +136,5 @@ class PolicyConfig(TrainerPool):
     @model_validator(mode="after")
     def _dual_clip_is_of_ppo(self) -> Self:
         if self.dual_clip is not None and self.loss in ("gspo", "cispo"):
-            raise ValueError(f"dual_clip={self.dual_clip:g} has no effect with loss={self.loss}; leave it out")
+            raise ValueError(f"dual_clip={self.dual_clip:g} has no effect with loss={self.loss}; set dual_clip=null")
         return self

@@ -37,6 +37,13 @@ class Dataset:
         """The number of bad rows that were skipped."""
         return sum(self.skipped_by_reason.values())
 
+    @property
+    def left_out(self) -> str:
+        """What was left out and why, in words; empty where nothing was."""
+        bad = f"{self.skipped} bad rows skipped" if self.skipped else ""
+        known = f"{self.excluded} also in the training data" if self.excluded else ""
+        return ", ".join(filter(None, (bad, known)))
+
     def keys(self) -> frozenset[str]:
         """Return the prompts' texts, which another split's ``load_prompts`` takes as ``exclude``."""
         return frozenset(prompt_key(p) for p in self.prompts)

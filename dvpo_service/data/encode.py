@@ -61,6 +61,8 @@ def _checked_ids(
 ) -> tuple[int, ...]:
     try:
         ids = _ids(prompt, tokenizer, chat_template)
+    except BadRow:
+        raise
     except jinja2.TemplateError as error:  # e.g. a template that wants user and assistant to alternate
         raise BadRow("chat template", f"the chat template refuses the messages: {_line(error)}") from error
     # A template's own Python errors, and what tokenizers raises for text outside its vocabulary: a bare Exception.
@@ -75,11 +77,30 @@ def _checked_ids(
 
 def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> tuple[int, ...]:
     if not chat_template:
-        return tuple(tokenizer("".join(m["content"] for m in prompt.messages))["input_ids"])
+        return text_ids("".join(m["content"] for m in prompt.messages), tokenizer)
     messages = [{"role": m["role"], "content": m["content"]} for m in prompt.messages]
     # return_dict is stated because its default changed in transformers 5.
     encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return tuple(encoding["input_ids"])
+    ids = tuple(encoding["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        raise BadRow(
+            "chat template",
+            f"the chat template ends the prompt with {tokenizer.eos_token!r}, after which there is nothing to answer; "
+            "it needs a generation prompt (add_generation_prompt), or set data.chat_template=false",
+        )
+    return ids
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids of a text that is to be continued: with the tokenizer's own start (BOS), without its end.
+
+    Some tokenizers put EOS or SEP after every text (``add_eos_token``, T5's and BERT's): an answer after it would
+    belong to another text.
+    """
+    whole = tuple(tokenizer(text)["input_ids"])
+    bare = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    return whole[: starts[-1] + len(bare)] if starts and bare else bare
 
 
 def _line(error: Exception) -> str:

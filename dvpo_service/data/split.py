@@ -30,7 +30,7 @@ def split_dataset(dataset: Dataset, *, val_fraction: float, seed: int) -> tuple[
     keys = train.keys()
     in_val = [i for i, where in enumerate(dataset.origins) if where in val_rows]
     unseen = [i for i in in_val if prompt_key(dataset.prompts[i]) not in keys]
-    val = _pick(dataset, unseen, excluded=len(in_val) - len(unseen))
+    val = replace(_pick(dataset, unseen, excluded=len(in_val) - len(unseen)), skipped_by_reason={})  # counted in train
     if not len(train) or not len(val):
         raise DataError(
             f"{dataset.name}: a split of {len(rows)} rows with val_fraction={val_fraction} leaves "

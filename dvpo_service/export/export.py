@@ -1,7 +1,8 @@
 """Export a run's policy and critic as folders that other programs load: ``dvpo export``, and the end of training.
 
 An export is a Hugging Face folder of the policy, with ``critic/`` (``DistributionalCritic.from_pretrained``),
-the run's ``config.yaml``, ``export.json`` (where it comes from) and ``README.md`` (the model card). No Ray.
+the run's ``config.yaml``, ``export.json`` (where it comes from), ``dvpo_check.json`` (log-probs of fixed sequences, to
+hold engines against) and ``README.md`` (the model card). No Ray.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvpo_service.config import Config, load_config, to_yaml
+from dvpo_service.config import Config, to_yaml
 from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators.base import critic_objective, critic_spec
 from dvpo_service.export.model_card import model_card
+from dvpo_service.export.states import EXPORT_FILE, is_export, newest, read_json, run_config, run_of, step_in
 from dvpo_service.models.base import base_folder, empty_backbone, empty_policy
 from dvpo_service.models.critic import DistributionalCritic
+from dvpo_service.models.fixed_sequences import record
+from dvpo_service.models.load import load_tokenizer
 from dvpo_service.models.unshard import unshard
-from dvpo_service.runs.checkpoint import Checkpoints
-from dvpo_service.runs.integrity import STATE_FILE, Damaged, verify
+from dvpo_service.runs.integrity import Damaged, verify
+from dvpo_service.runs.settings import CONFIG_FILE, settings_changes
 from dvpo_service.runs.step_file import read_metrics
-from dvpo_service.runs.storage import StoragePath
+from dvpo_service.runs.storage import follow_umask
+from dvpo_service.tracking.names import check_model_name
 from dvpo_service.tracking.registry import register, registry_uri
 from dvpo_service.tracking.store import open_store
 
-CONFIG_FILE, EXPORT_FILE, CARD_FILE, CRITIC, POLICY = "config.yaml", "export.json", "README.md", "critic", "policy"
+CARD_FILE, CRITIC = "README.md", "critic"
 
 
 @dataclass(frozen=True)
@@ -57,49 +62,15 @@ def open_export(folder: Path) -> Exported:
     """Return the export in ``folder``. Raises CheckpointError when the folder is not an export."""
     if not is_export(folder):
         raise CheckpointError(f"{folder} is no export: there is no {EXPORT_FILE} in it; make one with `dvpo export`")
-    record = _read_json(folder / EXPORT_FILE)
+    record = read_json(folder / EXPORT_FILE)
     critic = folder / CRITIC
     return Exported(
         folder,
         critic if critic.is_dir() else None,
         run_config(folder),
-        _int(record, "step", folder / EXPORT_FILE),
+        step_in(record, folder / EXPORT_FILE),
         record.get("mlflow_run_id"),
     )
-
-
-def newest(source: Path) -> tuple[int, Path]:
-    """Return the step and the folder (an export or a checkpoint) of the newest state in ``source``.
-
-    No weights are read, so a server can call this often while a run goes on.
-
-    Args:
-      source: a run directory, a checkpoint (``RUN/checkpoints/step-000050``), or an export.
-
-    Raises:
-      CheckpointError: there is no state.
-    """
-    if state := _state_in(source):
-        return state
-    checkpoints = Checkpoints(source, keep=1).whole()[-1:]
-    folders = [*(Path(str(checkpoint)) for checkpoint in checkpoints), source / POLICY]
-    states = [state for folder in folders if (state := _state_in(folder))]
-    if not states:
-        raise nothing_in(source)
-    return max(reversed(states), key=lambda state: state[0])  # at equal steps policy/: it is exported already
-
-
-def nothing_in(source: StoragePath) -> CheckpointError:
-    """Return the error that says that ``source`` holds no state to export."""
-    return CheckpointError(
-        f"{source} holds nothing to export: no whole checkpoint in checkpoints/, no finished {POLICY}/, and no "
-        f"{EXPORT_FILE}; give a run directory, a checkpoint of it (RUN/checkpoints/step-000050), or an export"
-    )
-
-
-def is_export(folder: Path) -> bool:
-    """Return whether the folder is an export."""
-    return (folder / EXPORT_FILE).is_file()
 
 
 def export(source: Path, output: Path) -> Exported:
@@ -144,33 +115,16 @@ def export_and_register(source: Path, output: Path, name: str | None) -> tuple[E
 
     Raises:
       CheckpointError: as ``export`` does.
-      TrackingError: MLflow cannot be used.
+      TrackingError: MLflow cannot be used, or takes no model of this name.
     """
     if name is None:
         return export(source, output), None
+    check_model_name(name)
     run_dir = run_of(newest(source)[1])
     uri = registry_uri(run_config(run_dir), run_dir)
     client = open_store(uri)
     done = export(source, output)
     return done, register(client, uri, name, done.folder, step=done.step, run_id=done.mlflow_run_id)
-
-
-def run_of(state: Path) -> Path:
-    """Return the run directory of a checkpoint or of a run's ``policy/``; for an export elsewhere, the export itself.
-
-    An export has its own config.yaml, so it can stand for its run.
-    """
-    if not is_export(state):
-        return state.absolute().parent.parent
-    return state.absolute().parent if (state.parent / CONFIG_FILE).is_file() else state
-
-
-def run_config(folder: Path) -> Config:
-    """Return the config of a run directory or an export. Raises CheckpointError when the folder has none."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{folder} is no run directory and no export: there is no {CONFIG_FILE} in it")
-    return load_config(str(file))
 
 
 @contextmanager
@@ -195,6 +149,7 @@ def writing(output: Path, *, own: bool = False) -> Iterator[Path]:
             new, old = work / "new", work / "old"
             new.mkdir()
             yield new
+            follow_umask(new)
             if output.exists():
                 os.replace(output, old)
             os.replace(new, output)
@@ -205,7 +160,14 @@ def writing(output: Path, *, own: bool = False) -> Iterator[Path]:
 
 
 def describe(
-    folder: Path, run_dir: Path, config: Config, step: int, mlflow_run_id: str | None, *, critic: bool | None = None
+    folder: Path,
+    run_dir: Path,
+    config: Config,
+    step: int,
+    mlflow_run_id: str | None,
+    *,
+    critic: bool | None = None,
+    upload: str | None = None,
 ) -> None:
     """Write config.yaml, export.json and the model card to ``folder``.
 
@@ -216,12 +178,15 @@ def describe(
       step: the number of updates done.
       mlflow_run_id: the run's id in MLflow, if it has one.
       critic: whether the export has a critic; by default, whether ``folder`` holds one.
+      upload: an id that no other export at the same URL has, see ``download.py``.
     """
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= step]
     has_critic = (folder / CRITIC).is_dir() if critic is None else critic
-    (folder / CARD_FILE).write_text(model_card(config, step, rows, critic=has_critic))
-    record = {"step": step, "mlflow_run_id": mlflow_run_id}
+    (folder / CARD_FILE).write_text(
+        model_card(config, step, rows, critic=has_critic, changed=settings_changes(run_dir, step))
+    )
+    record = {"step": step, "mlflow_run_id": mlflow_run_id} | ({"upload": upload} if upload else {})
     (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -237,6 +202,7 @@ def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     # The tokenizer and the generation config are those of the base model. The model's own config is not copied:
     # save_pretrained has written what the model is now (float32).
     shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+    record(model, load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code), folder)
 
 
 def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:
@@ -245,29 +211,3 @@ def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     critic = DistributionalCritic(backbone, **dataclasses.asdict(spec), seed=0)
     unshard(checkpoint / "estimator", critic)
     critic.save_pretrained(folder)
-
-
-def _state_in(folder: Path) -> tuple[int, Path] | None:
-    """Return (step, folder) of an export or a whole checkpoint, or None for any other folder."""
-    if is_export(folder):
-        return _int(_read_json(folder / EXPORT_FILE), "step", folder / EXPORT_FILE), folder
-    if (folder / STATE_FILE).is_file():
-        return _int(_read_json(folder / STATE_FILE).get("state", {}), "step", folder / STATE_FILE), folder
-    return None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); export another state of the run") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{file}: not what an export or checkpoint has there; export another state of the run")
-    return tree
-
-
-def _int(tree: Any, key: str, file: Path) -> int:
-    value = tree.get(key) if isinstance(tree, dict) else None
-    if not isinstance(value, int):
-        raise CheckpointError(f"{file}: {key!r} is missing; export another state of the run")
-    return value

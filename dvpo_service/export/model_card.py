@@ -20,7 +20,14 @@ TEMPLATE = "model_card.md.j2"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, critic: bool) -> str:
+def model_card(
+    config: Config,
+    step: int,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    critic: bool,
+    changed: Mapping[int, Sequence[str]] | None = None,
+) -> str:
     """Return the card as Markdown with the Hub's front matter.
 
     Args:
@@ -28,6 +35,7 @@ def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, 
       step: the number of updates done.
       rows: the lines of ``metrics.jsonl``, up to ``step``.
       critic: whether the export has a critic.
+      changed: the settings that changed during training, by the step from which they held.
     """
     algorithm = config.algorithm
     scalar = "the value, the mean of the return"
@@ -44,6 +52,7 @@ def model_card(config: Config, step: int, rows: Sequence[Mapping[str, Any]], *, 
         critic_words=distribution if algorithm.traits.distributional else scalar,
         splits=_splits(rows),
         settings=_settings(config),
+        changed={at: [_without_folders(what) for what in changes] for at, changes in (changed or {}).items()},
     )
 
 
@@ -71,7 +80,7 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"name": name, "step": last["step"]}
         | {
-            f"{words}_{when}": _percent(row.get(f"eval/{name}/{key}"))
+            f"{words}_{when}": _figure(row.get(f"eval/{name}/{key}"), graded=f"eval/{name}/graded" in last)
             for words, key in (("sampled", "accuracy"), ("greedy", "greedy"))
             for when, row in (("before", first), ("after", last))
         }
@@ -79,8 +88,14 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _without_folders(change: str) -> str:
+    """Return a change of a setting, ``-`` where it would show a path."""
+    return change if "/" not in change else f"{change.partition(':')[0]}: other files"
+
+
+def _figure(value: float | None, *, graded: bool) -> str:
+    """Return a share of right answers as a percentage, and a mean of graded rewards as it is."""
+    return "-" if value is None else f"{value:.3f}" if graded else f"{value:.1%}"
 
 
 def _algorithm(config: Config) -> str:

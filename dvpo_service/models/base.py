@@ -14,7 +14,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.initialization import no_init_weights
 
 from dvpo_service.errors import CheckpointError, one_line
-from dvpo_service.models.load import load_model_config, load_tokenizer, make_savable, quiet
+from dvpo_service.models.load import (
+    compute_soft_caps,
+    load_model_config,
+    load_tokenizer,
+    make_savable,
+    quiet,
+    text_model,
+)
 
 FOLDER = "base"
 
@@ -60,7 +67,7 @@ def empty_backbone(base: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
     The weights are still to be loaded. Raises CheckpointError when no model can be built from ``base``.
     """
-    return _empty(AutoModel, base, trust_remote_code)
+    return text_model(_empty(AutoModel, base, trust_remote_code))
 
 
 def build_empty(auto: Any, folder: Path, *, trust_remote_code: bool) -> nn.Module:
@@ -77,6 +84,7 @@ def build_empty(auto: Any, folder: Path, *, trust_remote_code: bool) -> nn.Modul
     with no_init_weights():
         model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     model.tie_weights()  # the skipped initialisation would have tied them
+    compute_soft_caps(model)
     return model
 
 

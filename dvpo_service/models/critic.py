@@ -116,21 +116,15 @@ class DistributionalCritic(nn.Module):
             hidden = self.backbone(**row.inputs(), use_cache=False).last_hidden_state[0]
             hidden = hidden[row.index(positions, lengths)]
         else:
-            mask = length_mask(lengths, tokens.shape[1])
-            hidden = self.backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+            # No mask: nothing looks ahead at the padding on the right, and without one SDPA takes its flash kernel.
+            hidden = self.backbone(input_ids=tokens, use_cache=False).last_hidden_state
             hidden = gather_positions(hidden, positions)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.value(hidden.float())
+        return self.value(hidden.float())
 
 
 def split_heads(flat: Tensor, num_heads: int) -> Tensor:
     """Return ``flat`` [..., H * M] as [..., H, M]."""
     return flat.unflatten(-1, (num_heads, -1))
-
-
-def length_mask(lengths: Tensor, size: int) -> Tensor:
-    """Return the attention mask for ``lengths`` [B]: [B, size] int64, 1 on valid tokens, 0 on padding."""
-    return (torch.arange(size, device=lengths.device) < lengths[:, None]).long()
 
 
 def response_positions(prompt_lens: Tensor, num_tokens: int, size: int) -> Tensor:

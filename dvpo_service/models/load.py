@@ -16,7 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
 from dvpo_service.errors import CheckpointError, one_line
 
@@ -74,6 +74,7 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False) -> nn.Module:
     The trainer chooses the precision of the computation.
     """
     model: Any = _load(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    compute_soft_caps(model)
     if model.generation_config is not None:
         make_savable(model.generation_config)
     return model
@@ -91,8 +92,30 @@ def make_savable(config: GenerationConfig) -> None:
 
 
 def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """Return the same network without its language-model head, for a critic. Raises CheckpointError."""
-    return _load(AutoModel, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    """Return the same network without its language-model head, for a critic. Raises CheckpointError.
+
+    Of a model that reads images too, this is its language model.
+    """
+    model = _load(AutoModel, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    compute_soft_caps(model)
+    return text_model(model)
+
+
+def text_model(model: Any) -> Any:
+    """Return the language model of a model that wraps one (its config has a ``text_config``), else the model itself."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
+def compute_soft_caps(model: Any) -> None:
+    """Give a model that caps its attention logits (Gemma 2) an attention implementation that computes the cap.
+
+    transformers' default, torch's ``scaled_dot_product_attention``, leaves the cap out without a word. Attention sinks
+    need nothing here: models that have them refuse that default themselves.
+    """
+    if not any(getattr(module, "attn_logit_softcapping", None) for module in model.modules()):
+        return
+    flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    model.set_attn_implementation("flash_attention_2" if flash else "eager")
 
 
 def _load(auto: Any, path: str, **kwargs: Any) -> Any:

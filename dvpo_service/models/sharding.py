@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from dvpo_service.models.load import text_model
 
 
 def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> Any:
@@ -33,30 +36,46 @@ def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: b
     if checkpointing:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers checkpoints in training mode only, and from_pretrained returns a model in eval mode.
-        turn_off_dropout(backbone)
+        turn_off_noise(backbone)
         backbone.train()
-    for layer in decoder_layers(backbone):
+    for layer in decoder_layers(text_model(backbone)):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if hasattr(module, "value"):  # the critic's heads compute in float32
         fully_shard(module.value, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def turn_off_dropout(backbone: nn.Module) -> None:
-    """Set every dropout probability to 0, so that training mode computes what eval mode does.
+def turn_off_noise(backbone: Any) -> None:
+    """Turn off what a model does in training mode only, so that it computes what it does in eval mode.
 
-    Modules hold it as ``nn.Dropout.p``, or as a number of their own (``attention_dropout``) that they pass on.
+    That is dropout, skipped layers (OPT's ``layerdrop``) and noise on a router's input (Mixtral's ``jitter_noise``).
+    Modules hold the probability as ``nn.Dropout.p``, as a number of their own, or read it from the config at each call.
+    The model's own config stays as it is, because exports write it.
     """
+    quiet = copy.deepcopy(backbone.config)
+    _zero_noise(vars(quiet))
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        if module is not backbone and getattr(module, "config", None) is backbone.config:
+            module.config = quiet
+        _zero_noise(vars(module))
+
+
+def _zero_noise(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            values[name] = 0.0
 
 
 def decoder_layers(backbone: nn.Module) -> Iterator[nn.Module]:
-    """Yield the repeated blocks of a Hugging Face decoder, which are its longest ModuleList."""
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
+    """Yield the repeated blocks of a Hugging Face decoder: its longest ModuleList that is in no other.
+
+    A list inside another is a part of a block, such as the experts of a layer.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
     if lists:
-        yield from max(lists, key=len)
+        yield from max(lists.values(), key=len)

@@ -46,7 +46,21 @@ def save_small_model(
 ) -> None:
     """Write an untrained model and its tokenizer to ``folder`` (safetensors, float32)."""
     tokenizer = character_tokenizer()
-    config = Qwen2Config(
+    config = small_config(
+        hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_positions=max_positions
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def small_config(*, hidden_size: int, num_layers: int, num_heads: int, max_positions: int) -> Qwen2Config:
+    """Return the config of the model that ``save_small_model`` writes."""
+    tokenizer = character_tokenizer()
+    return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -60,9 +74,3 @@ def save_small_model(
         bos_token_id=None,
         dtype="float32",
     )
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -19,7 +19,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # This variable names the folder or URL below which relative run directories are.
 BASE = "DVPO_RUNS"
 # Files that the driver writes; ranks write checkpoints/ and policy/.
-SMALL_FILES = ("ledger.jsonl", "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json")
+SMALL_FILES = ("ledger.jsonl", "config.yaml", "settings.jsonl", "metrics.jsonl", "samples.jsonl", "summary.json")
 BASE_FOLDER = "base"  # the model's config and tokenizer files, to load a checkpoint's weights with (models/base.py)
 OWNER = "owner.txt"
 

@@ -19,6 +19,7 @@ from dvpo_service.errors import CheckpointError
 from dvpo_service.runs.storage import StoragePath, files_below
 
 STATE_FILE = "state.json"
+FORMAT = 2  # of a checkpoint: 2 has this number in state.json. Format 1 is the same without it, and is read too
 _CHUNK = 2**22
 _READERS = 8
 
@@ -64,13 +65,18 @@ def sum_of(stream: IO[bytes]) -> FileSum:
 
 
 def write_record(folder: StoragePath, record: Mapping[str, Any], files: Files) -> None:
-    """Write ``state.json``: the loop's record, the files' checksums, and a checksum of both."""
-    tree = {**record, "files": files}
+    """Write ``state.json``: the loop's record, the format, the files' checksums, and a checksum of all of it."""
+    tree = {**record, "format": FORMAT, "files": files}
     (folder / STATE_FILE).write_text(json.dumps({**tree, "crc32": _crc_of(tree)}))
 
 
 def read_record(folder: StoragePath) -> tuple[dict[str, Any], Files]:
-    """Return the record and files that ``write_record`` was given. Raises Damaged if ``state.json`` was changed."""
+    """Return the record and files that ``write_record`` was given.
+
+    Raises:
+      Damaged: ``state.json`` was changed.
+      CheckpointError: a newer version of this service wrote it.
+    """
     try:
         tree = json.loads((folder / STATE_FILE).read_bytes())
     except FileNotFoundError as error:
@@ -81,6 +87,11 @@ def read_record(folder: StoragePath) -> tuple[dict[str, Any], Files]:
         raise Damaged(f"{STATE_FILE} has no checksums: it is damaged, or of an older version of this service")
     if tree.pop("crc32", None) != _crc_of(tree):
         raise Damaged(f"{STATE_FILE} differs from what was written")
+    if (form := tree.pop("format", 1)) > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} has format {form}, this version of the service reads formats up to {FORMAT}; go on "
+            "with the version that wrote it or a later one, or choose another --run-dir"
+        )
     return tree, {name: FileSum(*values) for name, values in tree.pop("files").items()}
 
 

@@ -8,7 +8,7 @@ from dvpo_service.errors import CheckpointError
 from dvpo_service.runs.checkpoint import Checkpoints, Saving
 from dvpo_service.runs.directory import RunDir
 from dvpo_service.runs.integrity import STATE_FILE, Files, write_record
-from dvpo_service.runs.storage import StoragePath, make_folder
+from dvpo_service.runs.storage import StoragePath, make_folder, remove_marked
 
 _DAMAGED_STATE = f"{STATE_FILE}.damaged"  # the renamed marker of a damaged checkpoint
 
@@ -60,10 +60,7 @@ class SharedCheckpoints(Checkpoints):
         """Do nothing: without its marker the folder is no checkpoint, and a store that fails may fail here too."""
 
     def _remove(self, folder: Any) -> None:
-        folder.fs.invalidate_cache()
-        (folder / STATE_FILE).unlink(missing_ok=True)
-        if folder.exists():
-            folder.fs.rm(folder.path, recursive=True)
+        remove_marked(folder, STATE_FILE)
 
     def _set_damaged_aside(self, folder: Any) -> StoragePath:
         """Rename the marker and return its path; the files stay until a checkpoint of the same step replaces them."""

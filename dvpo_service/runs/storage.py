@@ -48,16 +48,40 @@ def files_below(folder: StoragePath) -> list[str]:
     return sorted(str(path)[len(folder.path.rstrip("/")) + 1 :] for path in folder.fs.find(folder.path))
 
 
+def follow_umask(folder: Path) -> None:
+    """Give every file below ``folder`` the mode that the umask asks for. Some libraries write weights with 0600.
+
+    ``folder`` itself was made by ``mkdir``, so its mode has the umask.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def remove_marked(folder: UPath, marker: str) -> None:
+    """Remove a folder at a URL: first the file that marks it as complete, so that no reader takes half of it."""
+    folder.fs.invalidate_cache()
+    (folder / marker).unlink(missing_ok=True)
+    folder.fs.invalidate_cache()
+    if folder.exists():
+        folder.fs.rm(folder.path, recursive=True)
+
+
 @contextmanager
-def written_locally(folder: str) -> Iterator[str]:
-    """Yield a local folder to write to; its files are in ``folder`` (a path or URL) when the block ends."""
+def written_locally(folder: str, *, last: str | None = None) -> Iterator[str]:
+    """Yield a local folder to write to; its files are in ``folder`` (a path or URL) when the block ends.
+
+    Args:
+      last: the file that is copied to a URL after all others, as the mark of a complete folder.
+    """
     if not is_url(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="dvpo-out-") as local:
         yield local
         target = UPath(folder)
-        for file in Path(local).rglob("*"):
+        for file in sorted(Path(local).rglob("*"), key=lambda file: file.name == last):
             if file.is_file():
                 target.fs.put_file(str(file), (target / str(file.relative_to(local))).path)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -13,8 +17,7 @@ from rich.text import Text
 
 from dvpo_service.host.secrets import mask_uri
 from dvpo_service.runs.storage import StoragePath
-from dvpo_service.terminal.console import hours, make_console
-from dvpo_service.tracking.store import sqlite_path
+from dvpo_service.terminal.console import hours, make_console, plain
 
 
 def closing(
@@ -24,8 +27,8 @@ def closing(
 
     Args:
       summary: must have ``steps`` and ``seconds``; may have ``held_out_before``, ``held_out_after``,
-        ``held_out_greedy_before`` and ``held_out_greedy_after`` (accuracy by split), ``where`` (name to path) and
-        ``warnings``.
+        ``held_out_greedy_before`` and ``held_out_greedy_after`` (accuracy by split, None where nothing was scored),
+        ``graded`` (the splits whose rewards are not 0 or 1), ``where`` (name to path) and ``warnings``.
       run_dir: the run directory.
       tracking_uri: MLflow's URI, if there is one; its password is masked.
       console: by default standard output.
@@ -36,30 +39,47 @@ def closing(
     for name, value in _places(summary, run_dir, tracking_uri).items():
         places.add_row(name, Text(value))
     took = f" done: {summary['steps']} steps in {hours(summary['seconds'])} "
-    (console or make_console()).print(
-        Panel(Group(_accuracies(summary), places), title=took, title_align="left", border_style="green")
-    )
+    console = console or make_console()
+    console.print(Panel(Group(_accuracies(summary), places), title=took, title_align="left", border_style="green"))
+    if command := _mlflow_command(tracking_uri):
+        plain(console, f"to open these runs in MLflow: {command}")  # below the box, so that it can be copied whole
 
 
 def _accuracies(summary: Mapping[str, Any]) -> Table:
+    graded = set(summary.get("graded", ()))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("held-out accuracy")
+    table.add_column("held-out, mean reward" if graded else "held-out accuracy")
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right")
     for words, key in (("sampled", "held_out"), ("greedy", "held_out_greedy")):
         before, after = summary.get(f"{key}_before", {}), summary.get(f"{key}_after", {})
         for split in dict.fromkeys([*before, *after]):
-            cells = [f"{x[split]:.1%}" if split in x else "-" for x in (before, after)]
-            table.add_row(f"{split}, {words}", *cells, _change(before.get(split), after.get(split)))
+            values = before.get(split), after.get(split)
+            cells = [_figure(value, split in graded) for value in values]
+            table.add_row(f"{split}, {words}", *cells, _change(*values, graded=split in graded))
     return table
 
 
-def _change(before: float | None, after: float | None) -> Text:
+def _figure(value: float | None, graded: bool) -> str:
+    """Return an accuracy as a percentage, a mean of graded rewards as it is, and ``-`` where nothing was scored."""
+    return "-" if value is None else f"{value:.3f}" if graded else f"{value:.1%}"
+
+
+def _change(before: float | None, after: float | None, *, graded: bool) -> Text:
     if before is None or after is None:
         return Text("-")
-    points = 100 * (after - before)
-    style = "bold green" if points > 0 else "bold red" if points < 0 else ""
-    return Text(f"{points:+.1f} points", style=style)
+    change = after - before
+    style = "bold green" if change > 0 else "bold red" if change < 0 else ""
+    return Text(f"{change:+.3f}" if graded else f"{100 * change:+.1f} points", style=style)
+
+
+def _mlflow_command(tracking_uri: str | None) -> str | None:
+    """Return the command that shows the runs in a browser; None for an MLflow server, which has a page of its own."""
+    if not tracking_uri or "://" not in tracking_uri or tracking_uri.startswith(("http:", "https:", "databricks")):
+        return None
+    beside = Path(sys.executable).with_name("mlflow")
+    program = "mlflow" if shutil.which("mlflow") or not beside.exists() else shlex.quote(str(beside))
+    return f"{program} ui --backend-store-uri {shlex.quote(mask_uri(tracking_uri))}"
 
 
 def _places(summary: Mapping[str, Any], run_dir: StoragePath, tracking_uri: str | None) -> dict[str, str]:
@@ -69,6 +89,5 @@ def _places(summary: Mapping[str, Any], run_dir: StoragePath, tracking_uri: str 
     if warnings := summary.get("warnings"):
         rows["warnings"] = f"{len(warnings)}, in summary.json; docs/troubleshooting.md says what helps"
     if tracking_uri:
-        uri = mask_uri(tracking_uri)
-        rows["MLflow"] = f"make mlflow  ({uri})" if sqlite_path(tracking_uri) else uri
+        rows["MLflow"] = mask_uri(tracking_uri)
     return rows

@@ -78,10 +78,12 @@ def _algorithm_words(a: AlgorithmConfig) -> str:
 def _pool_words(pool: TrainerPool, batch: int, gpus: float) -> str:
     mini = pool.mini_batch_size or batch
     steps = pool.epochs * (batch // mini)
+    budget = pool.max_tokens_per_micro_batch
+    micro = f"{pool.micro_batch_size}" + (f" or {budget:,} tokens" if budget else "")
     return (
         f"{_count(pool.world_size, 'FSDP2 rank')}, {_device(gpus)}; "
         f"{_count(steps, 'optimizer step')} a step: {_count(pool.epochs, 'epoch')}, "
-        f"mini-batches of {mini}, micro-batches of {pool.micro_batch_size} a rank"
+        f"mini-batches of {mini}, micro-batches of {micro} a rank"
     )
 
 

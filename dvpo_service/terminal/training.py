@@ -20,7 +20,7 @@ from dvpo_service.terminal.console import can_redraw, make_bar, make_console, pl
 
 _LAST_ROWS = 12
 _PLAIN_LINES = 150
-_ACCURACY = re.compile(r"eval/[^/]+/accuracy")
+_ACCURACY = re.compile(r"eval/[^/]+/(accuracy|graded)")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ _REWARD = _Column("reward", ("reward/mean",), ".3f")
 _CLEAN = _Column("clean", ("reward/clean_mean",), ".3f", 1)
 _REST = (
     _Column("critic", ("critic/dvpo_loss",), ".4f"),
-    _Column("KL", ("policy/rollout_kl", "policy/approx_kl"), ".1e", 3),
+    _Column("KL ref", ("policy/ref_kl",), ".1e", 3),
+    _Column("KL old", ("policy/approx_kl",), ".1e", 4),
     _Column("entropy", ("policy/entropy",), ".2f", 4),
     _Column("tok/s", ("rollout/tokens_per_s",), ",.0f", 2),
     _Column("gen", ("time/generate",), ".1f", 5),
@@ -54,6 +55,7 @@ _REST = (
     _Column("sync", ("time/sync",), ".1f", 6),
     _Column("step s", ("time/step",), ".1f", 1),
     _Column("stale", ("rollout/staleness",), ".1f", 9),
+    _Column("KL engine", ("policy/rollout_kl",), ".1e", 10),
 )
 
 
@@ -74,7 +76,7 @@ class TrainingDisplay:
         self._total, self._start = total, start
         self._every = max(1, math.ceil((total - start) / _PLAIN_LINES))
         self._rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=_LAST_ROWS)
-        self._accuracy: dict[str, float] = {}  # eval/<split>/accuracy, the newest ones
+        self._accuracy: dict[str, float] = {}  # eval/<split>/accuracy and graded, the newest ones
         self._noisy = False  # the reward and the reward without noise have differed
         self._printed: set[str] = set()  # statuses
         self._spinner: Spinner | None = None
@@ -101,6 +103,8 @@ class TrainingDisplay:
           metrics: by name. A split's accuracy is shown until a newer one is given.
         """
         self._accuracy |= {k: v for k, v in metrics.items() if _ACCURACY.fullmatch(k)}
+        for name in (k for k, v in metrics.items() if _ACCURACY.fullmatch(k) and math.isnan(v)):
+            self.note(f"step {step}: no response of {name.split('/')[1]} could be scored, so it has no accuracy")
         if "reward/mean" in metrics:
             reward = metrics["reward/mean"]
             self._noisy |= not math.isclose(metrics.get("reward/clean_mean", reward), reward, abs_tol=1e-9)
@@ -137,8 +141,19 @@ class TrainingDisplay:
         return Group(*parts)
 
     def _columns(self) -> list[_Column]:
-        splits = [_Column(f"{_short(name.split('/')[1])} acc", (name,), ".3f") for name in self._accuracy]
+        splits = [
+            _Column(
+                f"{_short(split)} {'reward' if f'eval/{split}/graded' in self._accuracy else 'acc'}", (name,), ".3f"
+            )
+            for name in self._accuracy
+            if name.endswith("/accuracy")
+            for split in [name.split("/")[1]]
+        ]
         return [_REWARD, *([_CLEAN] if self._noisy else []), *splits, *_REST]
+
+    def _title(self, split: str) -> str:
+        """Return the title of a split's accuracy: of graded rewards it is their mean."""
+        return f"{_short(split)} {'reward' if f'eval/{split}/graded' in self._accuracy else 'acc'}"
 
     def _build(self, width: int) -> Table:
         """Return the table with the columns that fit; a column is as wide as its widest cell plus two characters."""
@@ -168,7 +183,7 @@ class TrainingDisplay:
 
 def _cell(column: _Column, metrics: Mapping[str, float]) -> str:
     value = next((metrics[name] for name in column.names if name in metrics), None)
-    return "-" if value is None else format(value, column.form)
+    return "-" if value is None or math.isnan(value) else format(value, column.form)
 
 
 def _short(split: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import posixpath
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dvpo_service.errors import TrackingError
 from dvpo_service.host.secrets import flatten, mask, mask_message
+from dvpo_service.tracking.names import PARAM_LIMIT, TAG_LIMIT, safe_experiment, safe_name, safe_run_name, safe_text
 from dvpo_service.tracking.outbox import Outbox
 from dvpo_service.tracking.samples import SamplesFile
 from dvpo_service.tracking.spool import Spool
@@ -27,8 +27,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 # The step of the newest metrics in the store. A run that resumes reads it with a single request.
 STEP_METRIC = "trainer/step"
 SAMPLES = "samples.json"
-_NAME_LIMIT, _VALUE_LIMIT, _BATCH, _METRIC_BATCH = 250, 6000, 100, 1000
-_UNSAFE = re.compile(r"[^\w\-. /]")
+_BATCH, _METRIC_BATCH = 100, 1000
 
 
 class MlflowSink:
@@ -83,7 +82,7 @@ class MlflowSink:
             self._log_config(dict(config), config_yaml, old, resume_step)
             notes = dict(mask(dict(tags or {}))) | {"mlflow.note.content": description}
             for key, value in notes.items():
-                self._client.set_tag(self.run_id, key, value)
+                self._client.set_tag(self.run_id, safe_name(key), safe_text(value, TAG_LIMIT))
             if old:
                 self._client.update_run(self.run_id, status="RUNNING")
         self.outbox, self.files, self.drawing = (
@@ -113,7 +112,7 @@ class MlflowSink:
         self.last_step = step
         # MLflow stores infinity as 1.8e308, which flattens its charts; NaN leaves a gap.
         rows = [
-            Metric(_safe(name), float(value) if math.isfinite(value) else math.nan, at, step)
+            Metric(safe_name(name), float(value) if math.isfinite(value) else math.nan, at, step)
             for name, value in {**metrics, **self._outages(), STEP_METRIC: step}.items()
         ]
 
@@ -156,7 +155,9 @@ class MlflowSink:
             self.outbox.put("summary", lambda: self._log_summary(final), keep=True)
         self.outbox.put("run status", lambda: self._client.set_terminated(self.run_id, status=status), keep=True)
         boxes = (self.drawing, self.outbox, self.files)
-        return sum(box.close(max(0.0, end - time.monotonic())) for box in boxes)
+        unsent = sum(box.close(max(0.0, end - time.monotonic())) for box in boxes)
+        self._spool.close(all_sent=unsent == 0)
+        return unsent
 
     def _add(self, path: str, write: Callable[[Path], None]) -> None:
         self._spool.add(path, write)
@@ -187,7 +188,7 @@ class MlflowSink:
         # held_out_greedy_after: {"val": 0.6}  ->  metric held_out/greedy_after/val
         rows = [
             Metric(
-                _safe(f"held_out/{key.removeprefix('held_out_')}/{split}"),
+                safe_name(f"held_out/{key.removeprefix('held_out_')}/{split}"),
                 float(value),
                 self._last_at,
                 max(self.last_step, 0),
@@ -195,24 +196,26 @@ class MlflowSink:
             for key, by_split in summary.items()
             if key.startswith("held_out_") and isinstance(by_split, dict)
             for split, value in by_split.items()
+            if value is not None
         ]
         self._client.log_batch(self.run_id, metrics=rows)
 
     def _create(self, experiment: str, run_name: str) -> str:
-        return self._client.create_run(experiment_id(self._client, experiment, self.uri), run_name=run_name).info.run_id
+        experiment = experiment_id(self._client, experiment, self.uri)
+        return self._client.create_run(experiment, run_name=safe_run_name(run_name)).info.run_id
 
     def _log_config(self, config: dict[str, Any], text: str, old: Run | None, resume_step: int) -> None:
         """Log the config. MLflow's parameters cannot change, so what a resumed run changed goes into a tag."""
         from mlflow.entities import Param
 
-        params = {key[:_NAME_LIMIT]: value[:_VALUE_LIMIT] for key, value in flatten(mask(config)).items()}
+        params = {safe_name(key): safe_text(value, PARAM_LIMIT) for key, value in flatten(mask(config)).items()}
         known = old.data.params if old else {}
         changed = [f"{k}: {known[k]} -> {v}" for k, v in params.items() if known.get(k, v) != v]
         fresh = [Param(k, v) for k, v in params.items() if k not in known]
         for i in range(0, len(fresh), _BATCH):
             self._client.log_batch(self.run_id, params=fresh[i : i + _BATCH])
         if changed:
-            what = "; ".join(changed)[:_VALUE_LIMIT]
+            what = safe_text("; ".join(changed), TAG_LIMIT)
             self._client.set_tag(self.run_id, f"changed_at_step_{resume_step}", what)
         name = f"config-step-{resume_step:06d}.yaml" if changed else "config.yaml"
         self._client.log_text(self.run_id, text, name)
@@ -226,6 +229,7 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
+    name = safe_experiment(name)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
@@ -260,12 +264,6 @@ def _find_run(client: MlflowClient, run_id: str, warn: Callable[[str], None]) ->
 
 def _write_json(file: Path, tree: dict[str, Any]) -> None:
     file.write_text(json.dumps(tree, indent=2), encoding="utf-8")
-
-
-def _safe(name: str) -> str:
-    """Return a name that every MLflow store accepts: plain characters, and no empty, ``.`` or ``..`` part."""
-    parts = [part for part in _UNSAFE.sub("_", name).split("/") if part]
-    return "/".join("_" if part.strip(".") == "" else part for part in parts)[:_NAME_LIMIT]
 
 
 def _hopeless(error: Exception) -> bool:

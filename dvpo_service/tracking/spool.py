@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+UNSENT = "mlflow-unsent"  # in the run directory: artifacts that MLflow does not have yet
+
 
 class Spool:
     """A folder with a file for each artifact that is not sent yet; its path below the folder is its path in MLflow.
@@ -28,6 +30,7 @@ class Spool:
         self._lock = threading.Lock()  # one thread replaces a file, another removes it once it is sent
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)  # there until MLflow has everything, see close
 
     def add(self, path: str, write: Callable[[Path], None]) -> None:
         """Call ``write`` with the file to write for the artifact ``path``; replace the artifact if it waits already."""
@@ -54,6 +57,14 @@ class Spool:
         with self._lock:
             if file.exists() and os.path.samestat(file.stat(), uploaded):  # else it was replaced meanwhile
                 file.unlink()
+
+    def close(self, *, all_sent: bool) -> None:
+        """Remove the folder, unless something waits in it or elsewhere (not ``all_sent``).
+
+        So a folder that is there says that the same command has something to send.
+        """
+        if all_sent and not self.waiting():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         files = [f for f in self.folder.rglob("*") if f.is_file() and not f.name.startswith(".")]

@@ -17,13 +17,13 @@ from dvpo_service.tracking.critic_figures import fan_over_training, head_disagre
 from dvpo_service.tracking.figures import FanData, calibration_plot, fan_chart
 from dvpo_service.tracking.mlflow_sink import MlflowSink, RunStatus
 from dvpo_service.tracking.samples import SamplesFile
+from dvpo_service.tracking.spool import UNSENT
 from dvpo_service.tracking.store import tracking_uri
 
 if TYPE_CHECKING:
     from dvpo_service.roles import Display
 
 logger = logging.getLogger(__name__)
-UNSENT = "mlflow-unsent"  # in the run directory: artifacts that MLflow does not have yet
 
 
 class Tracker:

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from dvpo_service.config import load_config
-from dvpo_service.export.export import CONFIG_FILE
 from dvpo_service.models.engine import engine_settings, prepare_environment
+from dvpo_service.runs.settings import CONFIG_FILE
 from dvpo_service.serving.policy import context_length
 from tests.bench.bench_serving import at_once
 

@@ -34,8 +34,11 @@ class SmallDisk:
             _run("umount", "--lazy", str(self.folder))
 
     def fill(self, leave: int) -> None:
-        """Write a file until at most ``leave`` bytes are free. A save may take space meanwhile, so that a try fails."""
-        with (self.folder / "ballast").open("wb") as file:
+        """Write a file until at most ``leave`` bytes are free; a second call adds what was freed since the first.
+
+        A save may take space meanwhile, so that a try fails.
+        """
+        with (self.folder / "ballast").open("ab") as file:
             for _ in range(TRIES):
                 if (free := shutil.disk_usage(self.folder).free) <= leave:
                     return

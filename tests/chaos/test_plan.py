@@ -8,13 +8,15 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.builders import needs
 from tests.chaos.events import Events
-from tests.chaos.faults import KINDS, NAN, NAN_GAP, counts, draw_plan, read_plan, write_plan
+from tests.chaos.faults import KINDS, NAN, NAN_GAP, Fault, counts, draw_plan, read_plan, write_plan
+from tests.chaos.harness import Harness
 from tests.chaos.machines import SmallDisk, corrupt_newest
 from tests.chaos.report import accuracy_check, engine_overheads, fault_checks, outcomes, overhead_check, table
 
@@ -179,7 +181,43 @@ def test_a_small_disk_is_full_and_then_is_not(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: more.pop() if more else usage(folder))
         disk.fill(leave=2**20)
         assert 0 < usage(disk.folder).free <= 2**20, "a save that is faster does not end the suite"
+        (disk.folder / "large").unlink()  # a save that was under way ends, and prunes
+        assert usage(disk.folder).free > 2**20
+        disk.fill(leave=2**20)
+        assert 0 < usage(disk.folder).free <= 2**20, "what it freed is taken too"
+        (disk.folder / "large").touch()
     assert not (tmp_path / "disk" / "large").exists(), "it went with the disk"
+
+
+def test_the_disk_stays_full_until_a_save_has_met_it() -> None:
+    """A save under way prunes a checkpoint when it ends; its room must not be there for the next save."""
+    free, fills, written = [10], [], []
+
+    def fill(leave: int) -> None:
+        fills.append(free[-1])
+        free.append(10 if len(fills) == 2 else 0)  # after the second time, the save that was under way prunes
+
+    harness: Any = object.__new__(Harness)
+    harness.disk = SimpleNamespace(fill=fill, empty=lambda: free.append(-1))
+    harness.terminal = SimpleNamespace(read_bytes=lambda: b"error: the disk is full" if written else b"")
+    harness.events = SimpleNamespace(write=lambda name, **what: written.append(name))
+    harness.restarted = []
+    harness._struck = lambda fault, words: None
+    harness._look = lambda began: None
+    harness._running = lambda: not written
+
+    def noted(words: str, fault: Fault) -> bool:
+        """Return whether a save has met the full disk: the next one comes after the pruning."""
+        if len(fills) < 3 or free[-1] > 0:
+            return False
+        written.append("met")
+        return True
+
+    harness._was_noted = noted
+    harness._disk(Fault(7, "disk", 3))
+    assert fills[:3] == [10, 0, 10], "it was filled again after the pruning"
+    assert written[-1] == "seen"
+    assert free[-1] == -1, "and is empty in the end"
 
 
 def test_events_are_read_by_name(tmp_path: Path) -> None:

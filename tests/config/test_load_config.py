@@ -194,3 +194,10 @@ def test_the_kind_of_kl_follows_its_place() -> None:
     assert load_config("demo", ["policy.kl={coef: 0.1, where: reward}"]).policy.kl.kind == "k1"
     kept = load_config("demo", ["policy.kl={coef: 0, kind: k3, where: reward}"])
     assert kept.policy.kl.kind == "k3", "without effect, and in configs of earlier runs"
+
+
+def test_a_micro_batch_holds_a_sequence(path: str) -> None:
+    sizes = ["data.max_prompt_tokens=100", "rollout.max_new_tokens=28", "policy.max_tokens_per_micro_batch=127"]
+    with pytest.raises(ConfigError, match=r"policy\.max_tokens_per_micro_batch = 127 .*max_new_tokens = 128"):
+        load_config(path, sizes)
+    load_config(path, [*sizes, "policy.max_tokens_per_micro_batch=128"])

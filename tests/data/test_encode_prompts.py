@@ -1,9 +1,10 @@
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from dvpo_service.data.dataset import load_prompts
-from dvpo_service.data.encode import encode_prompts
+from dvpo_service.data.encode import encode_prompts, text_ids
 from dvpo_service.errors import ConfigError, DataError
 
 TEMPLATE = (
@@ -85,3 +86,49 @@ def test_what_a_template_or_a_tokenizer_raises_is_told(data, tokenizer):
     without = PreTrainedTokenizerFast(tokenizer_object=words)
     with pytest.raises(DataError, match=r"a\.jsonl:1: the prompt cannot be tokenized: WordLevel error"):
         encode_prompts(data, without, chat_template=False, max_prompt_tokens=11)
+
+
+@pytest.mark.parametrize(
+    ("single", "expected"),
+    [
+        ("$A", "1+2="),
+        ("> $A", ">1+2="),
+        ("$A <", "1+2="),
+        ("> $A <", ">1+2="),
+        ("> $A < <", ">1+2="),
+        ("< $A <", "<1+2="),  # BOS and EOS are one token, as GPT-2's
+    ],
+)
+def test_a_plain_prompt_has_the_tokenizer_s_start_and_not_its_end(data, tokenizer, single, expected):
+    ids = {c: tokenizer.convert_tokens_to_ids(c) for c in "<>"}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=list(ids.items()))
+    tokenizer.eos_token = "<"
+    encoded = encode_prompts(data, tokenizer, chat_template=False, max_prompt_tokens=12)
+    assert encoded.prompts[0].token_ids == tuple(tokenizer.convert_tokens_to_ids(list(expected)))
+
+
+def test_a_template_that_writes_its_own_start_gets_no_second_one(data, tokenizer):
+    processor = TemplateProcessing(
+        single="> $A <", special_tokens=[(c, tokenizer.convert_tokens_to_ids(c)) for c in "<>"]
+    )
+    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer.bos_token, tokenizer.eos_token = ">", "<"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}!"
+    encoded = encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=12)
+    assert encoded.prompts[0].token_ids == tuple(tokenizer.convert_tokens_to_ids(list(">1+2=!")))
+
+
+def test_a_template_that_ends_the_prompt_with_eos_is_refused(data, tokenizer):
+    tokenizer.eos_token = "<"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: the chat template ends the prompt with '<'.*add_generation_prompt"
+    ):
+        encode_prompts(data, tokenizer, chat_template=True, max_prompt_tokens=12)
+
+
+@pytest.mark.parametrize("text", ["", "7", "7+7=", "77"])
+def test_text_that_repeats_its_own_tokens_is_cut_at_the_right_place(tokenizer, text):
+    ids = [(c, tokenizer.convert_tokens_to_ids(c)) for c in "7<"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="7 $A <", special_tokens=ids)
+    assert text_ids(text, tokenizer) == (tuple(tokenizer.convert_tokens_to_ids(list("7" + text))) if text else ())

@@ -113,17 +113,17 @@ def test_the_huber_delta_is_in_the_unit_that_the_config_names() -> None:
 
 
 def test_the_advantage_is_scalar_gae_on_the_mean_atom() -> None:
-    dvpo, z, part = estimate(form="paper", lam=0.9, bootstrap_truncated=False)
+    dvpo, z, part = estimate(form="paper", lam=0.9)
     value = z.sort(-1).values.mean((-1, -2))
     expected, _ = scalar_gae(part.rewards, value, part.response_mask, torch.zeros(len(part)), 1.0, 0.9)
     assert_close(dvpo.advantages, expected)
     assert_close(dvpo.targets.mean(-1) - dvpo.values, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cut_response_is_bootstrapped_and_a_finished_one_is_not() -> None:
+def test_a_cut_response_is_bootstrapped_where_that_is_asked_for_and_a_finished_one_is_not() -> None:
     (cut,) = (~make_rollouts().finished).nonzero().flatten().tolist()
-    booted, _, part = estimate(lam=1.0)
-    plain, _, _ = estimate(lam=1.0, bootstrap_truncated=False)
+    booted, _, part = estimate(lam=1.0, bootstrap_truncated=True)
+    plain, _, _ = estimate(lam=1.0)
     rows = torch.arange(len(part)) != cut
     assert torch.equal(booted.targets[rows], plain.targets[rows])
     assert not torch.equal(booted.targets[cut], plain.targets[cut])
@@ -132,7 +132,7 @@ def test_a_cut_response_is_bootstrapped_and_a_finished_one_is_not() -> None:
 @pytest.mark.parametrize("estimator", ["dvpo", "gae", "robust_gae"])
 def test_pretraining_aims_at_plain_returns(estimator: str) -> None:
     rho = {"robust_rho": 0.0} if estimator == "robust_gae" else {}
-    pretrained, _, part = estimate(pretraining=True, lam=0.5, adv_estimator=estimator, bootstrap_truncated=False, **rho)
+    pretrained, _, part = estimate(pretraining=True, lam=0.5, adv_estimator=estimator, **rho)
     returns = torch.where(part.response_mask, part.scores.nan_to_num()[:, None], 0.0)
     assert_close(pretrained.targets, returns[..., None].expand_as(pretrained.targets))
 
@@ -146,10 +146,10 @@ def test_decoupled_lambdas() -> None:
 
 
 def test_a_long_answer_has_a_longer_trace() -> None:
-    adaptive, _, part = estimate(length_adaptive_alpha=0.5, form="paper", bootstrap_truncated=False)
+    adaptive, _, part = estimate(length_adaptive_alpha=0.5, form="paper")
     row = int(part.response_mask.sum(1).argmax())
     length = int(part.response_mask[row].sum())
-    fixed, _, _ = estimate(lam=1 - 1 / (0.5 * length), form="paper", bootstrap_truncated=False)
+    fixed, _, _ = estimate(lam=1 - 1 / (0.5 * length), form="paper")
     assert_close(adaptive.advantages[row], fixed.advantages[row])
 
 

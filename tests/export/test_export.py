@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from dvpo_service.config import to_yaml
 from dvpo_service.errors import CheckpointError
-from dvpo_service.export.export import describe, export, newest, open_export, run_config, writing
+from dvpo_service.export.export import describe, export, open_export, writing
+from dvpo_service.export.states import newest, run_config
 from dvpo_service.models.base import save_base
 from dvpo_service.models.critic import DistributionalCritic
+from dvpo_service.models.fixed_sequences import record, recorded
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.runs.integrity import read_record, write_record
 from tests.builders import make_config
@@ -67,6 +70,14 @@ def test_the_end_of_training_writes_the_same_weights(
     second = DistributionalCritic.from_pretrained(tmp_path / "out/critic")
     assert first.spec == second.spec
     assert same(first.state_dict(), second.state_dict())
+    at_the_end, now = recorded(trained / "live" / "policy"), recorded(done.folder)
+    assert at_the_end
+    assert now
+    assert at_the_end.token_ids == now.token_ids
+    record(load_causal_lm(str(done.folder)), load_tokenizer(str(done.folder)), tmp_path)
+    loaded = recorded(tmp_path)
+    assert loaded
+    assert max(loaded.difference(at_the_end.log_probs), loaded.difference(now.log_probs)) < 1e-5
 
 
 def test_a_critic_says_what_its_atoms_mean(trained: Path) -> None:
@@ -174,7 +185,7 @@ def test_a_scalar_critic_is_one_head_of_one_atom(tied: Path, tmp_path: Path) -> 
 def test_folders_that_are_no_source(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds nothing to export: no whole checkpoint"):
         export(tiny_model, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="nowhere holds nothing to export"):
+    with pytest.raises(CheckpointError, match="nowhere: there is no such folder"):
         newest(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"is no export: there is no export\.json"):
         open_export(tiny_model)
@@ -238,3 +249,30 @@ def test_describe_says_where_the_folder_comes_from(tiny_model: Path, tmp_path: P
     assert open_export(tmp_path).step == 5
     assert open_export(tmp_path).mlflow_run_id is None
     assert "The run has measured none." in (tmp_path / "README.md").read_text()
+
+
+def test_exported_files_follow_the_umask(tmp_path: Path) -> None:
+    """Libraries that write weights through temporary files leave them readable by their owner alone."""
+    before = os.umask(0o022)
+    try:
+        with writing(tmp_path / "out") as folder:
+            (folder / "critic").mkdir()
+            for name in ("model.safetensors", "critic/model.safetensors"):
+                (folder / name).touch(mode=0o600)
+    finally:
+        os.umask(before)
+    modes = {f.stat().st_mode & 0o777 for f in (tmp_path / "out").rglob("*") if f.is_file()}
+    assert modes == {0o644}
+
+
+def test_a_folder_that_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
+    (tmp_path / "demo" / "policy").mkdir(parents=True)
+    (tmp_path / "demo" / "policy" / "export.json").write_text('{"step": 1}')
+    (tmp_path / "demo" / "checkpoints" / "step-000075").mkdir(parents=True)
+    (tmp_path / "demo" / "checkpoints" / "step-000075" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"dmeo: there is no such folder\. Did you mean .*/demo\?"):
+        newest(tmp_path / "dmeo")
+    with pytest.raises(CheckpointError, match=r"step-000050: there is no such folder\. Did you mean .*/step-000075\?"):
+        newest(tmp_path / "demo" / "checkpoints" / "step-000050")
+    with pytest.raises(CheckpointError, match=r"nowhere/x: there is no such folder\. .* holds demo"):
+        newest(tmp_path / "nowhere" / "x")

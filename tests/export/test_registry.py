@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from dvpo_service.config import to_yaml
 from dvpo_service.config.schema import TrackingConfig
 from dvpo_service.errors import TrackingError
-from dvpo_service.export.export import export, export_and_register, run_config
+from dvpo_service.export.export import export, export_and_register
+from dvpo_service.export.states import run_config
 from dvpo_service.tracking import registry
 from dvpo_service.tracking.registry import register, registry_uri
 from dvpo_service.tracking.store import default_tracking_uri, open_store

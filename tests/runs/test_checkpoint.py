@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from dvpo_service.errors import CheckpointError
 from dvpo_service.runs.checkpoint import Checkpoints
-from dvpo_service.runs.integrity import Written
+from dvpo_service.runs.integrity import FORMAT, STATE_FILE, Written, _crc_of
 from tests.builders import sums_of
 
 
@@ -77,3 +79,29 @@ def test_starting_over_keeps_the_old_run_and_reads_none_of_it(tmp_path: Path) ->
     assert latest_step(checkpoints) == 2, "nor is it pruned for the old run's sake"
     [old] = tmp_path.glob("checkpoints-before-*")
     assert (old / "step-000090" / "state.json").is_file()
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change ``state.json`` as its writer would have written it."""
+    file = folder / STATE_FILE
+    tree = json.loads(file.read_text())
+    tree.pop("crc32")
+    change(tree)
+    file.write_text(json.dumps({**tree, "crc32": _crc_of(tree)}))
+
+
+def test_a_checkpoint_of_the_format_before_is_continued(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    rewritten(save(checkpoints, 5, {"policy": write("5")}), lambda tree: tree.pop("format"))
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.record == {"state": {"step": 5}}
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    folder = save(checkpoints, 5, {"policy": write("5")})
+    rewritten(folder, lambda tree: tree.update(format=FORMAT + 1))
+    with pytest.raises(CheckpointError, match=rf"step-000005 has format {FORMAT + 1}, .* up to {FORMAT}; go on"):
+        checkpoints.latest()
+    assert (folder / STATE_FILE).is_file(), "it is not damaged: nothing was renamed"

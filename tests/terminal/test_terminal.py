@@ -16,6 +16,7 @@ METRICS = {
     "reward/clean_mean": 0.312,
     "critic/dvpo_loss": 0.0456,
     "policy/rollout_kl": 1.2e-5,
+    "policy/approx_kl": 3.4e-3,
     "policy/entropy": 0.61,
     "rollout/tokens_per_s": 5123.4,
     "rollout/staleness": 0.0,
@@ -90,8 +91,8 @@ def test_the_table_holds_the_numbers_of_the_last_steps():
     lines = [line.split() for line in text.splitlines() if re.match(r"\s+\d+\s", line)]
     assert [int(line[0]) for line in lines] == list(range(9, 21))
     assert lines[-1][1:] == [
-        *("0.312", "0.432", "0.0456", "1.2e-05", "0.61", "5,123"),
-        *("2.1", "0.1", "0.2", "1.5", "0.3", "4.4", "0.0"),
+        *("0.312", "0.432", "0.0456", "3.4e-03", "0.61", "5,123"),
+        *("2.1", "0.1", "0.2", "1.5", "0.3", "4.4", "0.0", "1.2e-05"),
     ]
     assert "20/100" in text
     assert "clean" not in text
@@ -170,7 +171,7 @@ def test_without_a_terminal_each_step_is_one_line():
     lines = shown(console).splitlines()
     assert lines[0] == "generating"
     assert len(lines) == 4
-    assert lines[1].startswith("step 3/5 reward=0.312 val_acc=0.500 critic=0.0456 KL=1.2e-05")
+    assert lines[1].startswith("step 3/5 reward=0.312 val_acc=0.500 critic=0.0456 KL_old=3.4e-03")
     assert "\x1b" not in console.file.getvalue()
 
 
@@ -225,9 +226,60 @@ def test_closing_shows_the_gain_and_the_places(tmp_path):
     }
     closing(summary, tmp_path, "sqlite:////runs/mlflow.db", console)
     text = shown(console)
-    for part in ("23.1%", "69.0%", "+45.9 points", "-2.0 points", "250 steps in 1:02:03", "make mlflow", "/policy"):
+    for part in (
+        "23.1%",
+        "69.0%",
+        "+45.9 points",
+        "-2.0 points",
+        "250 steps in 1:02:03",
+        "/policy",
+        "held-out accuracy",
+    ):
         assert part in text
     assert "summary.json" in text
+    assert re.search(
+        r"^to open these runs in MLflow: \S*mlflow ui --backend-store-uri sqlite:////runs/mlflow\.db$", text, re.M
+    )
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("sqlite:////my runs/mlflow.db", "ui --backend-store-uri 'sqlite:////my runs/mlflow.db'\n"),
+        ("postgresql://me:hush@host/db", "ui --backend-store-uri 'postgresql://***@host/db'\n"),
+        ("http://me:hush@host:5000", None),
+        (None, None),
+    ],
+)
+def test_the_command_that_opens_the_runs_that_were_written(uri, said, tmp_path):
+    console = text_console()
+    closing({"steps": 1, "seconds": 1.0}, tmp_path, uri, console)
+    text = shown(console)
+    assert "hush" not in text
+    assert (said in text) if said else ("mlflow ui" not in text)
+
+
+def test_graded_rewards_are_means_and_what_was_not_scored_is_no_figure(tmp_path):
+    console = text_console()
+    summary = {
+        "held_out_before": {"mine": 0.25, "other": None},
+        "held_out_after": {"mine": 0.5, "other": 0.4},
+        "graded": ["mine"],
+        "steps": 1,
+        "seconds": 1.0,
+    }
+    closing(summary, tmp_path, None, console)
+    rows = {line.split()[1].strip(","): line for line in shown(console).splitlines() if "sampled" in line}
+    assert "held-out, mean reward" in shown(console)
+    assert rows["mine"].split()[3:6] == ["0.250", "0.500", "+0.250"]
+    assert rows["other"].split()[3:6] == ["-", "40.0%", "-"]
+    display = TrainingDisplay(total=2, console=text_console())
+    display.update(0, {"eval/mine/accuracy": 0.25, "eval/mine/graded": 1.0, "eval/other/accuracy": float("nan")})
+    display.update(1, METRICS)
+    text = shown(display.console)
+    assert "mine_reward=0.250" in text
+    assert "step 0: no response of other could be scored" in text
+    assert "nan" not in text
 
 
 def test_the_default_console_is_wide_enough_for_logs():

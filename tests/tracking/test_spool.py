@@ -46,3 +46,15 @@ def test_the_oldest_go_beyond_the_bound_and_another_run_starts_empty(tmp_path: P
     assert spool.waiting() == ["3.png", "4.png"]
     assert spool.dropped == 3
     assert Spool(tmp_path / "s", fresh=True).waiting() == []
+
+
+@pytest.mark.parametrize("all_sent", [True, False])
+def test_the_folder_is_there_as_long_as_something_waits(tmp_path: Path, all_sent: bool) -> None:
+    spool = Spool(tmp_path / "s", fresh=True)
+    assert spool.folder.is_dir(), "also where no picture was drawn"
+    spool.add("figures/b.png", text("b"))
+    spool.close(all_sent=True)
+    assert spool.waiting() == ["figures/b.png"]
+    spool.send("figures/b.png", lambda file: None)
+    spool.close(all_sent=all_sent)
+    assert spool.folder.exists() is not all_sent, "calls that MLflow did not get wait elsewhere"

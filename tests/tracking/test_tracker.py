@@ -16,6 +16,7 @@ from dvpo_service.errors import TrackingError
 from dvpo_service.runs.step_file import read_metrics
 from dvpo_service.tracking import store
 from dvpo_service.tracking.figures import FanData
+from dvpo_service.tracking.names import safe_name
 from dvpo_service.tracking.tracker import Tracker, _description
 from tests.tracking.conftest import wait_until
 
@@ -84,7 +85,7 @@ def test_a_whole_run(tmp_path, make_config):
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
     assert client_of(tracker).get_experiment(run.info.experiment_id).name == "exp"
     assert history(tracker, "reward/mean") == [(0, 0.0), (1, 0.1), (2, 0.2)]
-    assert history(tracker, "eval/my _split_/accuracy")[0] == (0, 0.5)
+    assert history(tracker, safe_name("eval/my (split)/accuracy"))[0] == (0, 0.5)
     assert all(math.isnan(value) for _, value in history(tracker, "critic/loss/qr"))
     assert run.data.metrics["held_out/after/val"] == 0.7
     assert run.data.metrics["held_out/greedy_before/val"] == 0.4

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.cluster.connect import _on_this_machine
 from actors.cluster.placement import Bundle, check_plan, first_unplaceable, local_cpus, plan_bundles
 from dvpo_service.errors import ClusterError
 from tests.builders import make_config
@@ -48,3 +49,17 @@ def test_a_plan_has_one_bundle_for_each_actor(tiny_model: Path) -> None:
         *[("reward", i) for i in range(3)],
     ]
     assert local_cpus(bundles) >= 2 + 4 + 2 + 1.5
+
+
+def test_a_cluster_with_too_few_cpus_is_told_how_to_declare_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that a run starts declares what the plan asks for; `ray start` declares the cores."""
+    bundles = cpus(1, 1, 1, 0.5)
+    with pytest.raises(ClusterError, match=r"or add nodes, or let pools .*`ray start --head --num-cpus=4`"):
+        check_plan(bundles, [{"CPU": 2}])
+    with pytest.raises(ClusterError, match=r"or add nodes$"):  # enough in all, so more of them is no help
+        check_plan([Bundle("rollout", 0, {"CPU": 1, "GPU": 1})], [{"CPU": 8}])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert "4 CPUs on 2 cores" in _on_this_machine(bundles)
+    assert "`ray start --head --num-cpus=4`" in _on_this_machine(bundles)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert "cores" not in _on_this_machine(bundles)

@@ -227,3 +227,19 @@ def test_whatever_is_done_again_the_ledger_is_exact(
     stream.close()
     assert sorted(ledger) == list(range(12))
     assert epochs_are_whole([i for s in range(12) for i in ledger[s]])
+
+
+def test_a_batch_that_does_not_end_is_named_and_keeps_nothing_alive(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream, never = make(1), threading.Event()
+    stream._stop_s = 0.2
+    stream._ahead[4] = stream._thread.submit(never.wait)
+    assert not never.wait(0.2)
+    with pytest.raises(RuntimeError, match=r"the batch of step 5 did not stop within 0\.2 s: an engine or a reward"):
+        stream.load_state_dict(stream.state_dict())
+    stream.close()
+    assert "did not stop within 0.2 s" in caplog.text
+    [thread] = [t for t in threading.enumerate() if t.name == "rollouts ahead" and t.is_alive()][-1:]
+    assert thread.daemon, "the process can end"
+    never.set()

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from actors.cluster.connect import connected
 from actors.cluster.placement import Placement, plan_bundles
 from actors.cluster.pool import PoolError, RestartBudgetExhausted
 from actors.rollouts.engines import EnginePool, split
+from actors.weights.check import EngineCheck
 from actors.weights.sync import SyncedEngines
 from actors.weights.transfer import EngineClient, weight_backend
 from dvpo_service.config import Config
-from dvpo_service.errors import ConfigError
-from dvpo_service.types import Prompt, Sample, Sampling
+from dvpo_service.errors import ConfigError, EngineMismatch
+from dvpo_service.types import Prompt, Rollouts, Sample, Sampling
 from tests.builders import make_config
 
 pytestmark = pytest.mark.e2e
@@ -53,7 +56,10 @@ class Running:
         self.pool = EnginePool.spawn(config, str(folder), weight_backend(config), placement, self.notes.append)
         stack.callback(self.pool.shutdown)
         self.sent: list[list[int]] = []
-        self.engines = SyncedEngines(config, self.pool, weight_backend(config), self.send)
+        self.scored = 0
+        self.policy_logprob = -1.0  # of any token; the fake engine's is -1
+        check = EngineCheck(config, PROMPTS, self.score)
+        self.engines = SyncedEngines(config, self.pool, weight_backend(config), self.send, check)
 
     def start(self) -> Running:
         self.pool.supervisor.start()
@@ -66,6 +72,10 @@ class Running:
         client.finish_weight_update()
         self.sent.append(sorted(client.engines))
         return client.lost
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        self.scored += 1
+        return torch.full_like(rollouts.rollout_logprobs, self.policy_logprob)
 
     def ask(self, fault: str) -> None:
         (self.folder / fault).touch()
@@ -104,6 +114,24 @@ def running(shared: Running) -> Running:
 
 def tokens(groups: list[list[Sample]]) -> list[tuple[int, ...]]:
     return [s.token_ids for g in groups for s in g]
+
+
+def test_an_engine_is_held_against_the_policy_when_it_gets_its_first_weights(running: Running) -> None:
+    before = running.scored
+    running.engines.push(1)
+    assert running.scored == before, "engines that were compared are not compared again"
+    running.policy_logprob = -3.0  # the engines' stays -1: k3 is exp(-2) + 1
+    running.ask("die")
+    running.generate()
+    deadline = time.monotonic() + 60
+    while len(running.pool.supervisor.alive()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with pytest.raises(EngineMismatch, match=r"engine \d after its first weights: .*KL of 1\.14 per token"):
+        running.engines.push(2)
+    running.policy_logprob = -1.0
+    running.engines.push(3)
+    assert running.scored == before + 2, "the one that differed, compared again"
 
 
 def test_a_prompt_that_a_step_drew_twice_is_sampled_with_two_seeds(running: Running) -> None:

@@ -26,6 +26,7 @@ from tests.builders import make_config, make_rollouts
 
 Run = Callable[[Any, Rollouts, Tensor], None]
 OPTIM = {"lr": 1e-3, "max_grad_norm": 1e9}  # never clipped: the gradient itself is compared
+LONGEST = 16  # tokens of a sequence, at most
 
 
 def critic_update(worker: CriticWorker, rollouts: Rollouts, advantages: Tensor) -> None:
@@ -77,14 +78,21 @@ def check(worker: Any, pool: str, run: Run) -> None:
     count = len(rollouts)
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)
-    @given(st.integers(1, count), st.permutations(range(count)), st.integers(0, 5), st.booleans())
-    def cut(micro: int, order: list[int], padding: int, packing: bool) -> None:
-        worker.config = Config.model_validate(tree | {pool: tree[pool] | {"micro_batch_size": micro}})
+    @given(
+        st.integers(1, count),
+        st.sampled_from([None, LONGEST, 40, 100]),
+        st.permutations(range(count)),
+        st.integers(0, 5),
+        st.booleans(),
+    )
+    def cut(micro: int, tokens: int | None, order: list[int], padding: int, packing: bool) -> None:
+        sizes = {"micro_batch_size": micro, "max_tokens_per_micro_batch": tokens, "packing": packing}
+        worker.config = Config.model_validate(tree | {pool: tree[pool] | sizes})
         worker.trainer.module.packing = packing
         rows = torch.tensor(order)
         batch, adv = padded(reordered(rollouts, rows), advantages[rows], padding)
         gradient = gradient_of(worker, run, batch, adv)
-        assert (gradient - baseline).norm() <= 1e-5 * baseline.norm(), (micro, order, padding, packing)
+        assert (gradient - baseline).norm() <= 1e-5 * baseline.norm(), (micro, tokens, order, padding, packing)
 
     cut()
 
@@ -100,7 +108,8 @@ def _process(rank: int, kind: Any, pool: str, run: Run, configs: list[Config], m
 def launch(kind: Any, pool: str, run: Run, model: Path, variants: list[dict[str, dict[str, Any]]]) -> None:
     """All variants in one process: starting one takes longer than checking one."""
     whole = {"mini_batch_size": None, "micro_batch_size": 16, "optim": OPTIM}
-    configs = [make_config(model, **(v | {pool: whole | v.get(pool, {})})) for v in variants]
+    data = {"max_prompt_tokens": 8}
+    configs = [make_config(model, data=data, **(v | {pool: whole | v.get(pool, {})})) for v in variants]
     mp.spawn(_process, (kind, pool, run, configs, str(model)), nprocs=1)
 
 

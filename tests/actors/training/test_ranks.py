@@ -100,7 +100,8 @@ def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
 ) -> None:
     algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32} | kind
     one = make_config(tiny_model, algorithm=algorithm, critic={"micro_batch_size": 8, "epochs": 2})
-    two = make_config(tiny_model, algorithm=algorithm, critic={"world_size": 2, "micro_batch_size": 3, "epochs": 2})
+    sizes = {"world_size": 2, "micro_batch_size": 3, "max_tokens_per_micro_batch": 24}
+    two = make_config(tiny_model, algorithm=algorithm, critic=sizes | {"epochs": 2}, data={"max_prompt_tokens": 8})
     first = launch(critic_run, one, tiny_model, 1, tmp_path / "one")
     assert_same(first, launch(critic_run, two, tiny_model, 2, tmp_path / "two"))
     scalar = "adv_estimator" in kind
@@ -113,7 +114,8 @@ def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
 def test_policy_gives_the_same_on_two_ranks_and_in_other_micro_batches(tiny_model: Path, tmp_path: Path) -> None:
     policy = {"kl": {"coef": 0.1, "where": "loss"}, "entropy_coef": 0.01, "epochs": 2, "optim": {"lr": 1e-3}}
     one = make_config(tiny_model, policy=policy | {"micro_batch_size": 8})
-    two = make_config(tiny_model, policy=policy | {"world_size": 2, "micro_batch_size": 3})
+    sizes = {"world_size": 2, "micro_batch_size": 3, "max_tokens_per_micro_batch": 24}
+    two = make_config(tiny_model, policy=policy | sizes, data={"max_prompt_tokens": 8})
     first = launch(policy_run, one, tiny_model, 1, tmp_path / "one")
     assert_same(first, launch(policy_run, two, tiny_model, 2, tmp_path / "two"))
     assert 0 < first[1][0]["policy/clip_fraction"] < 1
@@ -142,7 +144,9 @@ def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
     with torch.no_grad():
         for parameter in fresh.trainer.module.parameters():
             parameter.zero_()
+    fresh.trainer.extra["later"] = torch.ones(2)
     fresh.load(folder)
+    assert torch.equal(fresh.trainer.extra.pop("later"), torch.ones(2)), "what an earlier version did not save"
     again = fresh.evaluate(make_rollouts(seed=1), {}, 1)[0]
     assert torch.equal(again.values, straight.values), "a checkpoint restores the weights to the bit"
     assert fresh.update() == after, "and the optimizer, schedule and running moments"
