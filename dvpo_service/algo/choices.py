@@ -10,8 +10,9 @@ from typing import Literal
 # The critic's loss (docs/algorithm.md, "Two forms").
 LevelKind = Literal["endpoint", "midpoint"]
 QrOver = Literal["ensemble", "heads"]
-TailTarget = Literal["tail_mean", "pseudo_outcome"]
-ShiftOver = Literal["token", "batch"]
+TailTarget = Literal["tail_mean", "pseudo_outcome", "bounded"]
+TailSpread = Literal["variance", "bounded"]
+ShiftOver = Literal["token", "batch", "batch_middle"]
 Curvature = Literal["pointwise", "block"]
 CriticTarget = Literal["gae", "mixture"]
 HuberScale = Literal["absolute", "return_sd", "return_width"]

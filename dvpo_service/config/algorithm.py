@@ -16,6 +16,7 @@ from dvpo_service.algo.choices import (
     LevelKind,
     QrOver,
     ShiftOver,
+    TailSpread,
     TailTarget,
 )
 from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
@@ -53,6 +54,7 @@ FORMS: dict[str, dict[str, Any]] = {
         sort_atoms=True,
         qr_over="ensemble",
         tail_target="tail_mean",
+        tail_spread="variance",
         shift_over="token",
         curvature="pointwise",
         critic_target="gae",
@@ -65,14 +67,20 @@ FORMS: dict[str, dict[str, Any]] = {
         sort_atoms=True,
         qr_over="heads",
         tail_target="pseudo_outcome",
+        tail_spread="variance",
         shift_over="batch",
         curvature="block",
         critic_target="mixture",
     ),
 }
+# As calibrated, with nothing that a few wild rewards can rule.
+FORMS["robust"] = FORMS["calibrated"] | dict(
+    huber_scale="return_width", tail_target="bounded", tail_spread="bounded", shift_over="batch_middle"
+)
 FORM_WEIGHTS: dict[str, dict[str, float]] = {
     "paper": {name: term.paper for name, term in TERMS.items()},
     "calibrated": {name: term.calibrated for name, term in TERMS.items()},
+    "robust": {name: term.calibrated for name, term in TERMS.items()},
 }
 
 
@@ -162,7 +170,7 @@ class AlgorithmConfig(Section):
     advantage_beta: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     head_trust: NonNegativeFloat = 0.0
 
-    form: Literal["paper", "calibrated"] = "paper"
+    form: Literal["paper", "calibrated", "robust"] = "paper"
     n_quantiles: Positive = 200
     n_heads: Positive = 3
     critic_hidden_dim: Positive = 512
@@ -179,6 +187,7 @@ class AlgorithmConfig(Section):
     sort_atoms: bool
     qr_over: QrOver
     tail_target: TailTarget
+    tail_spread: TailSpread
     shift_over: ShiftOver
     curvature: Curvature
     critic_target: CriticTarget
@@ -242,6 +251,7 @@ class AlgorithmConfig(Section):
             sort_atoms=self.sort_atoms,
             qr_over=self.qr_over,
             tail_target=self.tail_target,
+            tail_spread=self.tail_spread,
             shift_over=self.shift_over,
             curvature=self.curvature,
             weights=self.dvpo_loss_weights.effective(),

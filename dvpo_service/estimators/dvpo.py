@@ -74,6 +74,7 @@ class DvpoObjective(CriticObjective):
             mask,
             self.spec,
             delta=delta,
+            width=stats.return_width,
             denominator=denominator,
             mean_shift=batch_mean_shift,
             own_terms=self.own_terms,
@@ -87,7 +88,7 @@ class DvpoObjective(CriticObjective):
         """Return the sum for Eq. 7 where its relu is around the mean over all tokens of all ranks, else 0."""
         if self.spec.shift_over == "token":
             return super().shift_sum(z, targets, mask)
-        return shift_sum(z, targets, mask)
+        return shift_sum(z, targets, mask, self.spec)
 
     def _targets(
         self, rewards: Tensor, atoms: Tensor, mask: Tensor, end: Tensor, lam: float | Tensor, seeds: Tensor
