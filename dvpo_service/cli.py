@@ -148,6 +148,25 @@ def doctor(
 
 
 @app.command()
+def plan(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="How many GPUs there will be.")] = None,
+    gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of each GPU, or of the host for a run on CPUs, in GiB.")
+    ] = None,
+) -> None:
+    """Show what a run needs on each device, and whether it fits, without the devices."""
+    from dvpo_service.config import load_config
+
+    resolved = load_config(config, overrides or [])
+
+    from dvpo_service.commands.plan import show
+
+    show(resolved, gpus, gib)
+
+
+@app.command()
 def sweep(
     config: ConfigOption,
     grid: Annotated[

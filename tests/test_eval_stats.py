@@ -12,7 +12,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo_service.eval_stats import PromptScores, by_group, ks, pass_at_k, summarize
+from dvpo_service.eval_stats import PromptScores, accuracy_interval, by_group, ks, mean_interval, pass_at_k, summarize
 
 outcomes = st.lists(st.booleans(), min_size=1, max_size=8)
 
@@ -75,7 +75,11 @@ def test_a_group_of_prompts(drawn: list[tuple[list[float], float]]) -> None:
     assert summary["accuracy"] == pytest.approx(means.mean())
     assert summary["standard_error"] == pytest.approx(scipy.stats.sem(means), abs=1e-12)
     interval = scipy.stats.t.interval(0.95, len(means) - 1, means.mean(), scipy.stats.sem(means) or 1e-300)
-    assert summary["ci95"] == pytest.approx(interval, abs=1e-9)
+    if set(table.ravel()) <= {0.0, 1.0}:
+        assert summary["ci95_method"] == "wilson"
+    else:
+        assert summary["ci95_method"] == "student_t"
+        assert summary["ci95"] == pytest.approx(np.clip(interval, 0, 1), abs=1e-9)
     assert summary["sd_within_prompt"] == pytest.approx(math.sqrt(table.var(1, ddof=1).mean()), abs=1e-12)
     assert summary["greedy"] == pytest.approx(greedy.mean())
     assert summary["greedy_standard_error"] == pytest.approx(scipy.stats.sem(greedy), abs=1e-12)
@@ -95,7 +99,7 @@ def test_samples_that_failed_are_counted_and_left_out() -> None:
 
 def test_what_is_not_defined_is_null() -> None:
     summary = summarize([PromptScores("val", "a", (), None, failed=2)], 2)
-    names = ("accuracy", "standard_error", "ci95", "sd_within_prompt", "greedy", "greedy_standard_error")
+    names = ("accuracy", "standard_error", "ci95", "ci95_method", "sd_within_prompt", "greedy", "greedy_standard_error")
     assert all(summary[name] is None for name in names)
     assert summary["pass_at_k"] == {"1": None, "2": None}
     assert "NaN" not in json.dumps(summary)
@@ -111,3 +115,55 @@ def test_groups_by_split_and_by_source() -> None:
     assert {name: g["accuracy"] for name, g in grouped["splits"].items()} == {"id": 0.5, "ood": 0.5}
     assert {name: g["accuracy"] for name, g in grouped["sources"].items()} == {"gsm8k": 1.0, "maths": 0.25}
     assert grouped["sources"]["maths"]["prompts"] == 2
+
+
+@pytest.mark.parametrize("n", [3, 5, 8])
+def test_the_interval_of_a_mean_covers_what_it_says(n: int) -> None:
+    """A percentile bootstrap covers 75, 84 and 89 % there."""
+    drawn = np.random.default_rng(n).standard_normal((1500, n))
+    found = np.array([mean_interval(row) for row in drawn.tolist()])
+    share = ((found[:, 0] < 0) & (found[:, 1] > 0)).mean()
+    assert share == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 1500))
+    assert np.allclose(found[0], scipy.stats.ttest_1samp(drawn[0], 0).confidence_interval(0.95))
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 10), (1, 10), (29, 30), (30, 30), (57, 60)])
+def test_one_sample_of_0_or_1_a_prompt_gets_wilson_s_interval(right: int, of: int) -> None:
+    found, method = accuracy_interval([[1.0]] * right + [[0.0]] * (of - right))
+    assert method == "wilson"
+    assert found == pytest.approx(scipy.stats.binomtest(right, of).proportion_ci(method="wilson"), abs=1e-12)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("p", [0.5, 0.95])
+def test_wilson_s_interval_covers_also_where_a_prompt_s_samples_are_alike(p: float, alike: float) -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(400):
+        own = (rng.random((40, 4)) < p).astype(float)
+        shared = np.where(rng.random((40, 1)) < alike, own[:, :1], own)
+        (low, high), method = accuracy_interval(shared.tolist())
+        assert method == "wilson"
+        assert 0 <= low <= shared.mean() <= high <= 1
+        covered += low <= p <= high
+    assert 0.84 <= covered / 400 <= 0.995
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0])), min_size=1, max_size=3), min_size=1))
+def test_the_interval_of_an_accuracy_stays_between_0_and_1(samples: list[list[float]]) -> None:
+    found, method = accuracy_interval(samples)
+    if found is None:
+        assert method is None
+        return
+    mean = np.mean([np.mean(s) for s in samples])
+    assert 0 <= found[0] <= mean + 1e-12
+    assert mean - 1e-12 <= found[1] <= 1
+
+
+def test_rewards_beyond_0_and_1_are_not_cut() -> None:
+    found, method = accuracy_interval([[-1.0], [1.0], [1.0]])
+    assert method == "student_t"
+    assert found is not None
+    assert found[0] < -1
+    assert found[1] > 1

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from scipy.stats import bootstrap
-
+from dvpo_service.eval_stats import LEVEL, mean_interval
 from tune_sweeps.measures import mean, values_by_seed
 from tune_sweeps.records import Sweep, Trial
 
 Verdict = Literal["higher", "lower", "the seeds cannot tell"]
 UNSURE: Verdict = "the seeds cannot tell"
 MIN_PAIRS = 3  # with fewer pairs there is no interval
-LEVEL = 0.95
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Comparison:
       by_seed: the difference of each pair.
       arm_mean, reference_mean: means of the two arms over the paired seeds.
       mean: mean of the differences.
-      low, high: bootstrap interval of ``mean``.
+      low, high: Student's t interval of ``mean``, at LEVEL.
       reason: why the verdict was given, in words.
     """
 
@@ -73,16 +68,14 @@ def compare(
 
 
 def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the percentile bootstrap interval (low, high) of the mean of the differences, at LEVEL.
+    """Return Student's t interval (low, high) of the mean of the differences, as `dvpo eval` does, at LEVEL.
 
-    With fewer than MIN_PAIRS differences it is (None, None). The BCa bootstrap is not used: its acceleration,
-    estimated from three to five seeds, is noise, and equal differences make it NaN.
+    With fewer than MIN_PAIRS differences it is (None, None). A bootstrap over three to eight seeds is too narrow: its
+    95% interval covers 75 % to 89 %.
     """
     if len(differences) < MIN_PAIRS:
         return None, None
-    options = {"confidence_level": LEVEL, "n_resamples": RESAMPLES, "method": "percentile"}
-    result = bootstrap((np.asarray(differences),), np.mean, **options, rng=np.random.default_rng(0))
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return mean_interval(differences) or (None, None)
 
 
 def judge(differences: Sequence[float], low: float | None, high: float | None) -> tuple[Verdict, str]:
@@ -103,9 +96,9 @@ def judge(differences: Sequence[float], low: float | None, high: float | None) -
 
 
 def by_chance(comparisons: Sequence[Comparison]) -> float:
-    """Return how many comparisons would get a direction by chance, if no arm differed from the reference.
+    """Return how many comparisons would get a direction by chance, at most, if no arm differed from the reference.
 
-    A direction needs n equal signs, which n coins show with probability 2^(1-n). With equal signs a percentile
-    interval never contains 0. The rule's rate is therefore 1 in 4 with three seeds, and not LEVEL's 1 in 20.
+    A direction needs an interval without 0, which differences around 0 give once in 20 (1 - LEVEL). Equal signs are
+    asked for on top.
     """
-    return math.fsum(2.0 ** (1 - len(c.by_seed)) for c in comparisons if c.low is not None)
+    return (1 - LEVEL) * sum(c.low is not None for c in comparisons)

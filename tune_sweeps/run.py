@@ -25,6 +25,7 @@ from tune_sweeps.records import Sweep, read_sweep, save_sweep
 from tune_sweeps.space import one_draw, param_space, tune_config
 from tune_sweeps.tracking import close_parent, open_parent
 from tune_sweeps.trainable import OWN_CPU, run_trial, trial_resources
+from tune_sweeps.watch import SweepWatch
 
 RETRIES = 2
 
@@ -161,7 +162,8 @@ def _tuner(job: Job, grid: Grid, slots: int) -> Tuner:
             name="tune",
             storage_path=str(job.folder),
             failure_config=FailureConfig(max_failures=RETRIES),
-            verbose=1,
+            verbose=0,  # Tune would print a box of its own for every event
+            callbacks=[SweepWatch()],
         ),
     )
 

@@ -17,8 +17,9 @@ from actors.training.process_group import add_up, all_reduce, all_reduce_min, al
 from actors.training.trainer import Trainer, UpdateMetrics, full_state
 from actors.training.worker import TrainerWorker
 from dvpo_service.algo.advantages import returns_to_go
-from dvpo_service.algo.diagnostics import critic_metrics, critic_sums
+from dvpo_service.algo.diagnostics import critic_metrics, critic_sums, merged_moments
 from dvpo_service.algo.quantiles import quantile_levels
+from dvpo_service.algo.robust_width import add_batch, no_widths, running_width
 from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
@@ -76,8 +77,9 @@ class CriticWorker(TrainerWorker):
         self.trainer = Trainer(
             module, config.critic.optim, total_steps=steps, defer_reduction=config.critic.defer_gradient_reduction
         )
-        # Count, sum and sum of squares of all returns so far, and the least value of the last batch.
-        self.trainer.extra["return_moments"] = torch.zeros(3, dtype=torch.float64)
+        # Of all returns so far: count, mean and sum of squared deviations, and widths; the last batch's least value.
+        self.trainer.extra["return_spread"] = torch.zeros(3, dtype=torch.float64)
+        self.trainer.extra["return_widths"] = no_widths()
         self.trainer.extra["worst_value"] = torch.zeros((), dtype=torch.float64)
         self.minibatches: list[Minibatch] = []
         self.levels = quantile_levels(self.objective.quantiles, config.algorithm.quantile_levels)
@@ -97,6 +99,7 @@ class CriticWorker(TrainerWorker):
         rollouts = rollouts.with_(**changes)
         stats = self._running_stats()
         split = self.split(self.config.critic, rollouts, step)
+        centre = self._a_return(rollouts)
         sums: Sums = {}
         totals = torch.zeros(len(split), 2, dtype=torch.float64)  # valid tokens, sum of the mean shift
         rows: list[Tensor] = []
@@ -110,15 +113,16 @@ class CriticWorker(TrainerWorker):
                 estimate = self._estimate(z, z_end, part, index, step, stats)
                 minibatch.parts.append(MicroBatch(part, estimate))
                 rows.append(index)
-                add_up(sums, self._measure(z, part, stats))
+                add_up(sums, self._measure(z, part, stats, centre))
                 totals[number] += self._totals(z, estimate.targets, part)
         sums = all_reduce_sums(sums, self.device)
         totals = all_reduce(totals, self.device)
         for minibatch, (tokens, shift) in zip(self.minibatches, totals.tolist(), strict=True):
             minibatch.tokens = max(1.0, tokens)
             minibatch.mean_shift = shift / minibatch.tokens
-        self._remember(sums)
-        return self._values(rows, rollouts.response_mask.shape[1]), critic_metrics(sums)
+        self._remember(sums, centre, rollouts)
+        metrics = critic_metrics(sums, centre) | {"critic/return_width": self._running_stats().return_width}
+        return self._values(rows, rollouts.response_mask.shape[1]), metrics
 
     def update(self) -> Metrics:
         """Take the optimizer steps of ``critic.epochs`` over the batch last evaluated; return their metrics."""
@@ -191,12 +195,19 @@ class CriticWorker(TrainerWorker):
             stats=stats,
         ).to(torch.device("cpu"))
 
-    def _measure(self, z: Tensor, part: Rollouts, stats: RunningStats) -> Sums:
+    def _measure(self, z: Tensor, part: Rollouts, stats: RunningStats, centre: float) -> Sums:
         algorithm = self.config.algorithm
         mask = part.response_mask.to(z.device)
         returns = returns_to_go(part.rewards.to(z.device), mask, algorithm.gamma)
         near = 0.05 * stats.return_sd  # a predicted quantile this close to a 0/1 reward counts as equal to it
-        return critic_sums(z, returns, mask, self.levels, algorithm.dvpo_alpha, algorithm.dvpo_beta, near)
+        tails = (algorithm.dvpo_alpha, algorithm.dvpo_beta)
+        return critic_sums(z, returns, mask, self.levels, *tails, tolerance=near, centre=centre)
+
+    def _a_return(self, rollouts: Rollouts) -> float:
+        """Return the first valid return of the whole batch, the same on every rank; 0 where there is none."""
+        mask = rollouts.response_mask
+        valid = returns_to_go(rollouts.rewards, mask, self.config.algorithm.gamma)[mask]
+        return float(valid[0]) if valid.numel() else 0.0
 
     def _totals(self, z: Tensor, targets: Tensor, part: Rollouts) -> Tensor:
         mask = part.response_mask.to(z.device)
@@ -209,13 +220,23 @@ class CriticWorker(TrainerWorker):
         return RankValues(torch.cat(rows), advantages, values)
 
     def _running_stats(self) -> RunningStats:
-        n, total, squares = self.trainer.extra["return_moments"].tolist()
-        variance = squares / n - (total / n) ** 2 if n else 1.0
-        return RunningStats(max(variance, 0.0) ** 0.5, float(self.trainer.extra["worst_value"]))
+        extra = self.trainer.extra
+        n, _, squares = extra["return_spread"].tolist()
+        return RunningStats(
+            return_sd=(squares / n if n else 1.0) ** 0.5,
+            return_width=running_width(extra["return_widths"]),
+            worst_value=float(extra["worst_value"]),
+        )
 
-    def _remember(self, sums: Sums) -> None:
-        """Add this batch's returns to the running moments, and keep its worst value; ``sums`` are over all ranks."""
-        self.trainer.extra["return_moments"] += torch.stack([sums[k] for k in ("count", "return", "return_sq")])
+    def _remember(self, sums: Sums, centre: float, rollouts: Rollouts) -> None:
+        """Add this batch's returns to the running moments and widths, and keep its worst value.
+
+        ``sums`` are over all ranks, around ``centre``; ``rollouts`` are the whole batch.
+        """
+        mask = rollouts.response_mask
+        returns = returns_to_go(rollouts.rewards, mask, self.config.algorithm.gamma)[mask]
+        self.trainer.extra["return_widths"] = add_batch(self.trainer.extra["return_widths"], returns)
+        self.trainer.extra["return_spread"] = merged_moments(self.trainer.extra["return_spread"], sums, centre)
         valid = [p.estimate.values[p.rollouts.response_mask] for m in self.minibatches for p in m.parts]
         low = min((float(v.min()) for v in valid if v.numel()), default=math.inf)
         worst = all_reduce_min(torch.tensor(low, dtype=torch.float64), self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from actors.training.trainer import Trainer, UpdateMetrics, full_state
 from actors.training.worker import TrainerWorker
 from dvpo_service.algo.diagnostics import policy_metrics
 from dvpo_service.config import Backend, Config
+from dvpo_service.models.fixed_sequences import record
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharding import shard
@@ -126,7 +128,10 @@ class PolicyWorker(TrainerWorker):
             lm = load_causal_lm(self.model_path, trust_remote_code=trust)
             with written_locally(folder) as local:
                 lm.save_pretrained(local, state_dict=state)  # type: ignore[operator]
-                load_tokenizer(self.model_path, trust_remote_code=trust).save_pretrained(local)
+                tokenizer = load_tokenizer(self.model_path, trust_remote_code=trust)
+                tokenizer.save_pretrained(local)
+                lm.load_state_dict(state)
+                record(lm, tokenizer, Path(local))
 
     def _load(self) -> Any:
         lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)

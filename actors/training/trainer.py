@@ -6,6 +6,7 @@ Every rank calls every method in the same order.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from dvpo_service.config import OptimConfig
 from dvpo_service.runs.integrity import Files
 from dvpo_service.runs.storage import read_locally
 from dvpo_service.types import Metrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -169,11 +172,19 @@ class Trainer:
         return self._saver.outcome(wait=wait)
 
     def load(self, folder: str) -> None:
-        """Restore what ``save`` wrote, at any world size. Collective."""
+        """Restore what ``save`` wrote, at any world size. Collective.
+
+        Extra tensors that an earlier version did not save keep their first values.
+        """
         model, optim = self._state()
         tensors = self._tensors(model, optim)
         with read_locally(folder) as local:  # the reader memory-maps its files
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(local))
+            reader = HuggingFaceStorageReader(local)
+            saved = reader.read_metadata().state_dict_metadata
+            for name in [k for k in tensors if k.startswith("extra.") and k not in saved]:
+                log.warning("%s is of an earlier version: %s starts anew", folder, name.removeprefix("extra."))
+                del tensors[name]
+            dcp.load(tensors, storage_reader=reader)
         set_state_dict(
             self.module,
             self.optimizer,
@@ -181,7 +192,7 @@ class Trainer:
             optim_state_dict={k: tensors.get(f"optim.{k}", v) for k, v in optim.items()},
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
-        self.extra = {k: tensors[f"extra.{k}"] for k in self.extra}
+        self.extra = {k: tensors.get(f"extra.{k}", v) for k, v in self.extra.items()}
         self._set_schedule(int(tensors["schedule"]))
 
     def _set_schedule(self, steps_done: int) -> None:

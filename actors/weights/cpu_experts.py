@@ -31,8 +31,8 @@ def keep_unpacked() -> None:
         packed_w1, packed_w2 = self._dvpo_packed
         apply(self, w1=packed_w1, w2=packed_w2, **inputs)
 
-    Experts.process_weights_after_loading = process_weights_after_loading
-    Experts.apply = apply_packed
+    Experts.process_weights_after_loading = process_weights_after_loading  # type: ignore[method-assign]
+    Experts.apply = apply_packed  # type: ignore[method-assign, assignment]
 
 
 def repack(model: nn.Module) -> None:

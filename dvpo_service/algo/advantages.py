@@ -16,11 +16,11 @@ All results are detached and float32 or better. Each row of a result depends on 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dvpo_service.algo.masks import float32_or_better, zero_masked
+from dvpo_service.algo.quantiles import ascending
 from dvpo_service.algo.scan import LastFirst, linear_scan
 
 
@@ -177,7 +177,7 @@ def mixture_targets(
     # The recurrence of Eq. 2 with a coefficient per atom: gamma where the coin follows the target, else 0.
     backup = order.pack_following(values, z_end).masked_fill_(coins, 0).mul_(gamma)
     backup.add_(order.pack(rewards).unsqueeze(-1))
-    return order.unpack(_sorted(linear_scan(backup, coins.to(values.dtype).mul_(gamma), z_end)))
+    return order.unpack(ascending(linear_scan(backup, coins.to(values.dtype).mul_(gamma), z_end)))
 
 
 @torch.no_grad()
@@ -194,28 +194,20 @@ def length_adaptive_lambda(mask: Tensor, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def whitening_sums(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Return (count, sum, sum of squares) of the valid tokens, [3] float64.
-
-    Add the result up over all ranks and pass it to ``whiten``.
-    """
-    valid = zero_masked(advantages, mask).double()
-    return torch.stack((mask.sum().double(), valid.sum(), valid.square().sum()))
-
-
-@torch.no_grad()
-def whiten(advantages: Tensor, mask: Tensor, sums: Tensor, eps: float = 1e-8) -> Tensor:
+def whiten(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Return ``(A - mean) / (sd + eps)``, [B, T], float32 or better, 0 where masked.
 
-    Mean and population sd come from the global ``sums`` [3] of ``whitening_sums``. The result is all zeros when the
-    advantages are all equal (sd 0) or when no token is valid.
+    Mean and population sd are over all valid tokens of the (whole) batch. The result is exactly 0 where the advantages
+    are all equal or no token is valid: one of them is subtracted before anything is added up.
     """
-    sums = sums.to(device=advantages.device, dtype=torch.float64)
-    count, total, squares = sums.unbind()
-    mean = total / count.clamp(min=1)
-    sd = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-    white = (zero_masked(advantages, mask).double() - mean) / (sd + eps)
-    return zero_masked(white, mask).to(float32_or_better(advantages).dtype)
+    values = zero_masked(advantages, mask).double()
+    valid = values[mask]
+    if valid.numel() == 0:
+        return torch.zeros_like(values).to(float32_or_better(advantages).dtype)
+    deviation = values - valid[0]
+    deviation = deviation - deviation[mask].mean()
+    sd = deviation[mask].square().mean().sqrt()
+    return zero_masked(deviation / (sd + eps), mask).to(float32_or_better(advantages).dtype)
 
 
 def _coins(mask: Tensor, m: int, trace: Tensor, seeds: Tensor) -> Tensor:
@@ -226,14 +218,3 @@ def _coins(mask: Tensor, m: int, trace: Tensor, seeds: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         coins[row, :valid] = torch.rand(valid, m, generator=generator) < trace[row, :valid]
     return coins.to(mask.device)
-
-
-def _sorted(atoms: Tensor) -> Tensor:
-    """Return ``atoms`` [..., M] in ascending order.
-
-    On the CPU NumPy sorts: its vectorised sort keeps no indices and is tens of times faster than torch's, which took
-    most of the time of this module.
-    """
-    if atoms.device.type == "cpu":
-        return torch.from_numpy(np.sort(atoms.numpy(), axis=-1))
-    return atoms.sort(-1).values

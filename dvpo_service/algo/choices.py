@@ -10,14 +10,16 @@ from typing import Literal
 # The critic's loss (docs/algorithm.md, "Two forms").
 LevelKind = Literal["endpoint", "midpoint"]
 QrOver = Literal["ensemble", "heads"]
-TailTarget = Literal["tail_mean", "pseudo_outcome"]
-ShiftOver = Literal["token", "batch"]
+TailTarget = Literal["tail_mean", "pseudo_outcome", "bounded"]
+TailSpread = Literal["variance", "bounded"]
+ShiftOver = Literal["token", "batch", "batch_middle"]
 Curvature = Literal["pointwise", "block"]
 CriticTarget = Literal["gae", "mixture"]
-HuberScale = Literal["absolute", "return_sd"]
+HuberScale = Literal["absolute", "return_sd", "return_width"]
 
 # The advantage of DVPO: which functional of the value distribution it compares.
-AdvantageKind = Literal["mean", "cvar", "entropic"]
+AdvantageKind = Literal["mean", "huber", "cvar", "entropic"]
+ClipScale = Literal["absolute", "return_width"]
 
 # The policy's loss.
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
@@ -26,4 +28,5 @@ KlPlace = Literal["reward", "loss"]
 BeyondCap = Literal["truncate", "mask"]
 
 # Noise that can be added to rewards.
-NoiseKind = Literal["none", "flip", "gaussian", "majority_vote"]
+NoiseKind = Literal["none", "flip", "gaussian", "spike", "student_t", "majority_vote"]
+SpikeSign = Literal["both", "up", "down"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dvpo_service.algo import critic_terms as terms
 from dvpo_service.algo.loss_spec import CriticLossSpec
 from dvpo_service.algo.masks import float32_or_better, masked_mean, masked_sum, zero_masked
 from dvpo_service.algo.quantile_huber import quantile_huber
-from dvpo_service.algo.quantiles import quantile_levels
+from dvpo_service.algo.quantiles import ascending, quantile_levels
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def critic_loss(
     *,
     delta: float,
     denominator: float | Tensor,
+    width: float = 1.0,
     mean_shift: float | None = None,
     own_terms: Mapping[str, OwnTerm] | None = None,
 ) -> CriticLoss:
@@ -62,9 +64,10 @@ def critic_loss(
       y: target atoms [B, T, K]; they get no gradient.
       mask: [B, T] bool. Values where it is False, NaN included, reach neither the loss nor the gradient.
       delta: the Huber threshold, in the units of the returns.
+      width: a robust width of the returns, for the bounded terms only.
       denominator: valid tokens of the whole batch, over all micro-batches and ranks. Losses, reports and gradients of
         the parts then add up to those of the whole.
-      mean_shift: only used with ``shift_over="batch"``, where the relu of Eq. 7 is around the *global* token mean. This
+      mean_shift: not used with ``shift_over="token"``; else the relu of Eq. 7 is around the *global* token mean. This
         is that mean: the sum of ``shift_sum`` over the parts / denominator. None takes the mean of this batch alone.
       own_terms: further terms by name, added like the built-in ones.
 
@@ -73,16 +76,19 @@ def critic_loss(
       touch the gradient even where it is NaN. With no valid token everything is 0.
 
     Raises:
-      ValueError: when the shapes do not fit, or denominator or delta is not positive.
+      ValueError: when the shapes do not fit, or denominator, delta or width is not positive.
     """
+    if not 0 < width < math.inf:
+        raise ValueError(f"the returns' width must be positive and finite, got {width}")
     z, y, mask = _check_and_clean(z, y, mask)
     own = own_terms or {}
     weights = {**spec.weights, **{name: term.weight for name, term in own.items()}}
     with torch.autocast(z.device.type, enabled=False):
+        inputs = _inputs(z, y, spec, delta, width)
         raw: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         total = z.flatten()[:0].sum()  # 0 that backward() accepts, whatever z holds
-        for name, value in _reduced_terms(z, y, mask, spec, delta, denominator, mean_shift, own).items():
+        for name, value in _reduced_terms(inputs, mask, denominator, mean_shift, own).items():
             raw[name] = value.detach()
             if weights[name] > 0:
                 contribution = weights[name] * value
@@ -94,14 +100,18 @@ def critic_loss(
 
 
 @torch.no_grad()
-def shift_sum(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+def shift_sum(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec | None = None) -> Tensor:
     """Return the sum over valid tokens of ``mean_j y - mean_j q`` (Eq. 7 before its relu), a float64 scalar.
 
     Add the sums up over micro-batches and ranks, divide by the global token count, and pass the result as
-    ``mean_shift`` to ``critic_loss``. The atoms need no sorting, because sorting cannot change a mean.
+    ``mean_shift`` to ``critic_loss``. With ``shift_over="batch_middle"`` in ``spec`` the atoms are cut as Eq. 7 cuts
+    them; otherwise they need no sorting, because sorting cannot change a mean.
     """
     z, y, mask = _check_and_clean(z, y, mask)
-    return masked_sum(terms.mean_shift(z.mean(-2), y, "batch").double(), mask)
+    if spec is None or spec.shift_over != "batch_middle":
+        return masked_sum(terms.mean_shift(z.mean(-2), y, "batch").double(), mask)
+    q = ascending((ascending(z) if spec.sort_atoms else z).mean(-2))
+    return masked_sum(terms.mean_shift(q, y, "batch_middle", spec.alpha, spec.beta).double(), mask)
 
 
 def _check_and_clean(z: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,22 +128,18 @@ def _check_and_clean(z: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
 
 
 def _reduced_terms(
-    z: Tensor,
-    y: Tensor,
+    inputs: terms.TermInputs,
     mask: Tensor,
-    spec: CriticLossSpec,
-    delta: float,
     denominator: float | Tensor,
     mean_shift: float | None,
     own_terms: Mapping[str, OwnTerm],
 ) -> dict[str, Tensor]:
     """Return a scalar per term, the built-in ones in the order of TERMS; autograd only through those with a weight."""
-    inputs = _inputs(z, y, spec, delta)
-    reduced = {}
+    spec, reduced = inputs.spec, {}
     for name, term in terms.PER_TOKEN.items():
         with _grad_if(spec.weights[name] > 0):
             reduced[name] = masked_mean(term(inputs), mask, denominator)
-            if name == "shift" and spec.shift_over == "batch":
+            if name == "shift" and spec.shift_over != "token":
                 reduced[name] = _batch_relu(reduced[name], mean_shift)
     for name, own in own_terms.items():
         with _grad_if(own.weight > 0):
@@ -141,7 +147,7 @@ def _reduced_terms(
     return reduced
 
 
-def _inputs(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> terms.TermInputs:
+def _inputs(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float, width: float) -> terms.TermInputs:
     # A stable sort gives tied atoms the same order, and so the same subgradient, on every machine.
     heads = z.sort(dim=-1, stable=True).values if spec.sort_atoms else z
     q = heads.mean(-2)
@@ -151,7 +157,7 @@ def _inputs(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> terms.T
     with _grad_if(spec.weights["qr"] > 0 or spec.weights["risk"] > 0):  # both terms use the same losses
         fitted = heads if spec.qr_over == "heads" else q.unsqueeze(-2)
         losses = quantile_huber(fitted, targets, levels, delta, spec.huber_unit)
-    return terms.TermInputs(heads, q, tails, targets, levels, losses, spec)
+    return terms.TermInputs(heads, q, tails, targets, levels, losses, spec, width)
 
 
 def _grad_if(wanted: bool) -> torch.no_grad | nullcontext[None]:

@@ -22,7 +22,14 @@ COVERAGE_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 @torch.no_grad()
 def critic_sums(
-    z: Tensor, returns: Tensor, mask: Tensor, levels: Tensor, alpha: float, beta: float, tolerance: float = 0.0
+    z: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    levels: Tensor,
+    alpha: float,
+    beta: float,
+    tolerance: float = 0.0,
+    centre: float = 0.0,
 ) -> dict[str, Tensor]:
     """Return the sums from which ``critic_metrics`` computes the critic's metrics.
 
@@ -33,6 +40,8 @@ def critic_sums(
       mask: [B, T] bool; values where it is False are never read.
       levels: quantile levels tau [M] of the atoms.
       alpha, beta: fractions of the lower and upper tail.
+      centre: subtracted from the returns in the sums "return" and "return_sq", so that little is left to cancel in
+        their variance: any of the returns, the same for all parts of a batch and for ``critic_metrics``.
       tolerance: how close to a predicted quantile a return counts as equal to it, in the units of the returns.
 
     Returns:
@@ -48,8 +57,8 @@ def critic_sums(
     count = mask.sum().double()
     per_token = {
         "value": value,
-        "return": returns,
-        "return_sq": returns.double().square(),
+        "return": returns.double() - centre,
+        "return_sq": (returns.double() - centre).square(),
         "error": error,
         "error_sq": error.square(),
     }
@@ -69,8 +78,10 @@ def critic_sums(
     return sums | {name: masked_sum(x.double(), mask) for name, x in per_token.items()}
 
 
-def critic_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+def critic_metrics(sums: Mapping[str, Tensor], centre: float = 0.0) -> dict[str, float]:
     """Return the metrics ``critic/<name>`` from summed ``critic_sums``; they are NaN when no token is valid.
+
+    ``centre`` is the one that the sums were taken with.
 
     - ``quantile_mean``: the mean value. ``return_mean`` and ``return_sd`` are of the scalar returns, per token.
     - ``explained_variance``: 1 - Var(return - value) / Var(return); NaN when all returns are equal.
@@ -95,7 +106,7 @@ def critic_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
 
     metrics = {
         "critic/quantile_mean": _ratio(s["value"], n),
-        "critic/return_mean": _ratio(s["return"], n),
+        "critic/return_mean": centre + _ratio(s["return"], n),
         "critic/return_sd": math.sqrt(variance("return")),
         "critic/explained_variance": 1.0 - _ratio(variance("error"), variance("return")),
     }
@@ -212,6 +223,26 @@ def rollout_kl_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
+def merged_moments(moments: Tensor, sums: Mapping[str, Tensor], centre: float) -> Tensor:
+    """Return (count, mean, sum of squared deviations), [3] float64, of earlier returns and of a batch's.
+
+    The pairwise update of Chan, Golub and LeVeque (1983): nothing cancels, and equal returns leave exactly 0.
+
+    Args:
+      moments: of the earlier returns; zeros before the first batch.
+      sums: of the whole batch, from ``critic_sums`` with ``centre``.
+    """
+    n, total, squares = (float(sums[name]) for name in ("count", "return", "return_sq"))
+    before, mean, spread = moments.tolist()
+    if not n:
+        return moments
+    gap = centre + total / n - mean if before else 0.0
+    count = before + n
+    spread += max(squares - total**2 / n, 0.0) + gap**2 * before * n / count
+    mean = mean + gap * n / count if before else centre + total / n
+    return torch.tensor([count, mean, spread], dtype=torch.float64)
+
+
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
 
@@ -228,6 +259,7 @@ def between_groups(scores: Tensor) -> float:
     count, size = complete.shape
     if min(count, size) < 2:
         return math.nan
+    complete = complete - complete[0, 0]  # so that equal scores leave no rounding to divide by
     between = size * complete.mean(1).var()
     within = complete.var(1).mean()
-    return float((between - within) / (between + (size - 1) * within))
+    return _ratio(float(between - within), float(between + (size - 1) * within))

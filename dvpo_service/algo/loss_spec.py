@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dvpo_service.algo.choices import Curvature, LevelKind, QrOver, ShiftOver, TailTarget
+from dvpo_service.algo.choices import Curvature, LevelKind, QrOver, ShiftOver, TailSpread, TailTarget
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class CriticLossSpec:
     huber_unit: bool
     sort_atoms: bool
     qr_over: QrOver
-    tail_target: TailTarget
+    tail_target: TailTarget  # of Eq. 5 and 6
+    tail_spread: TailSpread  # of Eq. 8
     shift_over: ShiftOver
     curvature: Curvature
     weights: Mapping[str, float]  # per term; 0 removes it

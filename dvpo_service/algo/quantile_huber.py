@@ -25,12 +25,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dvpo_service.algo.masks import float32_or_better
+from dvpo_service.algo.quantiles import ascending
 
 # Atoms per chunk: on a CPU the temporaries should stay in cache; a GPU is fastest with few, large kernels.
 _CHUNK_ATOMS = {"cpu": 1 << 16, "cuda": 1 << 23}
@@ -130,8 +130,7 @@ def _one_target(a: Tensor, y: Tensor, tau: Tensor, d: float) -> tuple[Tensor, Te
 
 def _many_targets(a: Tensor, y: Tensor, tau: Tensor, d: float) -> tuple[Tensor, Tensor]:
     """Return loss and slope summed over the K targets: a [N, Q], y [N, K], both float64 -> [N, Q]."""
-    # On a CPU NumPy's vectorised sort is many times faster than torch's. Both put NaN last.
-    y = y.sort(-1).values if y.is_cuda else torch.from_numpy(np.sort(y.numpy(), axis=-1))
+    y = ascending(y)
     count = y.shape[-1]
     median = slice(count // 2, count // 2 + 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,17 @@ def quantile_levels(
     else:
         raise ValueError(f"quantile levels are 'endpoint' or 'midpoint', got {kind!r}")
     return levels.to(dtype)
+
+
+def ascending(x: Tensor) -> Tensor:
+    """Return ``x`` [..., M] sorted along its last axis, detached; NaN comes last.
+
+    On the CPU NumPy sorts: its vectorised sort keeps no indices, and is ten times faster than torch's.
+    """
+    x = x.detach()
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
+    return x.sort(-1).values
 
 
 def interpolate_quantiles(atoms: Tensor, at: Tensor, levels: Tensor) -> Tensor:

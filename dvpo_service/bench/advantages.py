@@ -1,6 +1,8 @@
-"""Time of targets and advantages: the chunked scan against the loop over T that it replaced, on one CPU thread.
+"""Time of targets and advantages on one CPU thread.
 
-The loop exists only in this module. Both sides are timed with all of their work, checks, coins and sort included.
+The chunked scan is compared with the loop over T that it replaced, which exists only in this module. Both sides are
+timed with all of their work, checks, coins and sort included. DVPO's advantages are compared with each other: ``huber``
+against ``mean``, in the critic's whole estimate.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ import torch
 from torch import Tensor
 
 from dvpo_service.algo.advantages import distributional_gae, mixture_targets, scalar_gae
+from dvpo_service.algo.huber_advantage import huber_advantages
 from dvpo_service.algo.masks import zero_masked
+from dvpo_service.bench.critic_step import STATS, random_rollouts
+from dvpo_service.config import AlgorithmConfig, CriticConfig
+from dvpo_service.estimators.base import critic_objective
 
 B, T, M = 4, 4096, 200
 GAMMA, LAM = 0.999, 0.95
@@ -30,9 +36,42 @@ def run() -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {"shape": {"B": B, "T": T, "M": M}, "repeats": REPEATS, "threads": 1} | _measure()
+        shape = {"shape": {"B": B, "T": T, "M": M}, "repeats": REPEATS, "threads": 1}
+        return shape | _measure() | {"advantage": advantage(B * 2048)}
     finally:
         torch.set_num_threads(threads)
+
+
+def advantage(tokens: int) -> dict[str, Any]:
+    """Return the microseconds a token of the critic's estimate with each advantage, and of the Huber advantage alone.
+
+    An estimate sorts the heads, builds the critic's targets (calibrated form) and computes the advantages. The times
+    are CPU seconds, the best of the repeats, which run in alternation.
+    """
+    part = random_rollouts(sequences=4, prompt=4, response=tokens // 4)
+    z = torch.randn(4, tokens // 4, 3, M, generator=torch.Generator().manual_seed(0))
+    atoms, mask, seeds = z.mean(-2), part.response_mask, torch.arange(4)
+
+    def estimate(advantage: str) -> Callable[[], object]:
+        config = AlgorithmConfig.model_validate({"form": "calibrated", "advantage": advantage})
+        objective = critic_objective(config, CriticConfig())
+        return lambda: objective.estimate(z, z[:, 0], part, seeds=seeds, pretraining=False, stats=STATS)
+
+    work = {
+        "mean": estimate("mean"),
+        "huber": estimate("huber"),
+        "huber_alone": lambda: huber_advantages(atoms, z[:, :, 0], mask, 1.0),
+    }
+    laps = [{name: _cpu_seconds(call) for name, call in work.items()} for _ in range(REPEATS)]
+    best = {name: min(lap[name] for lap in laps) for name in work}
+    micro = {f"{name}_us": round(1e6 * seconds / tokens, 2) for name, seconds in best.items()}
+    return {"tokens": tokens, "heads": 3, "quantiles": M} | micro | {"ratio": round(best["huber"] / best["mean"], 2)}
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def _measure() -> dict[str, Any]:

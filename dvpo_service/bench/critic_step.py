@@ -16,7 +16,7 @@ from dvpo_service.estimators.base import CriticObjective, Estimate, RunningStats
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 
-STATS = RunningStats(return_sd=0.5, worst_value=0.0)
+STATS = RunningStats(return_sd=0.5, return_width=0.4, worst_value=0.0)
 VOCABULARY = 8192
 
 
@@ -31,7 +31,7 @@ def run(sequences: int = 4, prompt: int = 32, response: int = 96, repeats: int =
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    part = _rollouts(sequences, prompt, response)
+    part = random_rollouts(sequences, prompt, response)
     kinds: dict[str, dict[str, Any]] = {
         "scalar": {"adv_estimator": "gae"},
         "paper": {"form": "paper"},
@@ -140,7 +140,8 @@ def _backbone() -> torch.nn.Module:
     return AutoModel.from_config(config).float()
 
 
-def _rollouts(sequences: int, prompt: int, response: int) -> Rollouts:
+def random_rollouts(sequences: int, prompt: int, response: int) -> Rollouts:
+    """Return responses of one length with random tokens; every second one is right."""
     rng = torch.Generator().manual_seed(0)
 
     def tokens(n: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ FLOAT32 = 4
 LOGIT_COPIES = 4  # float32 logits of a chunk that exist at a time: scores, their exponential, gradient, the model's own
 ATOM_COPIES = 8  # float32 atoms of a response token: the critic's, sorted, targets, and the loss's temporaries
 CUDA_CONTEXT = int(1.5 * 2**30)  # CUDA's context and NCCL's buffers
+PROCESS = 0.8 * 2**30  # a Python process with torch, transformers and Ray; an engine has two
 PREFILL_TOKENS = 8192  # tokens of vLLM's largest batch by default
 
 
@@ -51,8 +52,10 @@ def devices(config: Config, shape: ModelShape) -> list[Device]:
     found = [Device("policy", config.policy.world_size, tuple(_policy(config, shape)))]
     if config.algorithm.has_critic:
         found.append(Device("critic", config.critic.world_size, tuple(_critic(config, shape))))
-    engines = Device("rollout", config.rollout.num_engines * config.rollout.tensor_parallel_size, ())
-    return [*found, Device(engines.pool, engines.count, tuple(_engine(config, shape)))]
+    if config.rollout.engine == "vllm":  # nothing is known of another's memory
+        count = config.rollout.num_engines * config.rollout.tensor_parallel_size
+        found.append(Device("rollout", count, tuple(_engine(config, shape))))
+    return found
 
 
 def _policy(config: Config, shape: ModelShape) -> Iterator[Part]:
@@ -88,10 +91,10 @@ def _trained(name: str, pool: TrainerPool, config: Config, shape: ModelShape, pa
         FLOAT32 * (parameters if whole else shard),
         f"{name}.defer_gradient_reduction=false" if whole else f"{name}.world_size",
     )
-    if pool.world_size > 1 or width < FLOAT32:
-        # Two layers, for the next is gathered while one computes, and what is in no layer; with their gradients.
-        gathered = 2 * shape.layer + (parameters - shape.layers * shape.layer)
-        yield Part("gathered weights and their gradients", 2 * width * gathered, "model.dtype")
+    # FSDP copies two layers, for the next is gathered while one computes, and what is in no layer; with gradients. A
+    # single rank does the same.
+    gathered = 2 * shape.layer + (parameters - shape.layers * shape.layer)
+    yield Part("gathered weights and their gradients", 2 * width * gathered, "model.dtype")
     tokens = micro_tokens(pool, config)
     layer = shape.saved * width
     kept = shape.hidden * width
@@ -135,13 +138,17 @@ def compute_bytes(config: Config) -> int:
 def host_bytes(config: Config, shape: ModelShape) -> dict[str, float]:
     """Return the bytes of host memory, over all hosts, beside what is on the devices.
 
+    - ``processes``: what a process of each actor needs before it holds anything.
     - ``loading``: every trainer rank reads the whole model in float32 before it shards it.
     - ``critic targets``: they wait in host memory from the evaluation to the update.
     - ``weights to engines``: the file in memory through which a CPU engine gets them, and its contents.
     """
     a = config.algorithm
     ranks = config.policy.world_size + (config.critic.world_size if a.has_critic else 0)
-    found = {"loading": FLOAT32 * shape.parameters * ranks}
+    found = {
+        "processes": PROCESS * (ranks + 2 * config.rollout.num_engines),
+        "loading": FLOAT32 * shape.parameters * ranks,
+    }
     if a.has_critic:
         found["critic targets"] = FLOAT32 * config.batch_size * config.rollout.max_new_tokens * a.n_quantiles
     if config.cluster.gpus_per_engine == 0:

@@ -60,7 +60,7 @@ class Capacity:
                 continue
             worst = max(device.parts, key=lambda part: part.size)
             raise ConfigError(
-                f"the plan does not fit: each {device.pool} actor needs {gib(device.size)} of memory and has {gib(room)}. "
+                f"the plan does not fit: each {device.pool} actor needs {gib(device.size)} and has {gib(room)}. "
                 f"The most is for {worst.name}, {gib(worst.size)}: change {worst.key}. `dvpo plan` shows every part"
             )
         total = sum(device.count * device.size for device in self.devices) + sum(self.host.values())
@@ -94,11 +94,9 @@ class Capacity:
 
     def sequences_at_once(self) -> float:
         """Return how many sequences of full length fit an engine's KV cache."""
-        r = self.config.rollout
-        engine = self.devices[-1]
-        if self.config.cluster.gpus_per_engine == 0:
-            free = r.kv_cache_gib * 2**30
-        else:
+        free = self.config.rollout.kv_cache_gib * 2**30
+        engine = next((d for d in self.devices if d.pool == "rollout"), None)
+        if engine is not None and self.config.cluster.gpus_per_engine > 0:
             free = self.room(engine) - sum(p.size for p in engine.parts if "KV" not in p.name)
         return max(0.0, free / (self.config.max_model_len * kv_bytes(self.config, self.shape)))
 
@@ -112,7 +110,7 @@ class Capacity:
 
     def stage_seconds(self) -> dict[str, float]:
         """Return a rough time of each stage on GPUs, for comparison with each other."""
-        c, s, r = self.config, self.shape, self.config.rollout
+        c, s = self.config, self.shape
         tokens = sum(self.tokens().values())
         forward = 2 * s.parameters * tokens / FLOPS
         seconds = {"generate": self._generate_seconds()}

@@ -97,6 +97,6 @@ def _model_config(config: Config) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         check_model_folder(path)
         raise CheckpointError(
-            f"model.path {path}: its config.json cannot be read ({one_line(error)}); the plan needs the model's sizes, so "
+            f"model.path {path}: its config.json cannot be read ({one_line(error)}); the plan needs the model's sizes: "
             "give a folder with its config.json, or a hub name with the network at hand"
         ) from error

@@ -131,7 +131,7 @@ def assemble(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, pools: Pools, tracker: Tracker, run_dir: Path
 ) -> loop.Roles:
     """Return the pools in the roles that the loop talks to."""
-    check = EngineCheck(config, data.train, pools.policy.score)
+    check = EngineCheck(config, data.train.prompts, pools.policy.score)
     weights = SyncedEngines(config, pools.engines, pools.backend, pools.policy.send_weights, check)
     stream = AheadStream if config.rollout.max_staleness else SyncStream
 

@@ -57,7 +57,7 @@ def _check_estimator(config: Config) -> None:
     objective = _call(estimators.KEY, name, critic_objective, config.algorithm, config.critic)
     if config.algorithm.critic_terms and not isinstance(objective, DvpoObjective):
         raise ConfigError(f"algorithm.critic_terms: only DvpoObjective and classes derived from it use them; {name!r}")
-    stats = RunningStats(return_sd=0.5, worst_value=0.0)
+    stats = RunningStats(return_sd=0.5, return_width=0.4, worst_value=0.0)
     b, t = shape
 
     def run_estimate() -> tuple[Tensor, Any]:

@@ -138,5 +138,7 @@ def _model(config: Config) -> Iterator[Finding]:
 
 def _plan(config: Config) -> Iterator[Finding]:
     from actors.cluster.connect import plan_fit
+    from dvpo_service.commands.plan import check_capacity
 
     yield Finding(True, "plan fits", plan_fit(config))
+    yield Finding(True, "memory of each actor", check_capacity(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,13 @@ from dvpo_service.eval_stats import PromptScores, by_group
 from dvpo_service.export.export import export
 from dvpo_service.export.states import is_export, newest
 from dvpo_service.models.load import check_model, load_tokenizer
-from dvpo_service.terminal import make_console, progress, warn_of
+from dvpo_service.terminal import Bar, make_console, progress, warn_of
+
+# What the table says of its intervals, by ``ci95_method``.
+INTERVALS = {
+    "wilson": "Wilson's interval over prompts (rewards of 0 and 1)",
+    "student_t": "Student's t over prompts, within 0 and 1 where the rewards are",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None
     check_model(subject.model, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     data = load_files(config.data, files) if files else load_data(config.data).held_out
     with progress(f"evaluating {subject.name}", sum(map(len, data.values()))) as bar:
-        scores = measure(config, subject.model, data, n, bar.update)
+        scores = measure(config, subject.model, data, n, bar)
     sampling = {"n": n, "temperature": config.rollout.temperature, "seed": config.trainer.seed}
     results = {"model": subject.name, "step": subject.step, **sampling, **by_group(scores, n)}
     if output:
@@ -88,30 +94,31 @@ def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None
     return results
 
 
-def measure(
-    config: Config, model: str, data: Mapping[str, Dataset], n: int, on_progress: Callable[[int], None]
-) -> list[PromptScores]:
+def measure(config: Config, model: str, data: Mapping[str, Dataset], n: int, bar: Bar) -> list[PromptScores]:
     """Return the scores of ``model`` on ``data``. Only engines and reward workers are started for it.
 
     Args:
       data: splits by name.
       n: samples for each prompt.
-      on_progress: called with the number of prompts done, see ``HeldOutEvaluator.measure``.
+      bar: shows the stage of the start, then the number of prompts done.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     splits = {name: encode(config.data, split, tokenizer) for name, split in data.items()}
+    bar.stage("starting Ray")
     with connected(config), ExitStack() as stack:
         bundles = [b for b in plan_bundles(config) if b.pool in ("rollout", "reward")]
         placement = Placement(bundles, timeout_s=config.cluster.placement_timeout_s)
         stack.callback(placement.release)
         folder = str(Path(model).absolute()) if Path(model).exists() else model  # actors have other working directories
+        bar.stage(f"starting {config.rollout.num_engines} {config.rollout.engine} engine(s) with {model}")
         engines = EnginePool.spawn(config, folder, weight_backend(config), placement)
         stack.callback(engines.shutdown)
         rewards = RewardPool(config.reward, placement)
         stack.callback(rewards.shutdown)
         engines.supervisor.start()
         engines.supervisor.wait_started()
-        return HeldOutEvaluator(config, splits, engines, rewards).measure(n, on_progress)
+        bar.stage("")
+        return HeldOutEvaluator(config, splits, engines, rewards).measure(n, bar.update)
 
 
 def show(found: Mapping[str, Any]) -> None:
@@ -122,6 +129,9 @@ def show(found: Mapping[str, Any]) -> None:
     console.print(_table("split", found["splits"]))
     if found["sources"].keys() != found["splits"].keys():
         console.print(_table("source", found["sources"]))
+    methods = {g["ci95_method"] for g in (*found["splits"].values(), *found["sources"].values())} - {None}
+    if methods:
+        console.print(f"95%: {' and '.join(INTERVALS[m] for m in sorted(methods))}")
 
 
 def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 
@@ -21,8 +23,9 @@ from dvpo_service.errors import CheckpointError, ClusterError
 from dvpo_service.export.export import Exported, export, open_export
 from dvpo_service.export.states import is_export, newest
 from dvpo_service.host.stopping import SIGNALS, Stopped
+from dvpo_service.models.fixed_sequences import FILE, recorded
 from dvpo_service.runs.settings import CONFIG_FILE
-from dvpo_service.serving.deploy import Served, cpus_needed, deploy, free_listen_address, running
+from dvpo_service.serving.deploy import Served, cpus_needed, deploy, free_listen_address, running, update
 from dvpo_service.serving.http import ListenAddress
 
 
@@ -35,10 +38,13 @@ def servable(source: Path) -> Exported:
       CheckpointError: ``source`` holds nothing to serve.
     """
     _, folder = newest(source)
-    if is_export(folder):
-        return open_export(folder)
-    output = folder.parents[1] / "serving" / folder.name
-    return open_export(output) if is_export(output) else export(folder, output)
+    if not is_export(folder):
+        output = folder.parents[1] / "serving" / folder.name
+        if not is_export(output):
+            export(folder, output)
+        folder = output
+    recorded(folder)  # raises when the file is damaged
+    return open_export(folder)
 
 
 def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
@@ -61,14 +67,17 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
     exported = servable(source)
     config = load_config(str(exported.folder / CONFIG_FILE), overrides)
     terminal.warn_of(config)
+    if recorded(exported.folder) is None:
+        terminal.say(f"note: {exported.folder} has no {FILE}, so nobody checks that the engine computes its model")
     served = Served.of(exported)
     cluster = config.cluster.model_copy(update={"num_cpus": config.cluster.num_cpus or math.ceil(cpus_needed(config))})
     with connected(config.model_copy(update={"cluster": cluster})):
         deployed = running()
         if deployed:
             before, address = deployed
-            deploy(config, served, address)
-            terminal.say(f"updated: {before} -> {served.version}")
+            if why := update(config, before, served, address):
+                raise CheckpointError(f"{served.version} is refused, {before.version} is served on: {why}")
+            terminal.say(f"updated: {before.version} -> {served.version}")
             return
         with stopped_after():
             address = free_listen_address(config)
@@ -83,17 +92,21 @@ def run(source: Path, overrides: Sequence[str], *, follow: bool) -> None:
 
 def _wait(config: Config, source: Path, served: Served, address: ListenAddress, follow: bool) -> None:
     """Wait until interrupted. Report a newer state that cannot be exported or served once, and keep serving."""
-    last_error = ""
+    last_error, refused = "", served
     while True:
         time.sleep(config.serve.follow_every_s)
         if not follow:
             continue
         try:
             newer = Served.of(servable(source))
-            if newer != served:
-                deploy(config, newer, address)
-                terminal.say(f"updated: {served.version} -> {newer.version}")
-                served = newer
+            if newer in (served, refused):
+                continue
+            if why := update(config, served, newer, address):
+                refused = newer
+                terminal.say(f"{newer.version} is refused, {served.version} is served on: {why}")
+                continue
+            terminal.say(f"updated: {served.version} -> {newer.version}")
+            served = newer
         except (CheckpointError, ClusterError) as error:
             if str(error) != last_error:
                 terminal.say(f"no newer weights than {served.version}: {error}")
@@ -102,7 +115,7 @@ def _wait(config: Config, source: Path, served: Served, address: ListenAddress, 
 
 @contextmanager
 def stopped_after() -> Iterator[None]:
-    """End Serve, its replicas and their engines when the block ends, on SIGTERM and Ctrl-C too."""
+    """End Serve, its replicas and their engines when the block ends, on SIGTERM and Ctrl-C too; disconnect from Ray."""
 
     def stop(signum: int, frame: Any) -> None:
         raise Stopped("stopped serving", signum)
@@ -112,4 +125,8 @@ def stopped_after() -> Iterator[None]:
     try:
         yield
     finally:
-        serve.shutdown()
+        # Serve's controller is ended on purpose. Until this process is disconnected, Ray prints to standard output that
+        # calls to the controller failed and are retried for ever.
+        with redirect_stdout(io.StringIO()):
+            serve.shutdown()
+            ray.shutdown()

@@ -14,6 +14,7 @@ from dvpo_service import loop, terminal
 from dvpo_service.commands.assemble import assemble, recovery_of, start_pools
 from dvpo_service.commands.check_plugins import check_plugins
 from dvpo_service.commands.check_rollouts import check_rollouts
+from dvpo_service.commands.plan import check_capacity
 from dvpo_service.commands.resume import open_tracker, restore, resume_point
 from dvpo_service.commands.summary import plan_facts, summarize
 from dvpo_service.commands.warmstart import base_model
@@ -90,6 +91,7 @@ def _check(config: Config, *, quiet: bool) -> Data:
     check_rollouts(config, data.train.prompts[0])
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     plan_fit(config)
+    check_capacity(config)
     return data
 
 

@@ -26,7 +26,7 @@ from dvpo_service.config import Config, WarmstartConfig
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import encode, load_demonstrations, resolve_file
 from dvpo_service.host.network import use_interface_of
-from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.models.load import load_causal_lm, load_tokenizer, quiet
 from dvpo_service.models.sharding import shard
 from dvpo_service.models.small import save_small_model
 from dvpo_service.terminal import progress
@@ -93,6 +93,7 @@ def make_base_model(
     """
     warm = config.model.warmstart
     assert warm is not None
+    quiet()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -9,12 +9,14 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 
 from dvpo_service.algo.choices import (
     AdvantageKind,
+    ClipScale,
     CriticTarget,
     Curvature,
     HuberScale,
     LevelKind,
     QrOver,
     ShiftOver,
+    TailSpread,
     TailTarget,
 )
 from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
@@ -52,6 +54,7 @@ FORMS: dict[str, dict[str, Any]] = {
         sort_atoms=True,
         qr_over="ensemble",
         tail_target="tail_mean",
+        tail_spread="variance",
         shift_over="token",
         curvature="pointwise",
         critic_target="gae",
@@ -64,14 +67,20 @@ FORMS: dict[str, dict[str, Any]] = {
         sort_atoms=True,
         qr_over="heads",
         tail_target="pseudo_outcome",
+        tail_spread="variance",
         shift_over="batch",
         curvature="block",
         critic_target="mixture",
     ),
 }
+# As calibrated, with nothing that a few wild rewards can rule.
+FORMS["robust"] = FORMS["calibrated"] | dict(
+    huber_scale="return_width", tail_target="bounded", tail_spread="bounded", shift_over="batch_middle"
+)
 FORM_WEIGHTS: dict[str, dict[str, float]] = {
     "paper": {name: term.paper for name, term in TERMS.items()},
     "calibrated": {name: term.calibrated for name, term in TERMS.items()},
+    "robust": {name: term.calibrated for name, term in TERMS.items()},
 }
 
 
@@ -135,9 +144,12 @@ class AlgorithmConfig(Section):
       lam: GAE's trace for the policy's advantages.
       critic_lam: the trace of the critic's targets; ``lam`` when absent.
       length_adaptive_alpha: replaces ``lam`` by 1 - 1/(alpha x length).
-      advantage: the functional of the value distribution that DVPO's advantage compares (mean, or a risk measure).
       bootstrap_truncated: the critic's own value follows a response that was cut at the length limit. Only for rewards
         that are still to come then: an outcome reward of a cut response is its whole return.
+      advantage: how DVPO's advantage compares the distributions of target and prediction: by their means, pair by
+        pair with bounded differences (huber), or by a risk measure (cvar, entropic).
+      advantage_clip: huber's bound on the difference of a pair, in units of ``advantage_clip_scale``. 1.35 widths are
+        the interquartile range of the returns: 1 for 0/1 rewards.
       robust_rho: contamination per token of robust_gae.
       form: the preset for the keys in ``FORMS`` and for the loss weights.
     """
@@ -152,11 +164,13 @@ class AlgorithmConfig(Section):
     robust_rho: Probability = 0.01
 
     advantage: AdvantageKind = "mean"
+    advantage_clip: PositiveFloat = 1.35
+    advantage_clip_scale: ClipScale = "return_width"
     advantage_alpha: Fraction = 1.0
     advantage_beta: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     head_trust: NonNegativeFloat = 0.0
 
-    form: Literal["paper", "calibrated"] = "paper"
+    form: Literal["paper", "calibrated", "robust"] = "paper"
     n_quantiles: Positive = 200
     n_heads: Positive = 3
     critic_hidden_dim: Positive = 512
@@ -173,6 +187,7 @@ class AlgorithmConfig(Section):
     sort_atoms: bool
     qr_over: QrOver
     tail_target: TailTarget
+    tail_spread: TailSpread
     shift_over: ShiftOver
     curvature: Curvature
     critic_target: CriticTarget
@@ -219,6 +234,12 @@ class AlgorithmConfig(Section):
         """Whether the estimator learns values, and so needs a critic pool."""
         return self.traits.needs_critic
 
+    @property
+    def advantage_is_mean(self) -> bool:
+        """Whether the advantage compares means only, by name or by a parameter's neutral value."""
+        neutral = {"cvar": self.advantage_alpha == 1, "entropic": self.advantage_beta == 0, "huber": False}
+        return neutral.get(self.advantage, True)
+
     def critic_loss_spec(self) -> CriticLossSpec:
         """Return the settings of the critic's loss, in the form that ``dvpo_service.algo`` takes."""
         return CriticLossSpec(
@@ -230,6 +251,7 @@ class AlgorithmConfig(Section):
             sort_atoms=self.sort_atoms,
             qr_over=self.qr_over,
             tail_target=self.tail_target,
+            tail_spread=self.tail_spread,
             shift_over=self.shift_over,
             curvature=self.curvature,
             weights=self.dvpo_loss_weights.effective(),

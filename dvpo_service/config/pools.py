@@ -62,7 +62,7 @@ class TrainerPool(Section):
         if batch_size % mini or mini % self.world_size:
             raise ValueError(
                 f"{name}: the batch of prompts_per_step x n = {batch_size} responses must divide into "
-                f"mini-batches of {mini}, and those over world_size = {self.world_size} ranks"
+                f"mini-batches of {name}.mini_batch_size = {mini}, those over world_size = {self.world_size} ranks"
             )
         if budget is not None and budget < max_model_len:
             raise ValueError(

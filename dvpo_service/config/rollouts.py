@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from dvpo_service.algo.choices import NoiseKind
+from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.config.base import (
     Fraction,
     NonNegative,
@@ -77,15 +77,20 @@ class RolloutConfig(Section):
 
 
 class NoiseConfig(Section):
-    """Noise on rewards, for experiments.
+    """Noise on rewards, for experiments (docs/algorithm.md, "Noise on the rewards").
 
     ``flip`` turns an outcome r in [0, 1] into 1 - r with probability ``p``. ``gaussian`` adds a draw from N(0, sd^2).
-    ``majority_vote`` scores against the group's most frequent answer.
+    ``spike`` adds one with probability ``p``; with ``sign`` up or down it adds or subtracts the draw's size.
+    ``student_t`` adds ``scale`` times a draw from Student's t with ``df`` degrees of freedom. ``majority_vote`` scores
+    against the group's most frequent answer.
     """
 
     kind: NoiseKind = "none"
     p: Probability = 0.0
     sd: NonNegativeFloat = 0.0
+    sign: SpikeSign = "both"
+    df: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    scale: NonNegativeFloat = 1.0
 
 
 class RewardConfig(Section):

@@ -16,6 +16,7 @@ class ServeConfig(Section):
     The API key is not a setting: it is read from the environment variable DVPO_API_KEY.
 
     Attributes:
+      note: what readers of the model's responses must know; the page and the model card show it.
       min_replicas, max_replicas: the range for the number of engines.
       target_requests: requests under way per engine that scaling aims at.
       max_requests: requests under way at a gateway; further ones are answered 429 at once.
@@ -30,6 +31,7 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     model_name: str | None = None
+    note: str | None = None
     min_replicas: Positive = 1
     max_replicas: Positive = 1
     target_requests: Positive = 64

@@ -67,6 +67,7 @@ class RunningStats:
     """Statistics of earlier batches that a critic keeps; equal on every rank."""
 
     return_sd: float  # standard deviation of all returns so far
+    return_width: float  # their robust width (algo/robust_width.py), in units of a normal distribution's sd
     worst_value: float  # the smallest value in the batch before this one
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dvpo_service.algo.advantages import distributional_gae, mixture_targets, scalar_gae
 from dvpo_service.algo.critic_loss import critic_loss, shift_sum
+from dvpo_service.algo.huber_advantage import huber_advantages
+from dvpo_service.algo.quantiles import ascending
 from dvpo_service.algo.risk_advantage import cvar_advantages, entropic_advantages, head_trust
 from dvpo_service.config import AlgorithmConfig, CriticConfig
 from dvpo_service.estimators.base import (
@@ -39,13 +41,18 @@ class DvpoObjective(CriticObjective):
         self, z: Tensor, z_end: Tensor, part: Rollouts, *, seeds: Tensor, pretraining: bool, stats: RunningStats
     ) -> Estimate:
         rewards, mask = part.rewards.to(z.device), part.response_mask.to(z.device)
-        heads = z.sort(dim=-1).values
+        heads = ascending(z)
         atoms = heads.mean(-2)
-        end = bootstrap(self.algorithm, part, z_end.sort(dim=-1).values.mean(-2))
-        lam = critic_lambda(self.algorithm, pretraining)
+        end = bootstrap(self.algorithm, part, ascending(z_end).mean(-2))
+        lam, policy_lam = critic_lambda(self.algorithm, pretraining), policy_lambda(self.algorithm, mask)
         targets = self._targets(rewards, atoms, mask, end, lam, seeds)
         value = atoms.mean(-1)
-        advantages = self._advantages(rewards, atoms, value, mask, end, seeds)
+        if self.algorithm.advantage_is_mean:  # like any fixed weighting of atoms: scalar GAE with another baseline
+            advantages, _ = scalar_gae(rewards, value, mask, end.mean(-1), self.algorithm.gamma, policy_lam)
+        else:
+            same = isinstance(policy_lam, float) and policy_lam == lam
+            aim = targets if same else self._targets(rewards, atoms, mask, end, policy_lam, seeds)
+            advantages = self._compare(atoms, aim, mask, stats)
         if self.algorithm.head_trust:
             advantages = head_trust(advantages, heads, mask, self.algorithm.head_trust)
         return Estimate(targets, advantages, torch.where(mask, value, 0.0))
@@ -67,6 +74,7 @@ class DvpoObjective(CriticObjective):
             mask,
             self.spec,
             delta=delta,
+            width=stats.return_width,
             denominator=denominator,
             mean_shift=batch_mean_shift,
             own_terms=self.own_terms,
@@ -80,7 +88,7 @@ class DvpoObjective(CriticObjective):
         """Return the sum for Eq. 7 where its relu is around the mean over all tokens of all ranks, else 0."""
         if self.spec.shift_over == "token":
             return super().shift_sum(z, targets, mask)
-        return shift_sum(z, targets, mask)
+        return shift_sum(z, targets, mask, self.spec)
 
     def _targets(
         self, rewards: Tensor, atoms: Tensor, mask: Tensor, end: Tensor, lam: float | Tensor, seeds: Tensor
@@ -90,21 +98,17 @@ class DvpoObjective(CriticObjective):
             return distributional_gae(rewards, atoms, mask, end, gamma, lam)
         return mixture_targets(rewards, atoms, mask, end, gamma, lam, seeds)
 
-    def _advantages(
-        self, rewards: Tensor, atoms: Tensor, value: Tensor, mask: Tensor, end: Tensor, seeds: Tensor
-    ) -> Tensor:
+    def _compare(self, atoms: Tensor, targets: Tensor, mask: Tensor, stats: RunningStats) -> Tensor:
+        """Return the advantages [b, T] of the targets' distribution over the predicted one."""
         a = self.algorithm
-        lam = policy_lambda(a, mask)
-        cvar = a.advantage == "cvar" and a.advantage_alpha < 1
-        entropic = a.advantage == "entropic" and a.advantage_beta != 0
-        if not (cvar or entropic):  # the mean, like any fixed weighting of atoms, is scalar GAE with another baseline
-            return scalar_gae(rewards, value, mask, end.mean(-1), a.gamma, lam)[0]
-        targets = self._targets(rewards, atoms, mask, end, lam, seeds)
-        if cvar:
+        if a.advantage == "cvar":
             return cvar_advantages(atoms, targets, mask, a.advantage_alpha)
-        return entropic_advantages(atoms, targets, mask, a.advantage_beta)
+        if a.advantage == "entropic":
+            return entropic_advantages(atoms, targets, mask, a.advantage_beta)
+        unit = 1.0 if a.advantage_clip_scale == "absolute" else stats.return_width
+        return huber_advantages(atoms, targets, mask, a.advantage_clip * unit)
 
     def _delta(self, stats: RunningStats) -> float:
         """Return the Huber threshold in the units of the returns."""
-        absolute = self.algorithm.huber_scale == "absolute"
-        return self.algorithm.huber_delta * (1.0 if absolute else stats.return_sd or 1.0)
+        units = {"absolute": 1.0, "return_sd": stats.return_sd or 1.0, "return_width": stats.return_width}
+        return self.algorithm.huber_delta * units[self.algorithm.huber_scale]

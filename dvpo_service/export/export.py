@@ -1,7 +1,8 @@
 """Export a run's policy and critic as folders that other programs load: ``dvpo export``, and the end of training.
 
 An export is a Hugging Face folder of the policy, with ``critic/`` (``DistributionalCritic.from_pretrained``),
-the run's ``config.yaml``, ``export.json`` (where it comes from) and ``README.md`` (the model card). No Ray.
+the run's ``config.yaml``, ``export.json`` (where it comes from), ``dvpo_check.json`` (log-probs of fixed sequences, to
+hold engines against) and ``README.md`` (the model card). No Ray.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dvpo_service.export.model_card import model_card
 from dvpo_service.export.states import EXPORT_FILE, is_export, newest, read_json, run_config, run_of, step_in
 from dvpo_service.models.base import base_folder, empty_backbone, empty_policy
 from dvpo_service.models.critic import DistributionalCritic
+from dvpo_service.models.fixed_sequences import record
+from dvpo_service.models.load import load_tokenizer
 from dvpo_service.models.unshard import unshard
 from dvpo_service.runs.integrity import Damaged, verify
 from dvpo_service.runs.settings import CONFIG_FILE, settings_changes
@@ -199,6 +202,7 @@ def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     # The tokenizer and the generation config are those of the base model. The model's own config is not copied:
     # save_pretrained has written what the model is now (float32).
     shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+    record(model, load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code), folder)
 
 
 def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:

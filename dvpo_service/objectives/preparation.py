@@ -33,4 +33,4 @@ def whiten(advantages: Tensor, mask: Tensor, algorithm: AlgorithmConfig) -> Tens
     """
     if not algorithm.whiten_advantages:
         return advantages
-    return algo.whiten(advantages, mask, algo.whitening_sums(advantages, mask)).float()
+    return algo.whiten(advantages, mask).float()

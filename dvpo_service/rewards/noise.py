@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from dvpo_service.algo.choices import NoiseKind
+from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.errors import ConfigError
 from dvpo_service.rewards import exact_match
 from dvpo_service.rewards.scoring import NotANumber, ScoreFn, finite_number
@@ -18,15 +18,24 @@ from dvpo_service.types import Score
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """A kind of noise: ``flip`` with probability ``p``, or ``gaussian`` with standard deviation ``sd`` in reward units.
+    """A kind of noise.
+
+    Attributes:
+      p: the probability of ``flip`` and ``spike``.
+      sd: the standard deviation of ``gaussian``, and of a ``spike``, in units of the reward.
+      sign: whether spikes go both ways, or only ``up`` or ``down`` (then a spike's size is that of a normal draw).
+      df, scale: degrees of freedom of ``student_t``, 1 (Cauchy) or more, and its scale in units of the reward.
 
     Raises:
-      ConfigError: an unknown kind, or ``p`` or ``sd`` out of range.
+      ConfigError: an unknown kind or sign, or a number out of range.
     """
 
     kind: NoiseKind = "none"
     p: float = 0.0
     sd: float = 0.0
+    sign: SpikeSign = "both"
+    df: float = 2.0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(NoiseKind):
@@ -35,6 +44,12 @@ class NoiseSpec:
             raise ConfigError(f"noise p={self.p}: a probability is from 0 to 1")
         if not 0 <= self.sd < math.inf:
             raise ConfigError(f"noise sd={self.sd}: a standard deviation is finite and not negative")
+        if self.sign not in get_args(SpikeSign):
+            raise ConfigError(f"noise sign={self.sign!r}: use one of {', '.join(get_args(SpikeSign))}")
+        if not 1 <= self.df < math.inf:
+            raise ConfigError(f"noise df={self.df}: degrees of freedom are finite and at least 1 (Cauchy)")
+        if not 0 <= self.scale < math.inf:
+            raise ConfigError(f"noise scale={self.scale}: a scale is finite and not negative")
 
 
 def score_group(
@@ -79,11 +94,36 @@ def _noisy(score: Score, noise: NoiseSpec, seed: int) -> Score:
     if score.error or noise.kind == "none":
         return score
     rng = random.Random(seed)
-    if noise.kind == "gaussian":
-        return Score(score.clean + rng.gauss(0.0, noise.sd), score.clean)
+    if noise.kind != "flip":
+        return Score(score.clean + _ADDED[noise.kind](noise, rng), score.clean)
     if not 0 <= score.clean <= 1:
         return _failed(f"flip noise needs an outcome from 0 to 1, got {score.clean}")
     return Score(1 - score.clean if rng.random() < noise.p else score.clean, score.clean)
+
+
+def _gaussian(noise: NoiseSpec, rng: random.Random) -> float:
+    return rng.gauss(0.0, noise.sd)
+
+
+def _spike(noise: NoiseSpec, rng: random.Random) -> float:
+    if rng.random() >= noise.p:
+        return 0.0
+    spike = rng.gauss(0.0, noise.sd)
+    return {"both": spike, "up": abs(spike), "down": -abs(spike)}[noise.sign]
+
+
+def _student_t(noise: NoiseSpec, rng: random.Random) -> float:
+    """Return a normal draw over the root of an independent chi-squared draw divided by its degrees of freedom."""
+    chi_squared = 2 * rng.gammavariate(noise.df / 2, 1.0)
+    return noise.scale * rng.gauss(0.0, 1.0) / math.sqrt(chi_squared / noise.df)
+
+
+# What is added to a reward, by kind.
+_ADDED: Mapping[str, Callable[[NoiseSpec, random.Random], float]] = {
+    "gaussian": _gaussian,
+    "spike": _spike,
+    "student_t": _student_t,
+}
 
 
 def _majority_vote(

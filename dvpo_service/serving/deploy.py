@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -71,7 +71,7 @@ def application(config: Config, served: Served, address: ListenAddress) -> serve
     """Return the application: the gateway, which listens at ``address``, the policy, and the critic if there is one."""
     limits, cluster = config.serve, config.cluster
     name = limits.model_name or config.name
-    current = {"policy": served.policy, "version": served.version}
+    current = asdict(served)
     code = _digest(config, name, bool(served.critic), address)
     policy = _deployment(
         PolicyServer,
@@ -94,7 +94,7 @@ def application(config: Config, served: Served, address: ListenAddress) -> serve
             code,
             num_replicas=limits.value_replicas,
             ray_actor_options=_resources(cluster.cpus_per_trainer, cluster.gpus_per_trainer),
-            user_config=current | {"critic": served.critic},
+            user_config=current,
         )
         parts.append(values.bind(config))
     gateway = _deployment(
@@ -122,6 +122,7 @@ def _deployment(server: type, name: str, code: str, **settings: Any) -> serve.De
         health_check_period_s=5,
         # The gateway refuses requests beyond its own limit, so the number that reaches a replica is already bounded.
         max_ongoing_requests=100_000,
+        graceful_shutdown_wait_loop_s=0.1,  # how often a replica that ends looks for requests under way; by default 2 s
         logging_config={"enable_access_log": False},
         **settings,
     )(server)
@@ -215,8 +216,28 @@ def _why(app: Any) -> str:
     return one_line(f"{app.message} {'; '.join(parts)}", 600)
 
 
-def running() -> tuple[str, ListenAddress] | None:
-    """Return the version and the address of our application on this cluster, or None when it does not run.
+def update(config: Config, before: Served, newer: Served, address: ListenAddress) -> str | None:
+    """Serve ``newer`` in place of ``before``; return when every replica is ready.
+
+    Returns:
+      None, or why the replicas refuse the new weights; ``before`` is served on.
+
+    Raises:
+      ClusterError: the replicas do not come up within ``serve.start_timeout_s``; ``before`` is deployed again.
+    """
+    try:
+        deploy(config, newer, address)
+        why = _state()["refused"]
+    except ClusterError:
+        deploy(config, before, address)
+        raise
+    if why:
+        deploy(config, before, address)
+    return why
+
+
+def running() -> tuple[Served, ListenAddress] | None:
+    """Return what our application on this cluster serves and where, or None when it does not run.
 
     Raises:
       ClusterError: the application exists but does not answer.
@@ -224,12 +245,20 @@ def running() -> tuple[str, ListenAddress] | None:
     app = serve.status().applications.get(APP)
     if app is None or app.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
         return None
-    policy, gateway = (serve.get_deployment_handle(name, app_name=APP) for name in ("policy", "gateway"))
+    served = Served(**_state()["served"])
+    return served, _ask("gateway", "ready")
+
+
+def _state() -> Any:
+    return _ask("policy", "state")
+
+
+def _ask(deployment: str, method: str) -> Any:
+    handle = serve.get_deployment_handle(deployment, app_name=APP)
     try:
-        version, address = (h.ready.remote().result(timeout_s=READY_S) for h in (policy, gateway))
+        return getattr(handle, method).remote().result(timeout_s=READY_S)
     except TimeoutError as error:
         raise ClusterError(
             f"a server runs on this cluster, but it did not answer within {READY_S:g} s; see `serve status`, "
             "wait until it is up, or end it with `serve shutdown`"
         ) from error
-    return str(version), address

@@ -16,15 +16,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dvpo_service.config import Config
-from dvpo_service.errors import one_line
+from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.engine import engine_settings, prepare_environment
+from dvpo_service.models.fixed_sequences import FixedSequences, recorded
+from dvpo_service.serving.requests import Kind
+from dvpo_service.serving.weights_check import why_wrong
 
 log = logging.getLogger(__name__)
-
-Kind = Literal["chat", "completion"]
 
 # Chunks of a stream that arrive within this time are sent together: a reader sees no difference, and each message
 # between processes costs as much as a token of a small model.
@@ -53,24 +54,42 @@ class PolicyServer:
         self.config = config
         self.model_name = model_name
         self.version = ""
+        self.current: dict[str, Any] = {}
+        self.refused: str | None = None
+        self.fixed: FixedSequences | None = None  # what the engine's log-probs must be
+        self.longest = 0  # tokens that the engine reads
         self.engine: Any = None
         self.handlers: dict[Kind, Any] = {}
         self._open = asyncio.Event()
         self._under_way = 0
 
-    async def reconfigure(self, current: dict[str, str]) -> None:
+    async def reconfigure(self, current: dict[str, Any]) -> None:
         """Load the policy folder ``current["policy"]``, and serve it as ``current["version"]``.
 
-        The first call starts the engine; a later call loads the new weights into it. Ray Serve calls this.
+        The first call starts the engine; a later call loads the new weights into it. Weights with which the engine does
+        not score like the exported model are refused: ``state`` says why, and the weights before are served on. Ray
+        Serve calls this.
+
+        Raises:
+          CheckpointError, RuntimeError: the engine does not start, or not with these weights.
         """
+        self.refused = None
         if current["version"] == self.version:
             return
         if self.engine is None:
+            self.fixed = recorded(Path(current["policy"]))
             await self._start(current["policy"])
+            if why := await self._why_wrong():
+                raise RuntimeError(why)
         else:
-            await self._load(current["policy"])
-        self.version = current["version"]
+            self.refused = await self._load(current["policy"])
+        if self.refused is None:
+            self.current, self.version = current, current["version"]
         self._open.set()
+
+    async def state(self) -> dict[str, Any]:
+        """Return what is served, as ``reconfigure`` got it, and why the last update was ``refused``, or None."""
+        return {"served": self.current, "refused": self.refused}
 
     async def check_health(self) -> None:
         """Raise when the engine is dead; Ray Serve then replaces the replica."""
@@ -152,21 +171,47 @@ class PolicyServer:
         finally:
             self._under_way -= 1
 
-    async def _load(self, policy: str) -> None:
-        """Load new weights in place. A response that outlasts the drain time continues with the new weights."""
+    async def _load(self, policy: str) -> str | None:
+        """Load new weights in place. A response that outlasts the drain time continues with the new weights.
+
+        Returns:
+          None, or why the weights are refused; then the ones before are loaded again.
+        """
+        before = self.fixed
+        try:
+            self.fixed = recorded(Path(policy))
+        except CheckpointError as error:
+            return str(error)
         self._open.clear()
         until = time.monotonic() + self.config.serve.drain_timeout_s
         while self._under_way and time.monotonic() < until:
             await asyncio.sleep(0.01)
         try:
-            await self.engine.pause_generation(mode="keep", clear_cache=True)
-            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": policy})
-            await self.engine.reset_prefix_cache()
-            await self.engine.resume_generation()
+            await self._reload(policy)
+            why = await self._why_wrong()
+            if why is None:
+                return None
+            self.fixed = before
+            await self._reload(self.current["policy"])
+            wrong_too = self.fixed is None or await self._why_wrong()
         except Exception:
             # The engine may hold a mix of old and new weights. A fresh replica starts with the new folder.
             log.exception("the weights of %s cannot be loaded; this replica ends", policy)
             os._exit(1)
+        if wrong_too:
+            # This model's weights cannot be changed in place, or the old ones are gone. A fresh engine may be right.
+            log.error("%s; this replica ends, and a fresh one loads %s", why, policy)
+            os._exit(1)
+        return why
+
+    async def _reload(self, policy: str) -> None:
+        await self.engine.pause_generation(mode="keep", clear_cache=True)
+        await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": policy})
+        await self.engine.reset_prefix_cache()
+        await self.engine.resume_generation()
+
+    async def _why_wrong(self) -> str | None:
+        return await why_wrong(self.engine, self.fixed, self.config.model.dtype, self.longest)
 
     async def _start(self, policy: str) -> None:
         prepare_environment()
@@ -177,7 +222,7 @@ class PolicyServer:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        limit = self.config.serve.max_model_len or context_length(policy)
+        self.longest = limit = self.config.serve.max_model_len or context_length(policy)
         on_cpu = self.config.cluster.gpus_per_engine == 0
         # The options of vLLM's own server, with the defaults of its command line.
         options = make_arg_parser(FlexibleArgumentParser()).parse_args([])
@@ -195,6 +240,7 @@ class PolicyServer:
 def context_length(policy: str) -> int:
     """Return the number of tokens that the model in a policy folder can read."""
     settings = json.loads((Path(policy) / "config.json").read_text())
+    settings = settings.get("text_config") or settings  # of a model that wraps a language model
     return int(settings.get("max_position_embeddings", 4096))
 
 

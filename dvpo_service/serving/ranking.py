@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dvpo_service.serving.policy import Kind, PolicyServer
+from dvpo_service.serving.errors import BadRequest
+from dvpo_service.serving.policy import PolicyServer
 from dvpo_service.serving.replicas import Replicas
-from dvpo_service.serving.requests import BadRequest
+from dvpo_service.serving.requests import Kind
+from dvpo_service.serving.returned import Returned
 from dvpo_service.serving.value_server import ValueServer
-from dvpo_service.serving.values import ValueQuery, rank
+from dvpo_service.serving.values import RankBy, rank
 
 
 async def best_of_n(
-    kind: Kind, request: dict[str, Any], by: str, policy: Replicas, values: Replicas
+    kind: Kind, request: dict[str, Any], by: RankBy, policy: Replicas, values: Replicas
 ) -> tuple[dict[str, Any], str]:
     """Sample ``n`` responses per prompt, and keep the best of each prompt.
 
     Args:
       request: a request of OpenAI's API, without ``rank_by``.
-      by: "mean", "cvar" or "upper_tail" of the value distribution after the whole response.
+      by: "mean", "cvar" or "upper_tail" of the value distribution after the text that is returned.
 
     Returns:
-      (OpenAI's body with one choice per prompt, and the values of all choices under "ranking", best first; the version
-      of the policy's weights).
+      (OpenAI's body with one choice per prompt, and the texts and values of all choices under "ranking", best first;
+      the version of the policy's weights).
 
     Raises:
       BadRequest: the engine refused the request; the message is the engine's.
@@ -36,21 +38,20 @@ async def best_of_n(
         raise BadRequest(error["message"], status=response.status, param=error.get("param"), kind=error["type"])
     choices = answer["choices"]
     n = request.get("n") or 1
-    queries = [
-        ValueQuery(tuple(c.get("prompt_token_ids") or answer["prompt_token_ids"]), _text_ids(c), (), only_last=True)
-        for c in choices
-    ]
-    scores = await values.call(ValueServer.score, queries)
+    skip = request.get("skip_special_tokens") is not False
+    responses = [Returned.of(c, c.get("prompt_token_ids") or answer["prompt_token_ids"], skip) for c in choices]
+    scores = await values.call(ValueServer.score, responses)
     answer["choices"] = []
     answer["ranking"] = []
     for first in range(0, len(choices), n):
         group = slice(first, first + n)
-        order = rank(scores[group], by)  # type: ignore[arg-type]
+        order = rank(scores[group], by)
         answer["choices"].append(choices[group][order[0]] | {"index": first // n})
         answer["ranking"] += [
             {
                 "prompt": first // n,
                 "index": i,
+                "text": responses[first + i].text,
                 "mean": scores[first + i].mean[-1],
                 "cvar": scores[first + i].cvar[-1],
                 "upper_tail": scores[first + i].upper_tail[-1],
@@ -61,15 +62,6 @@ async def best_of_n(
     if not keep_ids:
         _drop_ids(answer)
     return answer, response.version
-
-
-def _text_ids(choice: dict[str, Any]) -> tuple[int, ...]:
-    """Return the response's tokens without the token that ended it, so that the critic's last state is the whole text.
-
-    The state after the end-of-sequence token never occurs in training.
-    """
-    ids = tuple(choice["token_ids"])
-    return ids[:-1] if choice["finish_reason"] == "stop" else ids
 
 
 def _drop_ids(answer: dict[str, Any]) -> None:

@@ -1,36 +1,155 @@
-"""Check requests before anything is computed. Errors have the form of OpenAI's API."""
+"""What clients may send: the fields that the gateway checks, their types and their limits.
+
+The models below check requests, and the OpenAPI schema is made of them, so that what ``/docs`` says is what holds. An
+integer is what JSON Schema calls one: 60, 60.0 or 6e1, but neither "60" nor true.
+"""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 
-from dvpo_service.config.base import Fraction, Section
+from dvpo_service.config.base import Section
 from dvpo_service.config.serve import ServeConfig
-from dvpo_service.serving.values import DEFAULT_LEVELS
+from dvpo_service.serving.body import parse
+from dvpo_service.serving.errors import BadRequest
+from dvpo_service.serving.values import DEFAULT_LEVELS, RankBy
 
-RANKS = ("mean", "cvar", "upper_tail")
+Kind = Literal["chat", "completion"]
+MAX_LEVELS = 256
 
 
-class BadRequest(Exception):
-    """A request that is not answered with 200.
+def _number(value: Any) -> Any:
+    """Raise ValueError for text and booleans, which pydantic would take for integers."""
+    if isinstance(value, (str, bool)):
+        raise ValueError("Input should be a valid integer")
+    return value
 
-    Args:
-      message: what is wrong, in words.
-      status: the HTTP status.
-      param: the request's field that is wrong, if it is one field.
-      kind: the error's type, as OpenAI's API names it.
+
+def _unsupported(value: Any) -> Any:
+    """Raise ValueError unless ``value`` is None or 1. vLLM would ignore the field without a word."""
+    if value not in (None, 1):
+        raise ValueError("only 1 is supported; give n and rank_by")
+    return value
+
+
+def _is_prompt(value: Any) -> Any:
+    """Raise ValueError unless ``value`` is a text, texts, token ids, or lists of token ids."""
+    if not (isinstance(value, str) or _texts(value) or _ids(value) or (_full(value) and all(map(_ids, value)))):
+        raise ValueError("give a text, a list of texts, a list of token ids, or a list of such lists, none of it empty")
+    return value
+
+
+def _full(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def _texts(value: Any) -> bool:
+    return _full(value) and all(isinstance(v, str) for v in value)
+
+
+def _ids(value: Any) -> bool:
+    return _full(value) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}}
+_TEXTS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "string"}}
+_MANY_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": _IDS_SCHEMA}
+_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TEXTS_SCHEMA, _IDS_SCHEMA, _MANY_IDS_SCHEMA]}
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Seed = Annotated[int, Field(gt=-(2**63), lt=2**63), BeforeValidator(_number)]
+Text = Annotated[str, Field(strict=True)]
+Prompt = Annotated[Any, AfterValidator(_is_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+Share = Annotated[StrictFloat, Field(gt=0, le=1)]
+Level = Annotated[StrictFloat, Field(ge=0, le=1)]
+
+
+class Message(BaseModel):
+    """A message of a chat, as OpenAI's API has it; further fields go to the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+    role: Text
+    content: Text | list[dict[str, Any]] | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What completions and chats have in common. Fields that are not here go to vLLM, which checks them.
+
+    ``request_type`` adds the server's limits.
+
+    Attributes:
+      rank_by: return the best of ``n`` responses by this measure of the critic's distribution.
     """
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, kind: str = "BadRequestError"):
-        super().__init__(message)
-        self.status, self.param, self.kind = status, param, kind
+    model_config = ConfigDict(extra="allow")
+    model: Text | None = None
+    max_tokens: Integer | None = None
+    n: Integer | None = None
+    seed: Seed | None = None
+    stop: Text | list[Text] | None = None
+    stream: StrictBool | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0)] | None = None
+    top_p: Share | None = None
+    echo: StrictBool | None = None
+    use_beam_search: StrictBool | None = None
+    return_token_ids: StrictBool | None = None
+    skip_special_tokens: StrictBool | None = None
+    rank_by: RankBy | None = None
+    best_of: Annotated[Literal[1] | None, BeforeValidator(_unsupported)] = None
 
-    def body(self) -> dict[str, Any]:
-        """Return the response's JSON: ``{"error": {...}}``."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
+    @property
+    def prompts(self) -> int:
+        """The number of prompts."""
+        return 1
+
+    @model_validator(mode="after")
+    def _ranked_responses_are_whole_and_alone(self) -> Self:
+        if self.rank_by:
+            for name in ("stream", "echo", "use_beam_search"):
+                if getattr(self, name):
+                    raise ValueError(f"rank_by needs whole sampled responses, without {name}; leave one of the two out")
+        return self
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of ``POST /v1/completions``, as OpenAI's API has it, and ``rank_by``."""
+
+    prompt: Prompt
+    logprobs: Integer | None = None
+
+    @property
+    def prompts(self) -> int:
+        """The number of prompts."""
+        return len(self.prompt) if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else 1
+
+
+class ChatRequest(GenerationRequest):
+    """The body of ``POST /v1/chat/completions``, as OpenAI's API has it, and ``rank_by``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Integer | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Integer | None = None
+
+
+class TextMessage(Message):
+    """A message whose content is text."""
+
+    content: Text
 
 
 class ValuesRequest(Section):
@@ -41,74 +160,66 @@ class ValuesRequest(Section):
       alpha, beta: fractions of the lower and the upper tail; by default those that the critic was trained with.
     """
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    response: str
-    levels: tuple[Annotated[float, Field(ge=0, le=1)], ...] | Literal["all"] = DEFAULT_LEVELS
-    alpha: Fraction | None = None
-    beta: Fraction | None = None
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[TextMessage], Field(min_length=1)] | None = None
+    response: Text
+    levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] | Literal["all"] = DEFAULT_LEVELS
+    alpha: Share | None = None
+    beta: Share | None = None
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> ValuesRequest:
+    def _one_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give exactly one of prompt (text) and messages (a chat)")
         return self
 
 
-def parse(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a request's body. Raises BadRequest when there is none."""
-    try:
-        tree = json.loads(body)
-    except ValueError as error:  # also text that is not UTF-8
-        raise BadRequest(f"the body is not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise BadRequest(f"the body must be a JSON object, this is {type(tree).__name__}")
-    return tree
+def request_type(kind: Kind, limits: ServeConfig) -> type[GenerationRequest]:
+    """Return the model of a completion's or chat's body, with the limits of this server."""
+    base = CompletionRequest if kind == "completion" else ChatRequest
+    tokens = Annotated[int, Field(ge=0, le=limits.max_new_tokens), BeforeValidator(_number)] | None
+    samples = Annotated[int, Field(ge=1, le=limits.max_n), BeforeValidator(_number)] | None
+    fields: dict[str, Any] = {
+        "max_tokens": (tokens, None),
+        "n": (samples, None),
+    }
+    if kind == "chat":
+        fields["max_completion_tokens"] = (tokens, None)
+    return create_model(base.__name__, __base__=base, __doc__=base.__doc__, **fields)
 
 
-def parse_values(body: bytes) -> ValuesRequest:
-    """Return the checked body of ``POST /v1/values``. Raises BadRequest for the first field that is wrong."""
+def checked(model: type[BaseModel], tree: dict[str, Any]) -> Any:
+    """Return ``tree`` as a ``model``. Raises BadRequest for the first field that is wrong."""
     try:
-        return ValuesRequest.model_validate(parse(body))
+        return model.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{where}: {first['msg']}".removeprefix(": "), param=where or None) from error
+        first = error.errors(include_url=False, include_input=False)[0]
+        # Without the names of types in pydantic's paths: levels.tuple[float, ...].0
+        path = [part for part in map(str, first["loc"]) if part.isidentifier() or part.isdigit()]
+        why = first["msg"].removeprefix("Value error, ")
+        raise BadRequest(": ".join(filter(None, [".".join(path), why])), param=path[0] if path else None) from error
 
 
-def check_generation(request: dict[str, Any], limits: ServeConfig) -> None:
-    """Raise BadRequest for a completion or chat request that exceeds the limits.
-
-    A request without a length gets the limit as its ``max_tokens``, in place.
-    """
-    prompt = request.get("prompt")
-    n = request.get("n", 1)
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    n = 1 if n is None else n
-    if not isinstance(n, int) or n < 1:
-        raise BadRequest(f"n must be a positive integer, got {n!r}", param="n")
-    if prompts * n > limits.max_n:
-        raise BadRequest(f"{prompts} prompts x n = {n} samples is more than {limits.max_n} a request", param="n")
-    for name in ("max_tokens", "max_completion_tokens"):
-        asked, most = request.get(name), limits.max_new_tokens
-        if most is not None and isinstance(asked, int) and asked > most:
-            raise BadRequest(f"{name} = {asked} is more than {most}", param=name)
-    if limits.max_new_tokens is not None and request.get("max_tokens", request.get("max_completion_tokens")) is None:
-        request["max_tokens"] = limits.max_new_tokens
-
-
-def pop_rank(request: dict[str, Any]) -> str | None:
-    """Remove ``rank_by`` from a request, since the engine does not know it, and return it.
+def check_generation(body: bytes, model: type[GenerationRequest], limits: ServeConfig) -> GenerationRequest:
+    """Return a completion or chat request. One without a length gets the limit as its ``max_tokens``.
 
     Raises:
-      BadRequest: the value is unknown, or the request streams.
+      BadRequest: a field is wrong or beyond the limits.
     """
-    rank_by = request.pop("rank_by", None)
-    if rank_by is None:
-        return None
-    if rank_by not in RANKS:
-        raise BadRequest(f"rank_by is one of {', '.join(RANKS)}, got {rank_by!r}", param="rank_by")
-    if request.get("stream"):
-        raise BadRequest("rank_by needs whole responses and cannot stream; leave one of the two out", param="stream")
-    return rank_by
+    request: GenerationRequest = checked(model, parse(body))
+    samples = request.prompts * (request.n or 1)
+    if samples > limits.max_n:
+        raise BadRequest(
+            f"{request.prompts} prompts x n = {request.n or 1} samples is more than {limits.max_n} a request", param="n"
+        )
+    length = getattr(request, "max_completion_tokens", None)
+    if request.max_tokens is None and length is None and limits.max_new_tokens is not None:
+        request.max_tokens = limits.max_new_tokens
+    return request
+
+
+def check_model(asked: str | None, served: str) -> None:
+    """Raise BadRequest (404) when a request names another model than the one that is served."""
+    if asked is not None and asked != served:
+        raise BadRequest(f"the model {asked!r} does not exist; this server has {served!r}", status=404, param="model")

@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dvpo_service.config import Config
 from dvpo_service.data.encode import text_ids
+from dvpo_service.errors import one_line
 from dvpo_service.models.load import load_tokenizer
-from dvpo_service.serving.requests import BadRequest, ValuesRequest
+from dvpo_service.serving.errors import BadRequest
+from dvpo_service.serving.requests import ValuesRequest
+from dvpo_service.serving.returned import Returned, returned_ids
 from dvpo_service.serving.values import ResponseValues, ValueModel, ValueQuery, as_json
 
 
@@ -60,8 +63,11 @@ class ValueServer:
         body = {"object": "values", "model": self.config.serve.model_name or self.config.name}
         return {"body": body | as_json(values, tokens, response), "version": version}
 
-    async def score(self, queries: Sequence[ValueQuery]) -> list[ResponseValues]:
-        """Return the values of each query, in order. Raises BadRequest when a query is too long or has no prompt."""
+    async def score(self, responses: Sequence[Returned]) -> list[ResponseValues]:
+        """Return the values after the text of each response, in order. Raises BadRequest when one is too long."""
+        queries = [
+            ValueQuery(r.prompt_ids, returned_ids(self.tokenizer, r), levels=(), only_last=True) for r in responses
+        ]
         return [values for values, _ in await self._score(queries)]
 
     async def _score(self, queries: Sequence[ValueQuery]) -> list[tuple[ResponseValues, str]]:
@@ -88,12 +94,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: ValuesRequest) -> tuple[tu
     Raises:
       BadRequest: the messages do not fit the chat template.
     """
+    prompt: Any
     if asked.messages is None:
+        assert asked.prompt is not None, "a request has messages or a prompt"
         prompt = text_ids(asked.prompt, tokenizer)
     else:
+        messages = [message.model_dump(exclude_unset=True) for message in asked.messages]
         try:
-            prompt = tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, return_dict=False)
-        except (TypeError, KeyError, ValueError) as error:
-            raise BadRequest(f"messages do not fit the chat template: {error}", param="messages") from error
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is a program of the model's, which may raise anything
+            why = one_line(error) or type(error).__name__
+            raise BadRequest(f"the chat template refuses the messages: {why}", param="messages") from error
     response = tokenizer(asked.response, add_special_tokens=False)["input_ids"]
     return tuple(prompt), tuple(response)

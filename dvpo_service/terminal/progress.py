@@ -30,6 +30,13 @@ class Bar:
         self._every = max(1, math.ceil(total / _PLAIN_LINES))
         self._last_printed = 0
 
+    def stage(self, text: str) -> None:
+        """Say what is done before the first step, such as ``starting engines``; an empty text ends it."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{self._description}: {text}" if text else self._description)
+        elif text:
+            plain(self._console, text)
+
     def update(self, done: int, **numbers: float) -> None:
         """Show that ``done`` steps are done, with what was measured: ``update(20, loss=1.2, accuracy=0.4)``."""
         text = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())

@@ -52,6 +52,8 @@ def serving(
         "replicas": f"{limits.min_replicas} to {limits.max_replicas}",
         "API key": "asked for (DVPO_API_KEY)" if with_key else "none",
     }
+    if limits.note:
+        rows["note"] = limits.note
     for key, value in rows.items():
         places.add_row(key, Text(value))
     parts: list[Table | Text] = [places]

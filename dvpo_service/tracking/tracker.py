@@ -240,7 +240,9 @@ def _sections(config: Config) -> list[str]:
     critic = config.algorithm.has_critic
     lines = {
         "- `eval/<split>`: held-out accuracy, sampled and greedy; step 0 is before training": True,
-        "- `critic`: `explained_variance` (above 0 is better than a constant), `grad_norm`, the loss": critic,
+        "- `critic`: `explained_variance` (above 0 is better than a constant), `explained_variance_within` a prompt "
+        "(right against wrong), `grad_norm`, the loss": critic,
+        "- `advantage`: `clean_correlation` with the reward without noise, within a prompt": True,
         "- `critic/loss`: the eight components as measured, also those of weight 0": distributional,
         "- `critic/weighted`: the components times their weights, so what each adds to the loss": distributional,
         "- `critic/coverage`: share of returns at or below each predicted quantile; its name is right": distributional,

@@ -21,6 +21,7 @@ def paper_spec(**changes: Any) -> CriticLossSpec:
         "sort_atoms": True,
         "qr_over": "ensemble",
         "tail_target": "tail_mean",
+        "tail_spread": "variance",
         "shift_over": "token",
         "curvature": "pointwise",
         "weights": dict.fromkeys(TERMS, 1.0),
@@ -39,6 +40,11 @@ def calibrated_spec(**changes: Any) -> CriticLossSpec:
         "weights": dict.fromkeys(TERMS, 0.1) | {"qr": 1.0, "risk": 1.0, "consist": 0.01},
     }
     return paper_spec(**(settings | changes))
+
+
+def robust_spec(**changes: Any) -> CriticLossSpec:
+    settings = {"tail_target": "bounded", "tail_spread": "bounded", "shift_over": "batch_middle"}
+    return calibrated_spec(**(settings | changes))
 
 
 class NaiveHuber(NamedTuple):
@@ -90,11 +96,31 @@ def per_atom(atoms: list[float], y: list[float], taus: list[float], delta: float
     return losses
 
 
+def edge_low(q: list[float], fraction: float) -> tuple[float, int]:
+    """Return the value at the edge of the lower tail, and the number of atoms in the tail."""
+    k = max(1, round(fraction * len(q)))
+    return (q[-1] if k == len(q) else (q[k - 1] + q[k]) / 2), k
+
+
 def pseudo_outcome_low(q: list[float], y: list[float], fraction: float) -> float:
-    m = len(q)
-    k = max(1, round(fraction * m))
-    v = q[-1] if k == m else (q[k - 1] + q[k]) / 2
-    return v - mean([max(v - t, 0.0) for t in y]) / (k / m)
+    v, k = edge_low(q, fraction)
+    return v - mean([max(v - t, 0.0) for t in y]) / (k / len(q))
+
+
+def cut(xs: list[float], low: float, high: float) -> list[float]:
+    return [min(max(x, low), high) for x in xs]
+
+
+def bounded_tail_low(q: list[float], y: list[float], fraction: float, width: float) -> tuple[float, float]:
+    """Return the bounded Eq. 5 and the lower half of the bounded Eq. 8."""
+    reach = q[len(q) // 2] - 3 * width, q[len(q) // 2] + 3 * width
+    q, y = cut(q, *reach), cut(y, *reach)
+
+    def gap(share: float) -> float:
+        _, k = edge_low(q, share)
+        return mean(q[:k]) - pseudo_outcome_low(q, y, share)
+
+    return gap(fraction) ** 2 / width, (gap(fraction) - gap(fraction / 2)) ** 2 / width
 
 
 def curvature(q: list[float], fraction: float, kind: str) -> float:
@@ -109,7 +135,7 @@ def curvature(q: list[float], fraction: float, kind: str) -> float:
     return b3 - 2 * b2 + b1
 
 
-def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
+def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float, width: float = 1.0) -> dict[str, float]:
     """Return all terms of one token from z [H, M] and y [K]; "shift" without its relu when that is over the batch."""
     heads: list[list[float]] = [sorted(h) if spec.sort_atoms else h for h in z.double().tolist()]
     targets: list[float] = sorted(y.double().tolist())
@@ -122,20 +148,31 @@ def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dic
     risk = [math.exp(-spec.risk_eta * tau) for tau in taus]
     risk = [w / mean(risk) for w in risk]
     down, down_targets = [-x for x in reversed(tails)], [-x for x in reversed(targets)]
+    (low_term, low_spread), (high_term, high_spread) = (
+        bounded_tail_low(*tail_and_targets, width)
+        for tail_and_targets in ((tails, targets, spec.alpha), (down, down_targets, spec.beta))
+    )
     if spec.tail_target == "tail_mean":
         low, high = tail_mean(targets, spec.alpha), tail_mean(down_targets, spec.beta)
     else:
         low = pseudo_outcome_low(tails, targets, spec.alpha)
         high = pseudo_outcome_low(down, down_targets, spec.beta)
-    shift = mean(targets) - mean(q)
+    if spec.shift_over == "batch_middle":
+        edges = edge_low(tails, spec.alpha)[0], -edge_low(down, spec.beta)[0]
+        shift = mean(cut(targets, *edges)) - mean(cut(tails, *edges))
+    else:
+        shift = mean(targets) - mean(q)
+    bounded = spec.tail_target == "bounded"
     pairs = [(g, h) for i, g in enumerate(heads) for h in heads[i + 1 :]]
     return {
         "qr": mean([mean(x) for x in losses]),
         "risk": mean([mean([w * x for w, x in zip(risk, xs, strict=True)]) for xs in losses]),
-        "cvar": (tail_mean(tails, spec.alpha) - low) ** 2,
-        "gain": (tail_mean(down, spec.beta) - high) ** 2,
+        "cvar": low_term if bounded else (tail_mean(tails, spec.alpha) - low) ** 2,
+        "gain": high_term if bounded else (tail_mean(down, spec.beta) - high) ** 2,
         "shift": max(shift, 0.0) if spec.shift_over == "token" else shift,
-        "shape": max(tail_variance(tails, spec.alpha) - tail_variance(targets, spec.alpha), 0.0)
+        "shape": low_spread + high_spread
+        if spec.tail_spread == "bounded"
+        else max(tail_variance(tails, spec.alpha) - tail_variance(targets, spec.alpha), 0.0)
         + max(tail_variance(down_targets, spec.beta) - tail_variance(down, spec.beta), 0.0),
         "curv": max(-curvature(tails, spec.alpha, spec.curvature), 0.0)
         + max(-curvature(tails[::-1], spec.beta, spec.curvature), 0.0),
@@ -143,9 +180,11 @@ def token_terms(z: Tensor, y: Tensor, spec: CriticLossSpec, delta: float) -> dic
     }
 
 
-def reference_loss(z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float) -> dict[str, float]:
+def reference_loss(
+    z: Tensor, y: Tensor, mask: Tensor, spec: CriticLossSpec, delta: float, width: float = 1.0
+) -> dict[str, float]:
     """Return every raw term over the batch, and "total"."""
-    tokens = [token_terms(z[b, t], y[b, t], spec, delta) for b, t in mask.nonzero().tolist()]
+    tokens = [token_terms(z[b, t], y[b, t], spec, delta, width) for b, t in mask.nonzero().tolist()]
     raw = {name: mean([token[name] for token in tokens]) for name in TERMS}
     raw["shift"] = max(raw["shift"], 0.0)
     return raw | {"total": math.fsum(spec.weights[name] * raw[name] for name in TERMS)}
@@ -188,6 +227,16 @@ def reference_entropic_advantage(z: list[float], y: list[float], b: float) -> fl
     """Return the entropic advantage of one token."""
     c = mean(z)
     return (mean([math.exp(b * (x - c)) for x in y]) - mean([math.exp(b * (x - c)) for x in z])) / b
+
+
+def reference_huber_advantage(z: list[float], y: list[float], clip: float) -> float:
+    """Return the Huber advantage of one token from every pair."""
+    return math.fsum(max(-clip, min(clip, target - atom)) for target in y for atom in z) / (len(y) * len(z))
+
+
+def reference_win_rate(z: list[float], y: list[float]) -> float:
+    """Return ``P(y > z) - P(y < z)``."""
+    return sum((target > atom) - (target < atom) for target in y for atom in z) / (len(y) * len(z))
 
 
 def reference_robust_advantages(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from algo_reference import calibrated_spec, paper_spec, reference_loss
+from algo_reference import calibrated_spec, paper_spec, reference_loss, robust_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +16,7 @@ from dvpo_service.algo.critic_loss import critic_loss, shift_sum
 from dvpo_service.algo.critic_terms import head_consistency, risk_weights, tail_curvature
 from dvpo_service.algo.loss_spec import TERMS, CriticLossSpec
 
-FORMS = (paper_spec, calibrated_spec)
+FORMS = (paper_spec, calibrated_spec, robust_spec)
 
 
 def batch(seed: int = 0, b: int = 3, t: int = 5, h: int = 2, m: int = 12, k: int = 9) -> tuple[Tensor, ...]:
@@ -48,8 +48,9 @@ def grad_of(z: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
             "huber_unit": st.booleans(),
             "sort_atoms": st.booleans(),
             "qr_over": st.sampled_from(("ensemble", "heads")),
-            "tail_target": st.sampled_from(("tail_mean", "pseudo_outcome")),
-            "shift_over": st.sampled_from(("token", "batch")),
+            "tail_target": st.sampled_from(("tail_mean", "pseudo_outcome", "bounded")),
+            "tail_spread": st.sampled_from(("variance", "bounded")),
+            "shift_over": st.sampled_from(("token", "batch", "batch_middle")),
             "curvature": st.sampled_from(("pointwise", "block")),
         }
     ),
@@ -61,14 +62,14 @@ def test_against_the_independent_reference(
     h, m, k = shape
     z, y, mask = batch(seed, 2, 2, h, m, k)
     spec = paper_spec(alpha=alpha, beta=beta, **switches)
-    loss = critic_loss(z, y, mask, spec, delta=0.3, denominator=float(mask.sum()))
-    expected = reference_loss(z, y, mask, spec, 0.3)
+    loss = critic_loss(z, y, mask, spec, delta=0.3, width=0.4, denominator=float(mask.sum()))
+    expected = reference_loss(z, y, mask, spec, 0.3, 0.4)
     for name in TERMS:
         assert loss.raw[name].item() == pytest.approx(expected[name], rel=1e-9, abs=1e-11), name
     assert loss.total.item() == pytest.approx(expected["total"], rel=1e-9)
 
 
-@pytest.mark.parametrize("make_spec", FORMS)
+@pytest.mark.parametrize("make_spec", [paper_spec, calibrated_spec])  # robust_spec stops gradients, too
 def test_gradcheck(make_spec: Any) -> None:
     z, y, mask = batch(4, 1, 2, 2, 7, 5)
     spec = make_spec(alpha=0.5, beta=0.4, tail_target="tail_mean")  # pseudo_outcome stops a gradient on purpose
@@ -84,7 +85,7 @@ def test_micro_batches_add_up(make_spec: Any, offset: float) -> None:
     y = y + offset
     spec, count = make_spec(), float(mask.sum())
     whole, whole_grad = grad_of(z, y, mask, spec, delta=0.1, denominator=count)
-    shift = float(sum(shift_sum(z[i : i + 1], y[i : i + 1], mask[i : i + 1]) for i in range(3))) / count
+    shift = float(sum(shift_sum(z[i : i + 1], y[i : i + 1], mask[i : i + 1], spec) for i in range(3))) / count
     assert (shift > 0) == (offset == 0)
     parts = [
         grad_of(
@@ -240,3 +241,5 @@ def test_bad_input() -> None:
         critic_loss(z, y, mask, spec, delta=1.0, denominator=0)
     with pytest.raises(ValueError, match="delta"):
         critic_loss(z, y, mask, spec, delta=0.0, denominator=1)
+    with pytest.raises(ValueError, match="width"):
+        critic_loss(z, y, mask, spec, delta=1.0, width=0.0, denominator=1)

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dvpo_service.algo.diagnostics import (
     between_groups,
     critic_metrics,
     critic_sums,
+    merged_moments,
     policy_metrics,
     policy_sums,
     rollout_kl_metrics,
@@ -182,3 +186,43 @@ def test_the_share_between_prompts_leaves_out_groups_with_a_failure_and_is_unkno
     assert between_groups(scores) == 1.0
     for known in (scores[1:], scores[:1], torch.ones(4, 3), torch.rand(5, 1)):
         assert math.isnan(between_groups(known))
+
+
+@settings(deadline=None)
+@given(st.floats(-1e5, 1e5), st.floats(-7, 2), st.integers(0, 2**31), st.booleans())
+def test_spreads_of_returns_against_exact_arithmetic(mean: float, log_sd: float, seed: int, equal: bool) -> None:
+    """Split over ranks and over steps; equal returns leave exactly 0 (a Huber threshold divides by it)."""
+    noise = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    batches = torch.full((3, 4, 5), mean, dtype=torch.float64) + (0 if equal else 10**log_sd) * noise
+    mask, levels = torch.ones(4, 5, dtype=torch.bool), quantile_levels(3, "midpoint")
+    moments = torch.zeros(3, dtype=torch.float64)
+    for returns in batches:
+        centre = float(returns[0, 0])
+        z = torch.zeros(4, 5, 1, 3, dtype=torch.float64)
+        parts = [
+            critic_sums(z[i : i + 2], returns[i : i + 2], mask[i : i + 2], levels, 0.1, 0.1, centre=centre)
+            for i in (0, 2)
+        ]
+        metrics = critic_metrics(added(parts), centre)
+        sd = _exact_sd(returns)
+        assert metrics["critic/return_sd"] == pytest.approx(sd, rel=1e-6, abs=0 if equal else 1e-12)
+        assert metrics["critic/return_mean"] == pytest.approx(float(returns.mean()), rel=1e-9, abs=1e-9)
+        assert math.isnan(metrics["critic/explained_variance"]) == equal
+        moments = merged_moments(moments, added(parts), centre)
+    assert moments[0] == batches.numel()
+    sd = math.sqrt(float(moments[2]) / batches.numel())
+    assert sd == pytest.approx(_exact_sd(batches), rel=1e-5, abs=0 if equal else 1e-12)
+    assert torch.equal(
+        merged_moments(moments, dict.fromkeys(("count", "return", "return_sq"), torch.zeros(())), 0), moments
+    )
+
+
+def _exact_sd(values: Tensor) -> float:
+    exact = [Fraction(v) for v in values.flatten().tolist()]
+    centre = sum(exact) / len(exact)
+    return math.sqrt(sum((v - centre) ** 2 for v in exact) / len(exact))
+
+
+@given(st.floats(-1e4, 1e4, width=32), st.integers(2, 6), st.integers(2, 9))
+def test_equal_scores_have_no_share_between_prompts(score: float, groups: int, size: int) -> None:
+    assert math.isnan(between_groups(torch.full((groups, size), score)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,6 +114,42 @@ def test_eval_and_export_of_a_folder_that_is_no_run(refused, tmp_path: Path) -> 
     for command in (("eval",), ("export", "--output", "out")):
         line = refused(*command, "--run", str(tmp_path))
         assert "holds nothing to export: no whole checkpoint in checkpoints/, no finished policy/" in line
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(refused, tmp_path: Path) -> None:
+    for command in (("eval",), ("serve",), ("export", "--output", "out")):
+        assert f"nowhere: there is no such folder. {tmp_path} holds no run" in refused(*command, "--run", "nowhere")
+
+
+def test_mistakes_are_said_before_the_heavy_imports(tmp_path: Path) -> None:
+    """Importing torch, Ray and vLLM takes 5 to 20 seconds."""
+    commands = (
+        ["train", "--config", "demo", "trainer.num_stps=1"],
+        ["warmstart", "--config", "dmeo"],
+        ["doctor", "--config", "demo", "trainer.num_stps=1"],
+        ["eval"],
+        ["eval", "--run", "nowhere"],
+        ["eval", "--config", "dmeo", "--model", "x"],
+        ["export", "--run", "nowhere", "--output", "x"],
+        ["serve", "--run", "nowhere"],
+        ["sweep", "--config", "demo", "--grid", "nowhere"],
+        ["sweep", "--config", "dmeo", "--grid", "forms"],
+    )
+    code = "\n".join(
+        [
+            "import sys",
+            "from dvpo_service.cli import main",
+            f"for command in {commands!r}:",
+            "    sys.argv = ['dvpo', *command]",
+            "    try:",
+            "        main()",
+            "    except SystemExit as ended:",
+            "        print(ended.code)",
+            "    print(*({'torch', 'ray', 'transformers', 'vllm', 'mlflow'} & set(sys.modules)))",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.stdout.splitlines() == ["2", ""] * len(commands), done.stderr
 
 
 def test_eval_of_a_file_that_is_not_there(refused, tiny_model: Path) -> None:

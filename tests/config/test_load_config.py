@@ -79,7 +79,7 @@ def test_a_bare_validation_file_names_its_split(path: str) -> None:
         ("rollout.n=0", r"rollout\.n: Input should be greater than 0 \(got 0\)"),
         ("policy.optim.lr=fast", r"policy\.optim\.lr: .*valid number.*\(got 'fast'\)"),
         ("policy.optim.lr=.inf", r"policy\.optim\.lr: .*finite"),
-        ("algorithm.form=best", r"algorithm\.form: Input should be 'paper' or 'calibrated' \(got 'best'\)$"),
+        ("algorithm.form=best", r"algorithm\.form: Input should be 'paper', 'calibrated' or 'robust' \(got 'best'\)$"),
         ("algorithm.dvpo_alpha=0", r"algorithm\.dvpo_alpha: .*more than 0 and at most 1.*ablate_cvar or .*got 0"),
         ("critic.world_size=3", r"critic: the batch of prompts_per_step x n = 256 .* world_size = 3 ranks"),
         ("model.warmstart={}", r"model: give exactly one of path .* and warmstart"),

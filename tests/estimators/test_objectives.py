@@ -16,7 +16,7 @@ from dvpo_service.estimators.group import GroupEstimator
 from dvpo_service.types import Rollouts
 from tests.builders import make_rollouts
 
-STATS = RunningStats(return_sd=0.5, worst_value=-1.0)
+STATS = RunningStats(return_sd=0.5, return_width=0.4, worst_value=-1.0)
 
 
 def estimate(*, pretraining: bool = False, seed: int = 0, **algorithm: Any) -> tuple[Estimate, Tensor, Rollouts]:
@@ -52,8 +52,9 @@ def test_risk_is_the_mean_at_its_neutral_value(form: str, neutral: dict[str, Any
         {"advantage": "cvar", "advantage_alpha": 0.2},
         {"advantage": "entropic", "advantage_beta": -2.0},
         {"head_trust": 1.0},
+        {"advantage": "huber"},
     ],
-    ids=["cvar", "entropic", "head_trust"],
+    ids=["cvar", "entropic", "head_trust", "huber"],
 )
 def test_risk_changes_the_advantage_elsewhere(risky: dict[str, Any]) -> None:
     mean, _, part = estimate(form="calibrated")
@@ -61,6 +62,54 @@ def test_risk_changes_the_advantage_elsewhere(risky: dict[str, Any]) -> None:
     assert not torch.allclose(risk.advantages, mean.advantages)
     assert torch.isfinite(risk.advantages).all()
     assert (risk.advantages[~part.response_mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "targets", [{"form": "paper", "lam": 0.9}, {"form": "calibrated", "lam": 1.0}, {"form": "calibrated", "lam": 0.0}]
+)
+def test_huber_with_a_wide_clip_is_the_mean(targets: dict[str, Any]) -> None:
+    mean, _, _ = estimate(**targets)
+    wide, _, _ = estimate(**targets, advantage="huber", advantage_clip=1e3, advantage_clip_scale="absolute")
+    assert_close(wide.advantages, mean.advantages, atol=1e-6, rtol=1e-6)
+
+
+def test_huber_over_mixture_targets_is_the_mean_averaged_over_their_choices() -> None:
+    wide = {"advantage": "huber", "advantage_clip": 1e3}
+    mean, _, part = estimate(form="calibrated", lam=0.8, n_quantiles=400)
+    some, _, _ = estimate(form="calibrated", lam=0.8, n_quantiles=400, **wide)
+    assert not torch.equal(some.advantages, mean.advantages)
+    assert_close(some.advantages, mean.advantages, atol=0.15, rtol=0)
+    assert float((some.advantages - mean.advantages)[part.response_mask].mean()) == pytest.approx(0, abs=0.03)
+
+
+def test_huber_is_bounded_by_its_clip_in_units_of_the_returns_width() -> None:
+    for scale, unit in (("absolute", 1.0), ("return_width", STATS.return_width)):
+        made, _, _ = estimate(form="calibrated", advantage="huber", advantage_clip=0.5, advantage_clip_scale=scale)
+        largest = float(made.advantages.abs().max())
+        assert 0.5 * 0.5 * unit < largest <= 0.5 * unit
+
+
+def test_huber_takes_the_policys_lambda_where_the_critic_has_another() -> None:
+    huber = {"form": "calibrated", "advantage": "huber"}
+    split, _, _ = estimate(lam=0.5, critic_lam=1.0, **huber)
+    same, _, _ = estimate(lam=0.5, **huber)
+    assert torch.equal(split.advantages, same.advantages)
+    adaptive, _, part = estimate(length_adaptive_alpha=0.5, **huber)
+    row = int(part.response_mask.sum(1).argmax())
+    fixed, _, _ = estimate(lam=1 - 1 / (0.5 * int(part.response_mask[row].sum())), **huber)
+    assert_close(adaptive.advantages[row], fixed.advantages[row])
+
+
+def test_the_huber_delta_is_in_the_unit_that_the_config_names() -> None:
+    for scale, unit in (("absolute", 1.0), ("return_sd", STATS.return_sd), ("return_width", STATS.return_width)):
+        config = AlgorithmConfig.model_validate({"huber_delta": 0.3, "huber_scale": scale, "n_quantiles": 4})
+        objective, part = critic_objective(config, CriticConfig()), make_rollouts()
+        z = torch.randn(*part.rewards.shape, objective.heads, objective.quantiles)
+        made = objective.estimate(z, z[:, 0], part, seeds=torch.arange(len(z)), pretraining=False, stats=STATS)
+        _, parts = objective.loss(
+            z, made, part.response_mask, denominator=part.num_tokens, stats=STATS, batch_mean_shift=0.0
+        )
+        assert float(parts["huber_delta"]) == pytest.approx(0.3 * unit)
 
 
 def test_the_advantage_is_scalar_gae_on_the_mean_atom() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dvpo_service.config import Config
+from dvpo_service.config import Config, load_config
 from dvpo_service.export.export import export
 from dvpo_service.export.model_card import model_card
 from tests.builders import make_config
@@ -52,6 +52,12 @@ def test_a_folder_is_no_name_on_the_hub(path: str) -> None:
     card = model_card(make_config(path), 1, [], critic=True)
     assert "base_model" not in card
     assert path not in card
+
+
+def test_the_demos_card_says_how_its_sums_are_written() -> None:
+    demo = load_config("demo")
+    assert "Sums are written from the last digit on: 29 is 92." in model_card(demo, 1, [], critic=True)
+    assert "last digit" not in model_card(make_config("a/b"), 1, [], critic=True)
 
 
 def test_training_files_are_named_without_their_folders(config: Config) -> None:

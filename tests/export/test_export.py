@@ -19,6 +19,7 @@ from dvpo_service.export.export import describe, export, open_export, writing
 from dvpo_service.export.states import newest, run_config
 from dvpo_service.models.base import save_base
 from dvpo_service.models.critic import DistributionalCritic
+from dvpo_service.models.fixed_sequences import record, recorded
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.runs.integrity import read_record, write_record
 from tests.builders import make_config
@@ -69,6 +70,14 @@ def test_the_end_of_training_writes_the_same_weights(
     second = DistributionalCritic.from_pretrained(tmp_path / "out/critic")
     assert first.spec == second.spec
     assert same(first.state_dict(), second.state_dict())
+    at_the_end, now = recorded(trained / "live" / "policy"), recorded(done.folder)
+    assert at_the_end
+    assert now
+    assert at_the_end.token_ids == now.token_ids
+    record(load_causal_lm(str(done.folder)), load_tokenizer(str(done.folder)), tmp_path)
+    loaded = recorded(tmp_path)
+    assert loaded
+    assert max(loaded.difference(at_the_end.log_probs), loaded.difference(now.log_probs)) < 1e-5
 
 
 def test_a_critic_says_what_its_atoms_mean(trained: Path) -> None:

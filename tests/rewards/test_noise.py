@@ -10,10 +10,18 @@ from dvpo_service.rewards.seeds import sample_seed
 
 EXACT = resolve("exact_match")
 SEEDS = [sample_seed(0, 0, 0, i) for i in range(4000)]
+NORMAL, LEVELS = statistics.NormalDist(), (0.1, 0.25, 0.5, 0.75, 0.9)
+SPIKES = [1.0, 10.296993845310134, -18.040940107617075, -7.012497081062275]
+STUDENT = [0.9125418917819559, 1.3151614699190417, 0.3391088888044287, 0.6463469997304034]
 
 
 def group(responses, answer="1", score=EXACT, seeds=SEEDS, **noise):
     return score_group(responses, answer, score=score, noise=NoiseSpec(**noise), seeds=seeds[: len(responses)])
+
+
+def quantiles(xs):
+    """Return the quantiles at LEVELS."""
+    return [sorted(xs)[int(level * len(xs))] for level in LEVELS]
 
 
 def test_sample_seed_is_stable_and_distinct():
@@ -54,6 +62,48 @@ def test_gaussian():
     assert {s.clean for s in scores} == {1.0}
 
 
+def test_spikes_hit_their_share_with_their_size():
+    added = [s.reward - s.clean for s in group(["1"] * 4000, kind="spike", p=0.3, sd=20.0)]
+    hits = [x for x in added if x != 0]
+    assert len(hits) / 4000 == pytest.approx(0.3, abs=0.02)
+    assert quantiles(hits) == pytest.approx([20 * NORMAL.inv_cdf(p) for p in LEVELS], abs=2.0)
+    assert {s.clean for s in group(["1"] * 50, kind="spike", p=1.0, sd=20.0)} == {1.0}
+    assert all(s.reward == 1.0 for s in group(["1"] * 50, kind="spike", p=0.0, sd=20.0))
+
+
+@pytest.mark.parametrize(("sign", "factor"), [("up", 1), ("down", -1)])
+def test_spikes_of_one_sign_are_those_of_both_folded(sign, factor):
+    both, folded = (group(["0"] * 400, kind="spike", p=0.5, sd=3.0, sign=s) for s in ("both", sign))
+    assert [s.reward for s in folded] == [factor * abs(s.reward) for s in both]
+    assert sum(s.reward != 0 for s in folded) > 100
+
+
+@pytest.mark.parametrize(
+    ("df", "quartile", "decile"), [(1.0, 1.0, 3.078), (2.0, 0.8165, 1.886), (5.0, 0.7267, 1.476), (1e6, 0.6745, 1.2816)]
+)
+def test_student_t_has_the_quantiles_of_its_table(df, quartile, decile):
+    added = [s.reward - s.clean for s in group(["1"] * 4000, kind="student_t", df=df, scale=0.5)]
+    expected = [-decile / 2, -quartile / 2, 0.0, quartile / 2, decile / 2]
+    assert quantiles(added) == pytest.approx(expected, abs=0.06 if df > 1 else 0.12)
+    assert all(math.isfinite(x) for x in added)
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        ({"kind": "spike", "p": 0.5, "sd": 20.0}, SPIKES),
+        ({"kind": "student_t", "df": 2.0, "scale": 0.5}, STUDENT),
+    ],
+)
+def test_added_noise_depends_on_the_seed_alone(noise, expected):
+    scores = group(["1"] * 40, **noise)
+    assert [s.reward for s in scores[:4]] == pytest.approx(expected, rel=1e-12)  # fixed: runs must stay repeatable
+    assert scores[30:33] == group(["1"] * 3, seeds=SEEDS[30:33], **noise)
+    assert scores[::-1] == group(["1"] * 40, seeds=SEEDS[:40][::-1], **noise)
+    other = group(["0"] * 40, **noise)
+    assert [s.reward - 1 for s in scores] == pytest.approx([s.reward for s in other], abs=1e-12)
+
+
 def test_majority_vote():
     scores = group(["2", "1", " 2 ", ""], answer="1", kind="majority_vote")
     assert [(s.reward, s.clean) for s in scores] == [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
@@ -70,7 +120,7 @@ def test_majority_vote_ties_depend_on_the_seed():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "1", 1j, [1.0]])
-@pytest.mark.parametrize("kind", ["none", "flip", "gaussian", "majority_vote"])
+@pytest.mark.parametrize("kind", ["none", "flip", "gaussian", "spike", "student_t", "majority_vote"])
 def test_what_is_no_finite_number_is_an_error_never_zero(value, kind):
     (score,) = group(["1"], score=lambda response, answer: value, kind=kind)
     assert math.isnan(score.reward)
@@ -111,7 +161,10 @@ def test_failed_samples_do_not_vote():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "salt"}, "noise kind 'salt': use one of none, flip, gaussian, majority_vote"),
+        ({"kind": "salt"}, "noise kind 'salt': use one of none, flip, gaussian, spike, student_t, majority_vote"),
+        ({"kind": "spike", "sign": "left"}, "noise sign='left': use one of both, up, down"),
+        ({"kind": "student_t", "df": 0.5}, r"noise df=0\.5"),
+        ({"kind": "student_t", "scale": -1.0}, r"noise scale=-1\.0"),
         ({"kind": "flip", "p": 1.5}, r"noise p=1\.5"),
         ({"kind": "gaussian", "sd": -1.0}, r"noise sd=-1\.0"),
         ({"kind": "gaussian", "sd": math.nan}, "noise sd=nan"),

@@ -102,8 +102,6 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(tmp_path: Path) -> 
     checkpoints = Checkpoints(tmp_path, keep=2)
     folder = save(checkpoints, 5, {"policy": write("5")})
     rewritten(folder, lambda tree: tree.update(format=FORMAT + 1))
-    with pytest.raises(
-        CheckpointError, match=rf"step-000005 has format {FORMAT + 1}, .* up to {FORMAT}: continue with"
-    ):
+    with pytest.raises(CheckpointError, match=rf"step-000005 has format {FORMAT + 1}, .* up to {FORMAT}; go on"):
         checkpoints.latest()
     assert (folder / STATE_FILE).is_file(), "it is not damaged: nothing was renamed"

@@ -19,13 +19,15 @@ from dvpo_service.config import to_yaml
 from dvpo_service.export.export import CRITIC, Exported, open_export
 from dvpo_service.export.states import EXPORT_FILE
 from dvpo_service.models.critic import DistributionalCritic
-from dvpo_service.models.load import load_backbone
+from dvpo_service.models.fixed_sequences import record
+from dvpo_service.models.load import load_backbone, load_causal_lm, load_tokenizer
 from dvpo_service.models.small import save_small_model
 from dvpo_service.runs.settings import CONFIG_FILE
 from tests.builders import make_config
 
 ROOT = Path(__file__).parents[2]
 START_S = 300.0
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def make_export(
@@ -34,6 +36,7 @@ def make_export(
     """Write an untrained policy and critic as a run exports them."""
     size = {"num_layers": 2, "num_heads": hidden_size // 32, "max_positions": 128} | shape
     save_small_model(folder, hidden_size=hidden_size, seed=seed, **size)
+    record(load_causal_lm(str(folder)), load_tokenizer(str(folder)), folder)
     if critic:
         value_model = DistributionalCritic(
             load_backbone(str(folder)),
@@ -68,7 +71,7 @@ class ServerProcess:
         self.process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {}),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS} | (environment or {}),
             stdout=self.log,
             stderr=subprocess.STDOUT,
             text=True,
@@ -93,7 +96,11 @@ class ServerProcess:
         raise AssertionError(f"the server did not come up:\n{self.output()[-3000:]}")
 
     def __enter__(self) -> Self:
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except AssertionError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: Any) -> None:

@@ -3,119 +3,83 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
+import re
 
-import httpx
-import pytest
-
-from dvpo_service.config import ServeConfig
-from dvpo_service.serving.gateway import Gateway
-from dvpo_service.serving.policy import Answer, PolicyServer
-from dvpo_service.serving.replicas import Unavailable
-from dvpo_service.serving.requests import BadRequest
-from dvpo_service.serving.value_server import ValueServer
-from dvpo_service.serving.values import ResponseValues, ValueQuery
+from tests.serving.fake_replicas import CHAT, COMPLETIONS, NAME, TURN, VALUES, A, FakePolicy, FakeValues, client, status
 
 
-@dataclass
-class FakePolicy:
-    """Answers with ``n`` choices.
-
-    ``hold`` keeps requests under way until it is set; ``lost`` fails as if no replica were left; ``cut`` ends a stream
-    in its middle, as when its replica dies.
-    """
-
-    hold: asyncio.Event = field(default_factory=asyncio.Event)
-    lost: bool = False
-    cut: bool = False
-    seen: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.hold.set()
-
-    async def call(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
-        if self.lost:
-            raise Unavailable("no answer within 1 s")
-        if method is PolicyServer.ready:
-            return "step-000007"
-        self.seen.append(args[1])
-        await self.hold.wait()
-        choices = [
-            {"index": i, "text": f"t{i}", "token_ids": [5, 6 + i, 1], "prompt_token_ids": [2, 3], "finish_reason": end}
-            for i, end in zip(range(args[1].get("n", 1)), ["stop", "length"] * 50, strict=False)
-        ]
-        return Answer(200, json.dumps({"choices": choices}).encode(), "step-000007")
-
-    async def stream(self, method: Callable[..., Any], kind: str, body: dict[str, Any]) -> AsyncIterator[Any]:
-        if body.get("bad"):
-            yield Answer(400, b'{"error": {"message": "no"}}', "step-000007")
-            return
-        yield Answer(200, b"", "step-000007")
-        yield "data: 1\n\n"
-        await self.hold.wait()
-        if self.cut:
-            raise Unavailable("its replica died")
-        yield "data: [DONE]\n\n"
+def test_what_a_request_leaves_to_vllm_reaches_it() -> None:
+    policy = FakePolicy()
+    ask = TURN | {"min_p": 0.1, "tools": [{"type": "function"}], "rank_by": "mean", "n": 2}
+    asyncio.run(status(client(policy, FakeValues()), CHAT, ask))
+    assert policy.seen == [TURN | {"min_p": 0.1, "tools": [{"type": "function"}], "n": 2, "return_token_ids": True}]
 
 
-@dataclass
-class FakeValues:
-    seen: list[ValueQuery] = field(default_factory=list)
+def test_a_fault_of_the_servers_is_500_in_openais_form_and_counted() -> None:
+    async def scenario() -> None:
+        policy = FakePolicy(fault=RuntimeError("secret"))
+        c = client(policy)
+        c._transport.raise_app_exceptions = False  # type: ignore[attr-defined]
+        answer = await c.post(COMPLETIONS, json=A)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalServerError")
+        assert "secret" not in answer.text
+        assert f'route="{COMPLETIONS}",status="500"' in (await c.get("/metrics")).text
 
-    async def call(self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
-        if method is ValueServer.ready:
-            return "step-000007"
-        if method is ValueServer.along:
-            if len(args[0].response) > 5:
-                raise BadRequest("too long")
-            return {"body": {"states": []}, "version": "step-000007"}
-        self.seen = args[0]
-        return [
-            ResponseValues(0.1, 0.1, [], [[]], [float(i)], [float(-i)], [0.0], [0.0]) for i, _ in enumerate(args[0])
-        ]
+    asyncio.run(scenario())
 
 
-def client(
-    policy: FakePolicy | None = None, values: FakeValues | None = None, key: str | None = None, **limits: Any
-) -> httpx.AsyncClient:
-    digest = hashlib.sha256(key.encode()).hexdigest() if key else None
-    gateway = Gateway(policy or FakePolicy(), values, ServeConfig(**limits), "m", digest)  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=httpx.ASGITransport(gateway.app()), base_url="http://test")
+def test_openai_clients_find_the_model_by_its_id() -> None:
+    async def scenario() -> None:
+        c = client(FakePolicy(), FakeValues())
+        for path in (NAME, NAME.replace("/", "%2F")):
+            answer = await c.get(f"/v1/models/{path}")
+            assert (answer.status_code, answer.json()["id"]) == (200, NAME)
+        answer = await c.get("/v1/models/other/one")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFoundError")
+        code, message = await status(c, VALUES, {"prompt": "a", "response": "b", "model": "other"})
+        assert (code, message) == (404, f"the model 'other' does not exist; this server has '{NAME}'")
+
+    asyncio.run(scenario())
 
 
-COMPLETIONS = "/v1/completions"
+def test_head_is_answered_where_get_is_and_errors_have_openais_form() -> None:
+    async def scenario() -> None:
+        c = client()
+        for path in (
+            "/",
+            "/healthz",
+            "/readyz",
+            "/metrics",
+            "/v1/models",
+            f"/v1/models/{NAME}",
+            "/docs",
+            "/openapi.json",
+        ):
+            assert (await c.head(path)).status_code == (await c.get(path)).status_code == 200, path
+        for method, path, code in (("GET", "/v1/nothing", 404), ("GET", COMPLETIONS, 405)):
+            answer = await c.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (code, code)
+
+    asyncio.run(scenario())
 
 
-async def status(c: httpx.AsyncClient, path: str, body: Any, **headers: str) -> tuple[int, str]:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = await c.post(path, content=content, headers=headers)
-    return answer.status_code, answer.json().get("error", {}).get("message", "")
+def test_docs_and_page_name_nothing_outside_and_nothing_absolute() -> None:
+    """So they work without the internet, and behind a proxy's sub-path."""
 
+    async def scenario() -> None:
+        c = client()
+        docs = (await c.get("/docs")).text
+        for asset in re.findall(r'(?:src|href)="([^"]+)"', docs):
+            answer = await c.get(f"/{asset}")
+            assert (answer.status_code, len(answer.content) > 1000) == (200, True), asset
+        assert "url: 'openapi.json'" in docs
+        for text in (docs, (await c.get("/")).text):
+            assert not re.findall(r'https?://[^"\s]+', text.replace("http://www.w3.org/2000/svg", ""))
+            assert not re.findall(r"""(?:fetch|post)\(["']/|(?:src|href|url)[=:] ?["']/""", text)
+        assert (await c.get("/openapi.json")).json()["servers"] == [{"url": "."}]
 
-@pytest.mark.parametrize(
-    ("body", "code", "says"),
-    [
-        (b"{", 400, "not JSON"),
-        (b'"\xff"', 400, "not JSON"),
-        ([], 400, "JSON object"),
-        ({"n": "three"}, 400, "positive integer"),
-        ({"n": 0}, 400, "positive integer"),
-        ({"prompt": ["a"] * 5, "n": 3}, 400, "more than 10 a request"),
-        ({"max_tokens": 51}, 400, "more than 50"),
-        ({"rank_by": "luck"}, 400, "one of mean, cvar, upper_tail"),
-        ({"rank_by": "mean", "stream": True}, 400, "cannot stream"),
-        (b" " * 3000, 413, "larger than 2 KiB"),
-    ],
-)
-def test_what_is_beyond_the_limits_is_refused_in_words(body: Any, code: int, says: str) -> None:
-    c = client(values=FakeValues(), max_n=10, max_new_tokens=50, max_body_kib=2)
-    answered, message = asyncio.run(status(c, COMPLETIONS, body))
-    assert answered == code
-    assert says in message
+    asyncio.run(scenario())
 
 
 def test_the_default_length_is_within_the_limit() -> None:
@@ -174,7 +138,10 @@ def test_the_key_guards_the_api_and_not_the_health_checks() -> None:
         assert (await status(c, COMPLETIONS, {"prompt": "a"}))[0] == 401
         assert (await status(c, COMPLETIONS, {"prompt": "a"}, authorization="Bearer wrong"))[0] == 401
         assert (await status(c, COMPLETIONS, {"prompt": "a"}, authorization="Bearer secret"))[0] == 200
-        assert (await c.get("/v1/models")).status_code == 401
+        assert (await status(c, COMPLETIONS, {"prompt": "a"}, Authorization="bearer  secret"))[0] == 200
+        assert (await status(c, COMPLETIONS, {"prompt": "a"}, authorization="Basic secret"))[0] == 401
+        answer = await c.get("/v1/models")
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert (await c.get("/readyz")).status_code == 200
         assert (await c.get("/")).status_code == 200
 
@@ -189,7 +156,12 @@ def test_best_of_n_returns_one_choice_a_prompt_and_what_each_was_worth() -> None
         assert [c["text"] for c in body["choices"]] == ["t2"]
         assert [r["index"] for r in body["ranking"]] == [2, 1, 0]
         assert "token_ids" not in body["choices"][0], "nobody asked for them"
-        assert [q.response_ids for q in values.seen] == [(5, 6), (5, 7, 1), (5, 8)], "without the token that ends"
+        assert [r["text"] for r in body["ranking"]] == ["t2", "t1", "t0"]
+        assert [(r.sampled_ids, r.text, r.ended) for r in values.seen] == [
+            ((5, 6, 1), "t0", True),
+            ((5, 7, 1), "t1", False),
+            ((5, 8, 1), "t2", True),
+        ]
         body = (await c.post(COMPLETIONS, json={"prompt": "a", "n": 3, "rank_by": "cvar"})).json()
         assert [c["text"] for c in body["choices"]] == ["t0"]
 
@@ -206,22 +178,9 @@ def test_without_a_critic_values_are_501_and_completions_work() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ({"response": "a"}, "exactly one of prompt"),
-        ({"prompt": "a", "messages": [], "response": "a"}, "exactly one of prompt"),
-        ({"prompt": "a"}, "response"),
-        ({"prompt": "a", "response": "b", "levels": [2]}, "levels"),
-        ({"prompt": "a", "response": "b", "alpha": 0}, "alpha"),
-        ({"prompt": "a", "response": "b", "lvls": []}, "lvls"),
-        ({"prompt": "a", "response": "b" * 9}, "too long"),
-    ],
-)
-def test_bad_value_requests_are_refused_in_words(body: Any, says: str) -> None:
-    code, message = asyncio.run(status(client(values=FakeValues()), "/v1/values", body))
-    assert code == 400
-    assert says in message
+def test_the_page_is_told_what_readers_must_know() -> None:
+    answer = asyncio.run(client(note="29 is 92").get("/readyz"))
+    assert (answer.json()["note"], answer.json()["model"]) == ("29 is 92", NAME)
 
 
 def test_no_replica_is_503_and_not_ready() -> None:

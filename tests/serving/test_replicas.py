@@ -1,4 +1,4 @@
-"""Calls survive the death of a replica, and streams do until their first event; a policy replica and its engine."""
+"""Calls survive the death of a replica, and streams do until their first event."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from dvpo_service.serving.policy import PolicyServer, together
+from dvpo_service.serving.errors import BadRequest
+from dvpo_service.serving.policy import together
 from dvpo_service.serving.replicas import Replicas, Unavailable
-from dvpo_service.serving.requests import BadRequest
-from tests.builders import make_config
 
 
 class Items:
@@ -139,111 +138,3 @@ def test_chunks_come_together_in_order_and_errors_come_through() -> None:
     assert len(parts) < 25
     with pytest.raises(ValueError, match="engine"):
         asyncio.run(listed(together(chunks(True), 0.02)))
-
-
-class FakeEngine:
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.errored = self.refuses = False
-
-    async def pause_generation(self, **kwargs: Any) -> None:
-        self.calls.append("pause")
-
-    async def collective_rpc(self, method: str, kwargs: dict[str, str]) -> None:
-        if self.refuses:
-            raise ValueError("size mismatch")
-        self.calls.append(f"{method} {kwargs['weights_path']}")
-
-    async def reset_prefix_cache(self) -> None: ...
-
-    async def resume_generation(self) -> None:
-        self.calls.append("resume")
-
-    def shutdown(self) -> None: ...
-
-
-@pytest.mark.parametrize("drain_timeout_s", [5.0, 0.1])
-def test_new_weights_wait_for_responses_under_way_and_new_requests_for_the_weights(drain_timeout_s: float) -> None:
-    async def scenario() -> None:
-        config = make_config("m").model_copy(update={"serve": make_config("m").serve})
-        config = config.model_copy(
-            update={"serve": config.serve.model_copy(update={"drain_timeout_s": drain_timeout_s})}
-        )
-        engine = FakeEngine()
-        server = PolicyServer(config, "m")
-        server.engine = engine
-        server.version = "old"
-        server._open.set()
-        seen = []
-
-        async def request(seconds: float) -> None:
-            async with server._weights() as version:
-                await asyncio.sleep(seconds)
-                seen.append((version, list(engine.calls)))
-
-        running = asyncio.create_task(request(0.5))
-        await asyncio.sleep(0.01)
-        update = asyncio.create_task(server.reconfigure({"policy": "p", "version": "new"}))
-        await asyncio.sleep(0.01)
-        waiting = asyncio.create_task(request(0.0))
-        await asyncio.gather(running, update, waiting)
-        drained = [v for v, calls in seen if not calls]
-        if drain_timeout_s > 0.5:
-            assert drained == ["old"], "the old weights until the response was whole"
-        assert ("new", ["pause", "reload_weights p", "resume"]) in seen
-        assert await server.reconfigure({"policy": "p", "version": "new"}) is None
-        assert engine.calls == ["pause", "reload_weights p", "resume"], "the same version again changes nothing"
-
-    asyncio.run(scenario())
-
-
-class Exited(BaseException):
-    """Raised where the process would end."""
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> PolicyServer:
-    def exit_now(code: int) -> None:
-        raise Exited(code)
-
-    monkeypatch.setattr("os._exit", exit_now)
-    server = PolicyServer(make_config("m"), "m")
-    server.engine = FakeEngine()
-    server.version = "old"
-    server._open.set()
-    return server
-
-
-@pytest.mark.parametrize("events_before", [0, 2])
-def test_a_replica_ends_with_its_engine_before_the_error_is_an_event(
-    server: PolicyServer, monkeypatch: pytest.MonkeyPatch, events_before: int
-) -> None:
-    """When its engine dies, vLLM's stream goes on with an event that says what happened."""
-
-    async def handle(kind: str, body: dict[str, Any]) -> AsyncIterator[str]:
-        async def events() -> AsyncIterator[str]:
-            for i in range(events_before):
-                yield f"data: {i}"
-                await asyncio.sleep(0.1)
-            server.engine.errored = True
-            yield "data: error"
-
-        return events()
-
-    monkeypatch.setattr(server, "_handle", handle)
-    seen: list[Any] = []
-
-    async def read() -> None:
-        async for item in server.stream("chat", {}):
-            seen.append(item)
-
-    with pytest.raises(Exited):
-        asyncio.run(read())
-    assert seen[1:] == [f"data: {i}" for i in range(events_before)], "after the header"
-
-
-def test_a_replica_whose_weights_are_half_loaded_ends(server: PolicyServer) -> None:
-    server.engine.refuses = True
-    with pytest.raises(Exited):
-        asyncio.run(server.reconfigure({"policy": "p", "version": "new"}))
-    assert server.version == "old"

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from openai import APIStatusError, AuthenticationError, OpenAI
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
+from dvpo_service.models.fixed_sequences import FILE
+from dvpo_service.runs.integrity import STATE_FILE
 from dvpo_service.serving.values import ValueModel, ValueQuery
 from tests.ports import listening
+from tests.serving.load import all_back, hammer, processes
 from tests.serving.server import ServerProcess, make_export
 
 pytestmark = pytest.mark.e2e
@@ -131,43 +134,22 @@ def test_the_best_of_n_is_the_one_that_values_say(server: ServerProcess, client:
     assert choice.text == best.text, "the same seed samples the same responses"
 
 
-Rows = list[dict[str, Any]]
-
-
-def hammer(
-    server: ServerProcess, clients: int, meanwhile: Callable[[], None], *, seconds: float, until: Callable[[Rows], bool]
-) -> Rows:
-    """Send requests from ``clients`` threads at once, run ``meanwhile`` in between, and return a row per answer.
-
-    The threads stop ``seconds`` after ``until(rows)`` is true, and after three minutes at the latest.
-    """
-    rows: Rows = []
-    enough = threading.Event()
-    deadline = time.monotonic() + 180
-
-    def one(number: int) -> None:
-        with httpx.Client(headers={"authorization": "Bearer secret"}, timeout=120) as http:
-            while not enough.is_set() and time.monotonic() < deadline:
-                body = {"prompt": f"{number}+1=", "max_tokens": 48, "ignore_eos": True}
-                answer = http.post(f"{server.url}/v1/completions", json=body)
-                rows.append({"status": answer.status_code, "version": answer.headers.get("x-dvpo-version")})
-
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(one, i) for i in range(clients)]
-        time.sleep(1.5)
-        meanwhile()
-        while not until(rows) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(seconds)
-        enough.set()
-        for job in running:
-            job.result()
-    return rows
-
-
-def processes(server: ServerProcess, name: str) -> list[psutil.Process]:
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    return [p for p in family if p.is_running() and any(name in part for part in p.cmdline())]
+def test_a_response_cut_by_a_stop_string_is_worth_what_its_text_is(server: ServerProcess, client: OpenAI) -> None:
+    ask: Any = {"model": "tiny", "prompt": "12+7=", "n": 4, "max_tokens": 8, "seed": 3}
+    plain = client.completions.create(**ask)
+    stop = next(c for choice in plain.choices for c in choice.text[2:] if c.isascii())  # the model is untrained
+    ranked = client.completions.create(**ask, stop=stop, extra_body={"rank_by": "mean"})
+    ranking = ranked.model_extra["ranking"]  # type: ignore[index]
+    cut = [
+        r
+        for r in ranking
+        if r["text"] in {choice.text.split(stop)[0] for choice in plain.choices if stop in choice.text}
+    ]
+    assert cut, "the stop string cut none"
+    for r in cut:
+        if "\ufffd" not in r["text"]:  # what is no UTF-8 cannot be asked for
+            states = values(server, prompt="12+7=", response=r["text"])["states"]
+            assert states[-1]["mean"] == pytest.approx(r["mean"], abs=1e-5)
 
 
 def test_64_clients_get_answers_and_no_error(server: ServerProcess) -> None:
@@ -189,15 +171,6 @@ def test_a_process_killed_under_load_costs_no_request(server: ServerProcess, vic
     assert len(values(server, prompt="1+1=", response="2")["states"]) == 2, "a value waits for its replica"
     assert killed[0] not in {p.pid for p in all_back(server, victim, 1 if "values" in victim else REPLICAS)}
     server.wait_ready()
-
-
-def all_back(server: ServerProcess, name: str, count: int = REPLICAS) -> list[psutil.Process]:
-    """Wait until there are ``count`` processes of that name again, and return them."""
-    until = time.monotonic() + 240
-    while len(running := processes(server, name)) < count:
-        assert time.monotonic() < until, f"only {len(running)} of {name}"
-        time.sleep(0.5)
-    return running
 
 
 def test_gateways_share_a_port_and_one_that_dies_comes_back(server: ServerProcess) -> None:
@@ -284,11 +257,33 @@ def test_the_new_weights_are_the_new_folders(server: ServerProcess, client: Open
     assert choice.logprobs.token_logprobs == pytest.approx(wanted, abs=1e-3)
 
 
+def test_weights_that_are_not_those_exported_are_refused_and_the_old_ones_served_on(
+    server: ServerProcess, run_dir: Path
+) -> None:
+    """The record of the newest checkpoint's export is another model's, as when weights were damaged or exchanged."""
+    before = values(server, prompt="12+7=", response="19")["states"][0]["mean"]
+    make_export(run_dir / "serving" / "step-000030", step=30, seed=6)
+    shutil.copy(run_dir / "policy" / FILE, run_dir / "serving" / "step-000030" / FILE)
+    checkpoint = run_dir / "checkpoints" / "step-000030"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE_FILE).write_text('{"state": {"step": 30}}')
+    until = time.monotonic() + 180
+    while "step-000030 is refused, step-000020 is served on" not in " ".join(server.output().split()):
+        assert time.monotonic() < until, server.output()[-2000:]
+        time.sleep(0.5)
+    assert server.wait_ready()["versions"] == {"policy": "step-000020", "values": "step-000020"}
+    assert values(server, prompt="12+7=", response="19")["states"][0]["mean"] == before
+
+
 def test_nothing_is_left_when_the_server_ends(server: ServerProcess) -> None:
     """This test stays the last of the file: it ends the server."""
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert processes(server, "VLLM::EngineCore")
+    said = len(server.output())
+    began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=60) == 143
+    print(f"ended in {time.monotonic() - began:.1f} s, saying {server.output()[said:]!r}")
+    assert server.output()[said:].strip() == "stopped serving"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []

@@ -56,7 +56,7 @@ def test_a_whole_sweep(tmp_path: Path) -> None:
         assert f"| {arm.name}" in markdown
     for term in ("risk", "cvar", "gain", "shift", "shape", "curv", "consist"):
         assert f"critic/loss/{term}" in report.text
-    for words in ("jagged quantiles", "a collapse of generalization", "one time in 4", "? the seeds cannot tell"):
+    for words in ("jagged quantiles", "a collapse of generalization", "Student's t", "? the seeds cannot tell"):
         assert words in report.text
         assert words in markdown
     assert "▼ lower" in markdown
@@ -144,7 +144,7 @@ def test_numbers(tmp_path: Path) -> None:
     assert len(numbers["accuracy"]) == 16
     # The guide adds five: risk has no noise, and gain is counted already.
     assert numbers["comparisons_with_interval"] == 16 + 5
-    assert numbers["directions_expected_by_chance"] == pytest.approx(21 / 4)
+    assert numbers["directions_expected_by_chance"] == pytest.approx(21 / 20)
     assert len(numbers["trials"]) == 27
     assert len(numbers["conclusion"]) == 2
 

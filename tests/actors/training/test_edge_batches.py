@@ -20,7 +20,7 @@ from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
 from actors.training.roles import engine_mismatch
 from actors.training.trainer import full_state
-from dvpo_service.algo.advantages import whiten, whitening_sums
+from dvpo_service.algo.advantages import whiten
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.estimators.group import GroupEstimator
@@ -101,7 +101,7 @@ def one(config: Config, model: str) -> None:
         for values in advantages:
             assert values.isfinite().all()
             mask = rollouts.response_mask
-            values = whiten(values, mask, whitening_sums(values, mask)).float()
+            values = whiten(values, mask).float()
             before = parameters(policy)
             metrics = policy.update(rollouts, {}, values, 0)
             updated(policy, metrics, before, "policy", rollouts.num_tokens)

@@ -144,7 +144,9 @@ def resume_run(config: Config, model: str, meet: Rendezvous) -> tuple[list[Tenso
     with torch.no_grad():
         for parameter in fresh.trainer.module.parameters():
             parameter.zero_()
+    fresh.trainer.extra["later"] = torch.ones(2)
     fresh.load(folder)
+    assert torch.equal(fresh.trainer.extra.pop("later"), torch.ones(2)), "what an earlier version did not save"
     again = fresh.evaluate(make_rollouts(seed=1), {}, 1)[0]
     assert torch.equal(again.values, straight.values), "a checkpoint restores the weights to the bit"
     assert fresh.update() == after, "and the optimizer, schedule and running moments"
