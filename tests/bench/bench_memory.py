@@ -1,8 +1,9 @@
 """Measure what keeps a trainer's memory small, as ratios: chunked log-probs, checkpointing, reduced gradients.
 
 ``python -m tests.bench.bench_memory`` prints one JSON object. Peaks are the growth of the resident memory of a process
-of their own: one forward and one backward pass through an output layer of 152,064 words. ``rss_gib FORM TOKENS`` in
-place of nothing measures a single one.
+of their own: one forward and one backward pass through an output layer of 152,064 words. ``rss_gib FORM TOKENS`` as
+arguments measures a single one. The bytes saved for the backward pass leave out the layers' inputs, which checkpointing
+keeps.
 """
 
 from __future__ import annotations
