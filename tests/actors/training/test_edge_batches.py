@@ -38,6 +38,7 @@ RESPONSES: dict[str, list[tuple[int, ...]]] = {
 ESTIMATORS: list[dict[str, Any]] = [
     {"form": "paper"},
     {"form": "calibrated"},
+    {"form": "robust", "advantage": "huber"},
     {"adv_estimator": "gae"},
     {"adv_estimator": "robust_gae", "robust_rho": 0.1},
 ]

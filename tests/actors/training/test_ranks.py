@@ -92,8 +92,13 @@ def assert_same(a: tuple[list[Tensor], list[Metrics]], b: tuple[list[Tensor], li
 
 @pytest.mark.parametrize(
     "kind",
-    [{"form": "paper"}, {"form": "calibrated"}, {"adv_estimator": "robust_gae", "robust_rho": 0.1}],
-    ids=["paper", "calibrated", "robust_gae"],
+    [
+        {"form": "paper"},
+        {"form": "calibrated"},
+        {"form": "robust", "advantage": "huber"},
+        {"adv_estimator": "robust_gae", "robust_rho": 0.1},
+    ],
+    ids=["paper", "calibrated", "robust", "robust_gae"],
 )
 def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
     kind: dict[str, Any], tiny_model: Path, tmp_path: Path
