@@ -130,7 +130,7 @@ class PolicyWorker(TrainerWorker):
                 lm.save_pretrained(local, state_dict=state)  # type: ignore[operator]
                 tokenizer = load_tokenizer(self.model_path, trust_remote_code=trust)
                 tokenizer.save_pretrained(local)
-                lm.load_state_dict(state)
+                lm.load_state_dict(state, strict=False)  # an output layer that is the embedding is not in the state
                 record(lm, tokenizer, Path(local))
 
     def _load(self) -> Any:

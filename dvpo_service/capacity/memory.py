@@ -122,7 +122,8 @@ def micro_tokens(pool: TrainerPool, config: Config) -> int:
     """Return the tokens of a forward pass when every response is as long as it may be."""
     share = (pool.mini_batch_size or config.batch_size) // pool.world_size
     tokens = min(pool.micro_batch_size, share) * config.max_model_len
-    return min(tokens, pool.max_tokens_per_micro_batch or tokens)
+    budget = pool.max_tokens_per_micro_batch
+    return min(tokens, max(budget, config.max_model_len)) if budget else tokens
 
 
 def kv_bytes(config: Config, shape: ModelShape) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from actors.cluster.pool import Rendezvous
@@ -24,6 +23,7 @@ from dvpo_service.models.base import save_base
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.runs.integrity import write_record
 from tests.builders import make_config, make_rollouts, sums_of
+from tests.processes import run_ranks
 
 STEP = 3
 STATE = {"state": {"step": STEP}, "mlflow_run_id": "run-7"}
@@ -81,7 +81,7 @@ def write_run(run: Path, config: Config, model: Path, world: int) -> None:
         {"step": STEP + 1, "time": 3.0, "eval/val/accuracy": 0.99, "eval/val/greedy": 0.99},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mp.spawn(_rank, (world, _free_ports(2), config, str(model), str(run), str(checkpoint)), nprocs=world)
+    run_ranks(_rank, (world, _free_ports(2), config, str(model), str(run), str(checkpoint)), world)
     write_record(checkpoint, STATE, sums_of(checkpoint))
 
 

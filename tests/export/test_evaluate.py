@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,17 @@ from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.eval_stats import PromptScores
 from dvpo_service.export.export import export
+from dvpo_service.export.states import config_of
 from dvpo_service.models.load import load_causal_lm
+from dvpo_service.terminal.progress import Bar
 
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the engines by scores in which every second sample is right."""
 
-    def launched(
-        config: Config, model: str, data: Mapping[str, Dataset], n: int, on_progress: Callable[[int], None]
-    ) -> list[PromptScores]:
-        on_progress(sum(map(len, data.values())))
+    def launched(config: Config, model: str, data: Mapping[str, Dataset], n: int, bar: Bar) -> list[PromptScores]:
+        bar.update(sum(map(len, data.values())))
         outcomes = tuple(float(i % 2) for i in range(n))
         return [PromptScores(split, p.source, outcomes, 1.0) for split, d in data.items() for p in d.prompts]
 
@@ -32,7 +32,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_checkpoint_is_a_model_for_as_long_as_it_is_evaluated(run: Path) -> None:
-    with from_run(run, "a run", ["rollout.temperature=0.5"]) as subject:
+    with from_run(run, "a run", config_of(run, ["rollout.temperature=0.5"])) as subject:
         assert (subject.step, subject.name) == (3, "a run")
         assert subject.config.rollout.temperature == 0.5
         load_causal_lm(subject.model)
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_a_model_for_as_long_as_it_is_evaluated(run: Path) -> No
 
 def test_an_export_is_evaluated_where_it_is(run: Path) -> None:
     policy = export(run, run / "policy").folder
-    with from_run(run, str(run), []) as subject:
+    with from_run(run, str(run), config_of(run)) as subject:
         assert subject.model == str(policy)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from actors.cluster.pool import Rendezvous
@@ -15,6 +14,7 @@ from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
 from dvpo_service.host.network import free_port
 from tests.builders import make_config, make_rollouts
+from tests.processes import run_ranks
 
 Dtypes = dict[str, set[torch.dtype]]
 
@@ -71,4 +71,4 @@ def _process(rank: int, model: str) -> None:
 
 
 def test_backbones_compute_in_bfloat16_and_heads_in_float32(tiny_model: Path) -> None:
-    mp.spawn(_process, (str(tiny_model),), nprocs=1)
+    run_ranks(_process, (str(tiny_model),), 1)

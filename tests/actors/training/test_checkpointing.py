@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers as hf
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,6 +21,7 @@ from dvpo_service.host.network import free_port
 from dvpo_service.models.load import load_tokenizer
 from dvpo_service.models.sharding import turn_off_noise
 from tests.builders import make_config, make_rollouts
+from tests.processes import run_ranks
 
 
 def backward_of(worker: Any, config: Config) -> tuple[int, Tensor]:
@@ -90,7 +90,7 @@ def bytes_of(kind: Any, tokenizer: Path, folder: Path) -> tuple[int, int]:
     ]
     configs = [make_config(model, algorithm={"n_quantiles": 8, "critic_hidden_dim": 16}, **s) for s in sections]
     out = folder / f"bytes-{kind.__name__}.json"
-    mp.spawn(_process, (kind, configs, str(model), str(out)), nprocs=1)
+    run_ranks(_process, (kind, configs, str(model), str(out)), 1)
     plain, checkpointed = json.loads(out.read_text())
     return plain, checkpointed
 

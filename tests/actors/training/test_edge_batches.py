@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import psutil
 import torch
-import torch.multiprocessing as mp
 
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
@@ -28,6 +27,7 @@ from dvpo_service.host.network import free_port
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 from tests.builders import make_config
 from tests.ports import listening
+from tests.processes import run_ranks
 
 EOS = 1
 RESPONSES: dict[str, list[tuple[int, ...]]] = {
@@ -123,4 +123,4 @@ def test_updates_on_empty_responses(tiny_model: Path) -> None:
         pool = {"mini_batch_size": 8, "micro_batch_size": 3, "packing": i % 2 == 0}
         sections: dict[str, Any] = {"critic": pool, "policy": pool, "algorithm": base | algorithm}
         configs.append(make_config(tiny_model, rollout={"prompts_per_step": 2, "n": 4}, **sections))
-    mp.spawn(_process, (configs, str(tiny_model)), nprocs=1)
+    run_ranks(_process, (configs, str(tiny_model)), 1)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +22,7 @@ from dvpo_service.config import Config
 from dvpo_service.host.network import free_port
 from dvpo_service.types import Rollouts
 from tests.builders import make_config, make_rollouts
+from tests.processes import run_ranks
 
 Run = Callable[[Any, Rollouts, Tensor], None]
 OPTIM = {"lr": 1e-3, "max_grad_norm": 1e9}  # never clipped: the gradient itself is compared
@@ -110,7 +110,7 @@ def launch(kind: Any, pool: str, run: Run, model: Path, variants: list[dict[str,
     whole = {"mini_batch_size": None, "micro_batch_size": 16, "optim": OPTIM}
     data = {"max_prompt_tokens": 8}
     configs = [make_config(model, data=data, **(v | {pool: whole | v.get(pool, {})})) for v in variants]
-    mp.spawn(_process, (kind, pool, run, configs, str(model)), nprocs=1)
+    run_ranks(_process, (kind, pool, run, configs, str(model)), 1)
 
 
 def test_of_the_critic(tiny_model: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from actors.cluster.pool import Rendezvous
@@ -20,6 +19,7 @@ from dvpo_service.config import Config
 from dvpo_service.runs.storage import is_url, make_folder, storage_path
 from dvpo_service.types import Metrics
 from tests.builders import make_config, make_rollouts, sums_of
+from tests.processes import run_ranks
 
 STEPS = 2
 
@@ -70,7 +70,7 @@ def launch(run: Any, config: Config, model: Path, world: int, out: Path) -> tupl
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     out.mkdir()
-    mp.spawn(_rank, (world, port, run, config, str(model), str(out)), nprocs=world)
+    run_ranks(_rank, (world, port, run, config, str(model), str(out)), world)
     ranks = [torch.load(out / f"{i}.pt", weights_only=False) for i in range(world)]
     assert all(r[1] == ranks[0][1] for r in ranks), "every rank reports the same, global figures"
     tensors = []

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -18,6 +17,7 @@ from actors.training.policy import PolicyWorker
 from actors.training.trainer import clip_grad_norm
 from dvpo_service.host.network import free_port
 from tests.builders import make_config, make_rollouts
+from tests.processes import run_ranks
 
 WORLDS = (1, 2)  # 4 works too, and takes four processes
 
@@ -98,7 +98,7 @@ def _rank(rank: int, ports: dict[tuple[int, bool], int], model: str, out: str) -
 def measure(model: Path, folder: Path) -> dict[tuple[int, bool], list[dict[str, Any]]]:
     """Return what ``one_step`` measured on each rank, by (number of ranks, deferred)."""
     ports = {(world, defer): free_port() for world in WORLDS for defer in (False, True)}
-    mp.spawn(_rank, (ports, str(model), str(folder)), nprocs=max(WORLDS))
+    run_ranks(_rank, (ports, str(model), str(folder)), max(WORLDS))
     return {
         (world, defer): [torch.load(folder / f"{world}-{defer}-{r}.pt") for r in range(world)] for world, defer in ports
     }
