@@ -118,7 +118,7 @@ def tokens(groups: list[list[Sample]]) -> list[tuple[int, ...]]:
 
 def test_an_engine_is_held_against_the_policy_when_it_gets_its_first_weights(running: Running) -> None:
     before = running.scored
-    running.engines.push(1)
+    running.engines.push(0)
     assert running.scored == before, "engines that were compared are not compared again"
     running.policy_logprob = -3.0  # the engines' stays -1: k3 is exp(-2) + 1
     running.ask("die")
@@ -128,9 +128,9 @@ def test_an_engine_is_held_against_the_policy_when_it_gets_its_first_weights(run
         assert time.monotonic() < deadline
         time.sleep(0.1)
     with pytest.raises(EngineMismatch, match=r"engine \d after its first weights: .*KL of 1\.14 per token"):
-        running.engines.push(2)
+        running.engines.push(0)
     running.policy_logprob = -1.0
-    running.engines.push(3)
+    running.engines.push(0)
     assert running.scored == before + 2, "the one that differed, compared again"
 
 
