@@ -126,3 +126,11 @@ def test_no_file_is_long() -> None:
         if len(p.read_text().splitlines()) > 300
     ]
     assert not long
+
+
+@pytest.mark.parametrize("module", ["actors.training.critic", "actors.rollouts.engine"])
+def test_an_actor_starts_without_scikit_learn(module: str) -> None:
+    """transformers imports it for assisted generation, and with it pandas and scipy: a fifth of a rank's start."""
+    code = f"import {module}, sys; from transformers import AutoModelForCausalLM, Qwen2ForCausalLM; "
+    code += "sys.exit('sklearn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

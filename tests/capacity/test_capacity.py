@@ -111,7 +111,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("pool", ["critic"])  # half a minute each; the policy's with checkpointing was within 10 %
+@pytest.mark.parametrize("pool", ["critic"])  # half a minute each; the policy's, with checkpointing, passed too
 def test_the_formulas_hold_in_a_real_process(pool: str, model: Path) -> None:
     sizes: dict[str, Any] = {"micro_batch_size": 4}
     config: Config = make_config(
