@@ -59,3 +59,21 @@ def all_back(server: ServerProcess, name: str, count: int = 2) -> list[psutil.Pr
         assert time.monotonic() < until, f"only {len(running)} of {name}"
         time.sleep(0.5)
     return running
+
+
+def settled(server: ServerProcess) -> None:
+    """Wait until no policy replica starts: one that does is busy, and one that serves nobody is idle.
+
+    A replica that starts while the run's export is replaced refuses what it read, and is started again.
+    """
+    until = time.monotonic() + 240
+    names = ("VLLM::EngineCore", "ServeReplica:dvpo:policy")
+    while any(_busy(p) for name in names for p in processes(server, name)):
+        assert time.monotonic() < until, "a policy replica is still busy"
+
+
+def _busy(process: psutil.Process) -> bool:
+    try:
+        return process.cpu_percent(interval=1.5) > 30
+    except psutil.NoSuchProcess:
+        return True  # it ended, so another starts

@@ -24,7 +24,7 @@ from dvpo_service.models.fixed_sequences import FILE
 from dvpo_service.runs.integrity import STATE_FILE
 from dvpo_service.serving.values import ValueModel, ValueQuery
 from tests.ports import listening
-from tests.serving.load import all_back, hammer, processes
+from tests.serving.load import all_back, hammer, processes, settled
 from tests.serving.server import ServerProcess, make_export
 
 pytestmark = pytest.mark.e2e
@@ -218,7 +218,9 @@ def test_a_stream_that_has_not_begun_outlives_its_engine(server: ServerProcess) 
 
 def test_newer_weights_are_served_without_a_failed_request(server: ServerProcess, run_dir: Path) -> None:
     before = values(server, prompt="12+7=", response="19")["states"][0]["mean"]
-    engines = {p.pid for p in all_back(server, "VLLM::EngineCore")}  # those killed above too
+    all_back(server, "VLLM::EngineCore")  # those killed above too
+    settled(server)
+    engines = {p.pid for p in all_back(server, "VLLM::EngineCore")}
 
     def publish() -> None:
         make_export(run_dir / "newer", step=20, seed=5)
