@@ -172,10 +172,6 @@ class Engine(Protocol):
           seeds: one a prompt, in [0, 2**31), so that a run can be repeated.
         """
 
-    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Return the log-probs of every token but the first of given sequences, under the engine's weights."""
-        raise NotImplementedError(f"{type(self).__name__} does not score given sequences")
-
     async def heartbeat(self) -> None:
         """Return when the engine has shown that it is alive."""
 

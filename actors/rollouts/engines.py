@@ -211,7 +211,7 @@ class EnginePool(Pool):
             done, _ = ray.wait(list(in_flight), timeout=POLL_S)
             for ref in done:
                 request = in_flight.pop(ref)
-                answer = self._completed(request, outcome(ref))
+                answer = self.completed(request, outcome(ref))
                 if answer is None:
                     waiting.append(request.positions)
                 else:
@@ -247,8 +247,11 @@ class EnginePool(Pool):
                 self.supervisor.wait(POLL_S)
         return serving
 
-    def _completed(self, request: InFlightRequest, answer: Any) -> list[list[Sample]] | None:
-        """Return the samples, or None when the engine was lost. Raises PoolError if no engine can serve the request."""
+    def completed(self, request: InFlightRequest, answer: Any) -> list[list[Sample]] | None:
+        """Return the samples of an answer, or None when it says that the engine is lost, which is then replaced.
+
+        Raises PoolError if no engine can serve the request.
+        """
         if not isinstance(answer, RayError):
             if not isinstance(answer, list) or len(answer) != len(request.positions):
                 got = f"{len(answer)} groups" if isinstance(answer, list) else type(answer).__name__

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from torch import Tensor
 
 from actors.cluster.pool import outcome
-from actors.cluster.supervisor import cause_of
-from actors.rollouts.engines import EnginePool
+from actors.rollouts.engines import EnginePool, InFlightRequest
 from dvpo_service.algo.diagnostics import rollout_kl_metrics, rollout_kl_sums
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate
@@ -53,6 +51,7 @@ class EngineCheck:
 
         Raises:
           EngineMismatch: an engine's log-probs are too far from the policy's.
+          PoolError: an engine cannot serve the prompts.
         """
         new = {i: actor for i, actor in engines.items() if actor._actor_id not in self._passed}
         deadline = time.monotonic() + self.timeout_s
@@ -60,16 +59,22 @@ class EngineCheck:
         refs = {i: actor.generate.remote(self.prompts, self.sampling, seeds) for i, actor in new.items()}
         for i, ref in refs.items():
             ready, _ = ray.wait([ref], timeout=max(0.0, deadline - time.monotonic()))
-            answer = outcome(ref) if ready else f"no answer to its first prompts within {self.timeout_s:g} s"
-            if not isinstance(answer, list):
-                pool.supervisor.lost(i, new.pop(i), cause_of(answer) if isinstance(answer, RayError) else str(answer))
+            if not ready:
+                pool.supervisor.lost(i, new.pop(i), f"no answer to its first prompts within {self.timeout_s:g} s")
                 continue
-            self._compare(i, answer)
+            # An engine that is lost is replaced; prompts that no engine can serve end the run, as in any generation.
+            samples = pool.completed(InFlightRequest(list(range(len(seeds))), i, new[i], deadline), outcome(ref))
+            if samples is None:
+                del new[i]
+                continue
+            self._compare(i, samples)
             self._passed.add(new[i]._actor_id)
         return new
 
     def _compare(self, number: int, groups: list[list[Sample]]) -> None:
         rollouts = collate(self.prompts, groups, [[Score(0.0, 0.0)]] * len(groups))
+        if rollouts.num_tokens == 0:
+            return  # an engine of the user's own may end a response at once
         sums = rollout_kl_sums(self.score(rollouts), rollouts.rollout_logprobs, rollouts.response_mask)
         kl = rollout_kl_metrics(sums)["policy/rollout_kl"]
         if not kl <= self.bound:

@@ -17,7 +17,6 @@ ENGINES: Mapping[str, str] = {"vllm": "actors.rollouts.engine:VllmEngine"}
 METHODS = (
     "start",
     "generate",
-    "score",
     "heartbeat",
     "init_weight_transfer_engine",
     "shutdown_weight_transfer_engine",

@@ -130,6 +130,10 @@ def test_an_engine_is_held_against_the_policy_when_it_gets_its_first_weights(run
     with pytest.raises(EngineMismatch, match=r"engine \d after its first weights: .*KL of 1\.14 per token"):
         running.engines.push(0)
     running.policy_logprob = -1.0
+    running.ask("refuse")
+    with pytest.raises(PoolError, match="the prompt is too long"):
+        running.engines.push(0)  # the one that differed is compared again
+    (running.folder / "refuse").unlink()
     running.engines.push(0)
     assert running.scored == before + 2, "the one that differed, compared again"
 
