@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,6 +33,9 @@ class WarmstartConfig(Section):
       stop_at_accuracy: once greedy decoding reproduces this share of a batch's demonstrations, the learning rate falls
         to 0 over the next tenth of ``steps`` and training ends. When absent, training takes all ``steps``.
       label_smoothing: keeps the policy from being certain, so that its samples differ and RL can improve it.
+      judged: share of a batch that are right and wrong answers, made from the training data, to be told apart token by
+        token. A critic that starts from the model can then learn what an answer is worth, as one that starts from a
+        pretrained model can.
     """
 
     files: list[str] | None = None
@@ -45,6 +48,7 @@ class WarmstartConfig(Section):
     batch_size: Positive = 128
     lr: PositiveFloat = 1e-3
     label_smoothing: Probability = 0.0
+    judged: Annotated[float, Field(ge=0, lt=1)] = 0.0
     world_size: Positive = 1
     seed: Seed = 0
 

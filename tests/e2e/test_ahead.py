@@ -85,13 +85,14 @@ def test_a_response_goes_on_with_the_new_weights_and_each_token_has_the_log_prob
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A run that generates ahead. It loses an engine and a policy rank, is asked to stop, and is continued."""
+    """A run that generates ahead. It loses an engine, is asked to stop, and is continued."""
     folder = tmp_path_factory.mktemp("ahead")
     tree = chaos_config(tiny_model, folder)
     tree["rollout"]["max_staleness"] = BOUND
-    tree["critic"] = tree["critic"] | {"world_size": 1}  # no critic rank is lost in this run
+    for pool in ("critic", "policy"):
+        tree[pool] = tree[pool] | {"world_size": 1}  # no rank is lost in this run
     config = write_config(folder / "chaos.yaml", tree)
-    faults = [k for k in kills() if k.kind in ("engine", "policy")]
+    faults = [k for k in kills() if k.kind == "engine"]
     process = start(config, folder / "run", faults)
     family = family_of(process)
     wait_for_step(process, folder / "run", STOP_AT)
@@ -108,8 +109,7 @@ def test_a_run_through_faults_uses_no_token_older_than_the_bound(run_dir: Path) 
     assert [r["step"] for r in metrics] == list(range(STEPS + 1))
     stale = [r["rollout/staleness"] for r in metrics[1:]]
     assert 1 <= max(stale) <= BOUND
-    restarts = {name: max(r[f"pool/restarts/{name}"] for r in metrics[1:]) for name in ("rollout", "policy")}
-    assert all(restarts.values()), restarts
+    assert max(r["pool/restarts/rollout"] for r in metrics[1:])
 
 
 def test_its_ledger_is_exact(run_dir: Path) -> None:
