@@ -75,7 +75,11 @@ class CriticWorker(TrainerWorker):
         minibatches = config.batch_size // (config.critic.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.critic.epochs * minibatches
         self.trainer = Trainer(
-            module, config.critic.optim, total_steps=steps, defer_reduction=config.critic.defer_gradient_reduction
+            module,
+            config.critic.optim,
+            total_steps=steps,
+            own_lrs={"value": config.critic.head_lr} if config.critic.head_lr else {},
+            defer_reduction=config.critic.defer_gradient_reduction,
         )
         # Of all returns so far: count, mean and sum of squared deviations, and widths; the last batch's least value.
         self.trainer.extra["return_spread"] = torch.zeros(3, dtype=torch.float64)

@@ -76,6 +76,7 @@ class Trainer:
       module: sharded by ``models.sharding.shard``.
       config: of the optimizer (AdamW) and the learning rate schedule.
       total_steps: optimizer steps of the run, for the schedule.
+      own_lrs: learning rates of submodules of ``module`` by name, in place of ``config.lr``, with the same schedule.
       defer_reduction: reduce gradients over the ranks once per optimizer step, not after every micro-batch. Each rank
         then keeps the gradient of the whole module in between, not of its own shard.
 
@@ -83,12 +84,20 @@ class Trainer:
       extra: further tensors to save with the state, the same on every rank.
     """
 
-    def __init__(self, module: Any, config: OptimConfig, *, total_steps: int, defer_reduction: bool = False):
+    def __init__(
+        self,
+        module: Any,
+        config: OptimConfig,
+        *,
+        total_steps: int,
+        own_lrs: Mapping[str, float] | None = None,
+        defer_reduction: bool = False,
+    ):
         self.module = module
         self.config = config
         self.defer_reduction = defer_reduction
         self.optimizer = torch.optim.AdamW(
-            module.parameters(),
+            _parameter_groups(module, own_lrs or {}),
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -214,6 +223,13 @@ class Trainer:
         tensors |= {f"extra.{k}": v for k, v in self.extra.items()}
         tensors["schedule"] = torch.tensor(self.schedule.last_epoch)
         return tensors
+
+
+def _parameter_groups(module: nn.Module, own_lrs: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: the submodules with a learning rate of their own, and everything else first."""
+    groups = [{"params": list(module.get_submodule(name).parameters()), "lr": lr} for name, lr in own_lrs.items()]
+    apart = {id(p) for group in groups for p in group["params"]}
+    return [{"params": [p for p in module.parameters() if id(p) not in apart]}, *groups]
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

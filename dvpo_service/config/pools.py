@@ -72,9 +72,15 @@ class TrainerPool(Section):
 
 
 class CriticConfig(TrainerPool):
-    """``value_clip`` bounds how far a scalar critic (gae, robust_gae) may move from its old value in one step."""
+    """Settings of the critic alone.
+
+    Attributes:
+      head_lr: the learning rate of the value heads, which start from random weights; ``optim.lr`` when absent.
+      value_clip: bounds how far a scalar critic (gae, robust_gae) may move from its old value in one step.
+    """
 
     optim: OptimConfig = OptimConfig(lr=5e-4)
+    head_lr: PositiveFloat | None = None
     init_from_policy: bool = True
     value_clip: PositiveFloat | None = None
 
