@@ -27,7 +27,7 @@ from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import encode, load_demonstrations, resolve_file
 from dvpo_service.host.network import use_interface_of
 from dvpo_service.models.load import load_causal_lm, load_tokenizer, quiet
-from dvpo_service.models.sharding import shard
+from dvpo_service.models.sharding import all_ranks, shard
 from dvpo_service.models.small import save_small_model
 from dvpo_service.terminal import progress
 from dvpo_service.types import Prompt
@@ -215,7 +215,7 @@ def train_loop(args: dict[str, Any]) -> None:
         for name, content in ray.get(args["model"], timeout=MAILBOX_S).items():
             (Path(folder) / name).write_bytes(content)
         model = load_causal_lm(folder)
-    shard(model, ray.train.torch.get_device(), bfloat16=False)
+    shard(model, all_ranks(ray.train.torch.get_device()), bfloat16=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(warm.seed)
     cooldown = max(1, warm.steps // 10)
