@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.critic_folder import CriticSpec
-from dvpo_service.models.load import compute_soft_caps, load_backbone, text_model
-from dvpo_service.models.sharding import shard
+from dvpo_service.models.load import compute_soft_caps, text_model
+from dvpo_service.models.sharded_load import in_turns, load_sharded
+from dvpo_service.models.sharding import all_ranks, shard
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
 
@@ -66,12 +68,7 @@ class CriticWorker(TrainerWorker):
         self.device = init_process_group(meet)
         torch.manual_seed(config.trainer.seed)
         self.objective = critic_objective(config.algorithm, config.critic)
-        module = shard(
-            _build(config, model_path, critic_spec(config.algorithm, self.objective)),
-            self.device,
-            bfloat16=config.model.dtype == "bfloat16",
-            checkpointing=config.critic.gradient_checkpointing,
-        )
+        module = _build(config, model_path, critic_spec(config.algorithm, self.objective), self.device)
         minibatches = config.batch_size // (config.critic.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.critic.epochs * minibatches
         self.trainer = Trainer(
@@ -248,17 +245,29 @@ class CriticWorker(TrainerWorker):
             self.trainer.extra["worst_value"] = worst
 
 
-def _build(config: Config, model_path: str, spec: CriticSpec) -> DistributionalCritic:
+def _build(config: Config, model_path: str, spec: CriticSpec, device: torch.device) -> Any:
+    """Return the sharded critic. The heads are whole on every rank until they are sharded, from the run's seed."""
+    mesh = all_ranks(device)
     trust = config.model.trust_remote_code
-    if config.critic.init_from_policy:
-        backbone = load_backbone(model_path, trust_remote_code=trust)
-    else:
+
+    def build(backbone: Any) -> Any:
+        return shard(
+            DistributionalCritic(
+                backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
+            ),
+            mesh,
+            bfloat16=config.model.dtype == "bfloat16",
+            checkpointing=config.critic.gradient_checkpointing,
+        )
+
+    def untrained() -> Any:
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=trust)).float()
         compute_soft_caps(backbone)
-        backbone = text_model(backbone)
-    return DistributionalCritic(
-        backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
-    )
+        return build(text_model(backbone))
+
+    if config.critic.init_from_policy:
+        return load_sharded(model_path, build, mesh, head=False, trust_remote_code=trust)
+    return in_turns(untrained, mesh)
 
 
 def row_seeds(run_seed: int, step: int, rows: Tensor) -> Tensor:

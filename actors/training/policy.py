@@ -20,7 +20,8 @@ from dvpo_service.config import Backend, Config
 from dvpo_service.models.fixed_sequences import record
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 from dvpo_service.models.policy import PolicyModel
-from dvpo_service.models.sharding import shard
+from dvpo_service.models.sharded_load import load_sharded
+from dvpo_service.models.sharding import all_ranks, shard
 from dvpo_service.objectives.policy import PolicyObjective
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
@@ -134,13 +135,18 @@ class PolicyWorker(TrainerWorker):
                 record(lm, tokenizer, Path(local))
 
     def _load(self) -> Any:
-        lm = load_causal_lm(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
-        return shard(
-            PolicyModel(lm, temperature=self.config.rollout.temperature, packing=self.config.policy.packing),
-            self.device,
-            bfloat16=self.config.model.dtype == "bfloat16",
-            checkpointing=self.config.policy.gradient_checkpointing,
-        )
+        mesh = all_ranks(self.device)
+
+        def build(lm: Any) -> Any:
+            return shard(
+                PolicyModel(lm, temperature=self.config.rollout.temperature, packing=self.config.policy.packing),
+                mesh,
+                bfloat16=self.config.model.dtype == "bfloat16",
+                checkpointing=self.config.policy.gradient_checkpointing,
+            )
+
+        trust = self.config.model.trust_remote_code
+        return load_sharded(self.model_path, build, mesh, head=True, trust_remote_code=trust)
 
     def _score(self, module: Any, part: Rollouts, *, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return log-probs and entropies [b, T] of the responses in ``part``; None in place of entropies not wanted."""

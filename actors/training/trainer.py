@@ -227,9 +227,10 @@ class Trainer:
 
 def _parameter_groups(module: nn.Module, own_lrs: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return the optimizer's groups: the submodules with a learning rate of their own, and everything else first."""
-    groups = [{"params": list(module.get_submodule(name).parameters()), "lr": lr} for name, lr in own_lrs.items()]
-    apart = {id(p) for group in groups for p in group["params"]}
-    return [{"params": [p for p in module.parameters() if id(p) not in apart]}, *groups]
+    own = {name: list(module.get_submodule(name).parameters()) for name in own_lrs}
+    apart = {id(p) for parameters in own.values() for p in parameters}
+    rest = {"params": [p for p in module.parameters() if id(p) not in apart]}
+    return [rest, *({"params": own[name], "lr": lr} for name, lr in own_lrs.items())]
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -244,8 +245,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if not meshes:
         return torch.zeros(())
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in meshes.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
+    of_meshes = [whole(norm) for norm in norms]
+    norm = of_meshes[0] if len(of_meshes) == 1 else torch.stack(of_meshes).norm()
     for group in meshes.values():
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
@@ -253,6 +254,9 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """Return the full state of a sharded module, on the CPU of every rank. Collective."""
-    return {
-        name: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.cpu() for name, p in module.state_dict().items()
-    }
+    return {name: whole(p).cpu() for name, p in module.state_dict().items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded. Collective where it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -68,12 +69,20 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return _load(AutoTokenizer, path, trust_remote_code=trust_remote_code)
 
 
-def load_causal_lm(path: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """Return the causal LM at ``path`` in float32, the optimizer's precision. Raises CheckpointError.
+def load_causal_lm(
+    path: str, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> nn.Module:
+    """Return the causal LM at ``path``, in float32 unless told otherwise: the optimizer's precision.
 
     The trainer chooses the precision of the computation.
+
+    Args:
+      kwargs: for ``from_pretrained``.
+
+    Raises:
+      CheckpointError: the model cannot be loaded, or its files lack some of its weights.
     """
-    model: Any = _load(AutoModelForCausalLM, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model: Any = _load_model(AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     compute_soft_caps(model)
     if model.generation_config is not None:
         make_savable(model.generation_config)
@@ -91,12 +100,14 @@ def make_savable(config: GenerationConfig) -> None:
         config.do_sample = True
 
 
-def load_backbone(path: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """Return the same network without its language-model head, for a critic. Raises CheckpointError.
+def load_backbone(
+    path: str, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> nn.Module:
+    """Return the same network without its language-model head, for a critic. See ``load_causal_lm``.
 
     Of a model that reads images too, this is its language model.
     """
-    model = _load(AutoModel, path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = _load_model(AutoModel, path, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     compute_soft_caps(model)
     return text_model(model)
 
@@ -118,12 +129,24 @@ def compute_soft_caps(model: Any) -> None:
     model.set_attn_implementation("flash_attention_2" if flash else "eager")
 
 
+def _load_model(auto: Any, path: str, **kwargs: Any) -> Any:
+    """Return a model, of which every weight comes from its files: transformers would make up those that are missing."""
+    model, found = _load(auto, path, output_loading_info=True, **kwargs)
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise CheckpointError(
+            f"cannot load a model from {path}: its files lack {len(names)} of its weights, {names[0]} among them; "
+            "give a folder with all of them"
+        )
+    return model
+
+
 def _load(auto: Any, path: str, **kwargs: Any) -> Any:
     check_model_folder(path)
     quiet()
     try:
         return auto.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = one_line(error)
         raise CheckpointError(f"cannot load a model from {path}: {reason}") from error
 

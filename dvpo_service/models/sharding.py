@@ -9,24 +9,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dvpo_service.models.load import text_model
 
 
-def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: bool = False) -> Any:
-    """Shard ``module`` in place over all ranks, and return it.
+def all_ranks(device: torch.device) -> DeviceMesh:
+    """Return the mesh of all ranks, each with a device of the kind of ``device``. Collective."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
 
-    Each decoder layer is one FSDP unit, a critic's heads are one, and the rest is one. Parameters stay float32, because
-    the optimizer updates them.
+
+def shard(module: Any, mesh: DeviceMesh, *, bfloat16: bool, checkpointing: bool = False) -> Any:
+    """Shard ``module`` in place over the ranks of ``mesh``, and return it. No rank waits for another.
+
+    Each decoder layer is one FSDP unit, a critic's heads are one, and the rest is one. Parameters keep their precision,
+    which is float32 where the optimizer updates them; they move to the mesh's devices, except those on the meta device.
 
     Args:
       bfloat16: compute in bfloat16, and reduce gradients in float32; otherwise everything is float32.
       checkpointing: recompute activations in the backward pass instead of storing them.
     """
-    module.to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None,
         reduce_dtype=torch.float32,
@@ -38,6 +41,8 @@ def shard(module: Any, device: torch.device, *, bfloat16: bool, checkpointing: b
         # transformers checkpoints in training mode only, and from_pretrained returns a model in eval mode.
         turn_off_noise(backbone)
         backbone.train()
+    if mesh.size() == 1 and not bfloat16:
+        return module.to(mesh.device_type)  # nothing to share: FSDP's hooks would only cost time
     for layer in decoder_layers(text_model(backbone)):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if hasattr(module, "value"):  # the critic's heads compute in float32

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
+from actors.training.trainer import whole
 from dvpo_service.host.network import free_port
 from tests.builders import make_config, make_rollouts
 from tests.processes import run_ranks
@@ -38,7 +39,7 @@ def run(kind: Any, dtype: str, model: str) -> tuple[Tensor, Tensor, Dtypes]:
     gradients: list[Tensor] = []
 
     def capture() -> None:
-        grads = [p.grad.full_tensor().flatten() for p in worker.trainer.module.parameters() if p.grad is not None]
+        grads = [whole(p.grad).flatten() for p in worker.trainer.module.parameters() if p.grad is not None]
         gradients.append(torch.cat(grads))
 
     worker.trainer.optimizer.step = capture

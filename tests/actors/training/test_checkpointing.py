@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker, row_seeds
 from actors.training.policy import PolicyWorker
+from actors.training.trainer import whole
 from dvpo_service.config import Config
 from dvpo_service.host.network import free_port
 from dvpo_service.models.load import load_tokenizer
@@ -30,7 +31,7 @@ def backward_of(worker: Any, config: Config) -> tuple[int, Tensor]:
     gradients: list[Tensor] = []
 
     def capture() -> None:
-        grads = [p.grad.full_tensor().flatten() for p in worker.trainer.module.parameters() if p.grad is not None]
+        grads = [whole(p.grad).flatten() for p in worker.trainer.module.parameters() if p.grad is not None]
         gradients.append(torch.cat(grads))
 
     def keep(x: Tensor) -> Tensor:

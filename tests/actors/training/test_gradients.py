@@ -18,6 +18,7 @@ from torch import Tensor
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
+from actors.training.trainer import whole
 from dvpo_service.config import Config
 from dvpo_service.host.network import free_port
 from dvpo_service.types import Rollouts
@@ -46,7 +47,7 @@ def gradient_of(worker: Any, run: Run, rollouts: Rollouts, advantages: Tensor) -
 
     def capture() -> None:
         grads = [p.grad for p in worker.trainer.module.parameters()]
-        gradients.append(torch.cat([torch.zeros(0) if g is None else g.full_tensor().flatten() for g in grads]))
+        gradients.append(torch.cat([torch.zeros(0) if g is None else whole(g).flatten() for g in grads]))
 
     worker.trainer.optimizer.step = capture
     run(worker, rollouts, advantages)

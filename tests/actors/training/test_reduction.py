@@ -49,15 +49,15 @@ def one_step(worker: PolicyWorker) -> dict[str, Any]:
         return [lambda c=c: first_count(c) for c in losses(*args)]
 
     def capture() -> None:
-        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in module.parameters()]))
+        gradients.append(torch.cat([whole(p.grad).flatten() for p in module.parameters()]))
 
     worker._losses = watched  # type: ignore[method-assign]
     worker.trainer.optimizer.step = capture  # type: ignore[method-assign]
     rollouts = make_rollouts(seed=3)
     advantages = torch.randn(rollouts.rewards.shape, generator=torch.Generator().manual_seed(0))
     worker.update(rollouts, {"logprobs": rollouts.rollout_logprobs}, advantages, 0)
-    whole = sum(p.numel() * p.element_size() for p in module.parameters())
-    return {"retained": [b / whole for b in bytes_before], "gradient": gradients[0]}
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    return {"retained": [b / size for b in bytes_before], "gradient": gradients[0]}
 
 
 def clip_over_two_meshes(world: int) -> None:
