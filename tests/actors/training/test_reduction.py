@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from actors.cluster.pool import Rendezvous
 from actors.training.policy import PolicyWorker
-from actors.training.trainer import clip_grad_norm
+from actors.training.trainer import clip_grad_norm, whole
 from dvpo_service.host.network import free_port
 from tests.builders import make_config, make_rollouts
 from tests.processes import run_ranks
