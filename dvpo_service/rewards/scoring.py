@@ -14,7 +14,7 @@ from dvpo_service.errors import ConfigError
 from dvpo_service.registry import plugins
 from dvpo_service.rewards import exact_match
 
-BUILT_IN = ("exact_match", "gsm8k", "math_verify")
+BUILT_IN = ("exact_match", "gsm8k", "math_verify", "share_right")
 
 
 class ScoreFn(Protocol):
