@@ -23,7 +23,7 @@ from dvpo_service.config import Config
 from dvpo_service.errors import engine_mismatch
 from dvpo_service.host.stopping import Stopping
 from dvpo_service.objectives.measurements import prompt_metrics
-from dvpo_service.objectives.preparation import prepare_rewards, whiten
+from dvpo_service.objectives.preparation import prepare_advantages, prepare_rewards
 from dvpo_service.objectives.value_range import largest_return, value_excess
 from dvpo_service.roles import Estimator, Evaluator, Observer, Policy, RolloutStream, Tracker, Weights
 from dvpo_service.runs.checkpoint import Checkpoints
@@ -98,7 +98,7 @@ def train(
         with clock("advantages"):
             estimate, value_metrics = r.estimator.advantages(rollouts, step)
             value_metrics |= prompt_metrics(rollouts, estimate, config.algorithm.gamma)
-            advantages = whiten(estimate.advantages, rollouts.response_mask, config.algorithm)
+            advantages = prepare_advantages(estimate.advantages, rollouts.response_mask, config.algorithm)
         with clock("update"):
             jobs = [r.estimator.update_async(rollouts, step)]
             if step >= trainer.critic_warmup:

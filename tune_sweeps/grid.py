@@ -98,6 +98,26 @@ def _noise() -> Grid:
     return Grid("noise", "DVPO and PPO as more rewards are flipped", arms, reference="gae-flip=0.0")
 
 
+def _noise_study() -> Grid:
+    """Return the methods of docs/noise-study.md; the noise is in the overrides of the command line."""
+    estimator, form = "algorithm.adv_estimator", "algorithm.form"
+    methods: dict[str, dict[str, Any]] = {
+        "dvpo-robust": {form: "robust"},
+        "dvpo-calibrated": {form: "calibrated"},
+        "dvpo-paper": {form: "paper"},
+        "ppo": {estimator: "gae"},
+        "ppo-max-advantage-1": {estimator: "gae", "algorithm.max_advantage": 1.0},
+        "ppo-reward-in-0-1": {estimator: "gae", "reward.clip": [0.0, 1.0]},
+        "robust-gae": {estimator: "robust_gae"},
+        "grpo": {estimator: "grpo"},
+        "dr_grpo": {estimator: "dr_grpo"},
+        "rloo": {estimator: "rloo"},
+        "reinforce_plus_plus": {estimator: "reinforce_plus_plus"},
+    }
+    arms = tuple(Arm(name, overrides) for name, overrides in methods.items())
+    return Grid("noise-study", "DVPO and others under one noise", arms, reference="grpo")
+
+
 def _risk() -> Grid:
     arms = (
         Arm("mean", {"algorithm.advantage": "mean"}),
@@ -116,13 +136,18 @@ GRIDS: dict[str, Grid] = {
         _leave_one_out(),
         _ladder(),
         _values(
-            "forms", "The paper's form against the calibrated one", "algorithm.form", ("paper", "calibrated"), "paper"
+            "forms",
+            "The paper's form against the calibrated and the robust one",
+            "algorithm.form",
+            ("paper", "calibrated", "robust"),
+            "paper",
         ),
         _values("quantiles", "Quantiles per head", "algorithm.n_quantiles", (50, 100, 200, 500), 200),
         _values("heads", "Heads of the critic", "algorithm.n_heads", (1, 3, 5), 3),
         _values("risk-eta", "Tilt of the risk-weighted loss", "algorithm.risk_eta", (0.0, 0.5, 1.0, 2.0, 4.0), 1.0),
         _risk(),
         _noise(),
+        _noise_study(),
         _values("estimators", "DVPO against its baselines", "algorithm.adv_estimator", tuple(ESTIMATORS), "gae"),
     )
 }

@@ -58,6 +58,7 @@ FORMS: dict[str, dict[str, Any]] = {
         shift_over="token",
         curvature="pointwise",
         critic_target="gae",
+        advantage="mean",
     ),
     "calibrated": dict(
         quantile_levels="midpoint",
@@ -71,11 +72,16 @@ FORMS: dict[str, dict[str, Any]] = {
         shift_over="batch",
         curvature="block",
         critic_target="mixture",
+        advantage="mean",
     ),
 }
 # As calibrated, with nothing that a few wild rewards can rule.
 FORMS["robust"] = FORMS["calibrated"] | dict(
-    huber_scale="return_width", tail_target="bounded", tail_spread="bounded", shift_over="batch_middle"
+    huber_scale="return_width",
+    tail_target="bounded",
+    tail_spread="bounded",
+    shift_over="batch_middle",
+    advantage="huber",
 )
 FORM_WEIGHTS: dict[str, dict[str, float]] = {
     "paper": {name: term.paper for name, term in TERMS.items()},
@@ -146,6 +152,8 @@ class AlgorithmConfig(Section):
       length_adaptive_alpha: replaces ``lam`` by 1 - 1/(alpha x length).
       bootstrap_truncated: the critic's own value follows a response that was cut at the length limit. Only for rewards
         that are still to come then: an outcome reward of a cut response is its whole return.
+      max_advantage: bound on the absolute advantage of a token, before whitening; null for none. Where the rewards'
+        distribution is skewed it moves the mean of the advantages away from 0, which ``advantage: huber`` does not.
       advantage: how DVPO's advantage compares the distributions of target and prediction: by their means, pair by
         pair with bounded differences (huber), or by a risk measure (cvar, entropic).
       advantage_clip: huber's bound on the difference of a pair, in units of ``advantage_clip_scale``. 1.35 widths are
@@ -160,10 +168,11 @@ class AlgorithmConfig(Section):
     critic_lam: Probability | None = None
     length_adaptive_alpha: PositiveFloat | None = None
     whiten_advantages: bool
+    max_advantage: PositiveFloat | None = None
     bootstrap_truncated: bool = False
     robust_rho: Probability = 0.01
 
-    advantage: AdvantageKind = "mean"
+    advantage: AdvantageKind
     advantage_clip: PositiveFloat = 1.35
     advantage_clip_scale: ClipScale = "return_width"
     advantage_alpha: Fraction = 1.0

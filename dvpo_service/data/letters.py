@@ -3,9 +3,9 @@
 An answer is twelve small decisions, and the reward is the share of right ones: one number, in which each decision is a
 twelfth. Demonstrations copy a letter in place of the next one half of the time.
 
-``python -m dvpo_service.data.letters --out dvpo_service/data/shipped`` writes the shipped files: ``credit-train.jsonl``,
-``credit-val.jsonl``, ``credit-ood.jsonl`` (every letter twice in a row, which training never shows) and
-``credit-warmstart.jsonl``.
+``python -m dvpo_service.data.letters --out dvpo_service/data/shipped`` writes the shipped files:
+``credit-train.jsonl``, ``credit-val.jsonl``, ``credit-ood.jsonl`` (every letter twice in a row, which training never
+shows) and ``credit-warmstart.jsonl``.
 """
 
 from __future__ import annotations

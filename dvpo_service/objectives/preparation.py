@@ -1,4 +1,4 @@
-"""What the loop does to a batch before the updates: KL into the rewards, whitening of the advantages."""
+"""What the loop does to a batch before the updates: KL into the rewards, bounds and whitening of the advantages."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def prepare_rewards(rollouts: Rollouts, kl: KLConfig) -> Rollouts:
     return rollouts.with_(rewards=torch.where(rollouts.response_mask, rewards, 0.0))
 
 
-def whiten(advantages: Tensor, mask: Tensor, algorithm: AlgorithmConfig) -> Tensor:
-    """Return the advantages [B, T] with mean 0 and standard deviation 1 over the batch's valid tokens.
+def prepare_advantages(advantages: Tensor, mask: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    """Return the advantages [B, T] as the policy's loss takes them.
 
-    They are returned unchanged where ``algorithm.whiten_advantages`` is false.
+    They are first bounded by ``algorithm.max_advantage``, where that is set. Then, unless
+    ``algorithm.whiten_advantages`` is false, they get mean 0 and standard deviation 1 over the batch's valid tokens.
     """
+    if algorithm.max_advantage is not None:
+        advantages = advantages.clamp(-algorithm.max_advantage, algorithm.max_advantage)
     if not algorithm.whiten_advantages:
         return advantages
     return algo.whiten(advantages, mask).float()

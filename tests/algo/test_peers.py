@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dvpo_service.algo.policy_loss import kl_penalty
 from dvpo_service.config import AlgorithmConfig
 from dvpo_service.estimators.group import GroupEstimator
-from dvpo_service.objectives.preparation import whiten
+from dvpo_service.objectives.preparation import prepare_advantages
 from tests.builders import make_rollouts
 
 
@@ -66,8 +66,10 @@ def test_reinforce_plus_plus_baseline_is_openrlhf_s_formula(seed: int) -> None:
     mean = torch.stack([outcome[(groups == g) & scored].mean() for g in groups])
     tokens = (outcome - mean)[:, None].expand(mask.shape)[mask]
     expected = (tokens - tokens.mean()) / (tokens.var(correction=0) + 1e-8).sqrt()
-    found = whiten(GroupEstimator(config).advantages(rollouts, 0)[0].advantages, mask, config)
+    found = prepare_advantages(GroupEstimator(config).advantages(rollouts, 0)[0].advantages, mask, config)
     assert config.whiten_advantages
     assert_close(found[mask].double(), expected, rtol=1e-4, atol=1e-4)
     same = AlgorithmConfig.model_validate({"adv_estimator": "dr_grpo", "whiten_advantages": True})
-    assert torch.equal(whiten(GroupEstimator(same).advantages(rollouts, 0)[0].advantages, mask, same), found)
+    assert torch.equal(
+        prepare_advantages(GroupEstimator(same).advantages(rollouts, 0)[0].advantages, mask, same), found
+    )

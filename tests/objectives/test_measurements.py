@@ -24,4 +24,16 @@ def test_a_critic_that_knows_the_returns_explains_all_of_them() -> None:
     metrics = prompt_metrics(part, Advantages(torch.zeros_like(values), values), 1.0)
     assert metrics["critic/explained_variance_within"] == pytest.approx(1.0)
     assert metrics["critic/explained_variance_between"] == pytest.approx(1.0)
+    assert metrics["critic/explained_variance_end"] == pytest.approx(1.0)
     assert math.isnan(metrics["advantage/clean_correlation"])
+
+
+def test_what_is_known_only_at_the_end_counts_in_full_at_the_end_only() -> None:
+    part = make_rollouts()
+    mask = part.response_mask
+    returns = torch.where(mask, part.rewards.flip(1).cumsum(1).flip(1), 0.0)
+    last = mask & (torch.arange(mask.shape[1]) == mask.long().cumsum(1).argmax(1, keepdim=True))
+    values = torch.where(last, returns, 0.0)
+    metrics = prompt_metrics(part, Advantages(torch.zeros_like(values), values), 1.0)
+    assert metrics["critic/explained_variance_end"] == pytest.approx(1.0)
+    assert metrics["critic/explained_variance_within"] < 0.9

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dvpo_service.config import AlgorithmConfig, KLConfig
-from dvpo_service.objectives.preparation import prepare_rewards, whiten
+from dvpo_service.objectives.preparation import prepare_advantages, prepare_rewards
 from tests.builders import make_rollouts
 
 
@@ -32,9 +32,20 @@ def test_without_a_penalty_in_the_reward_nothing_changes(kl: KLConfig) -> None:
 def test_advantages_are_whitened_where_the_config_says_so() -> None:
     mask = make_rollouts().response_mask
     advantages = torch.where(mask, torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * 3 + 1, 0.0)
-    white = whiten(advantages, mask, AlgorithmConfig.model_validate({}))
+    white = prepare_advantages(advantages, mask, AlgorithmConfig.model_validate({}))
     assert_close(white[mask].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
     assert_close(white[mask].std(correction=0), torch.tensor(1.0))
     assert (white[~mask] == 0).all()
     plain = AlgorithmConfig.model_validate({"adv_estimator": "grpo"})
-    assert whiten(advantages, mask, plain) is advantages
+    assert prepare_advantages(advantages, mask, plain) is advantages
+
+
+def test_advantages_are_bounded_before_they_are_whitened() -> None:
+    mask = make_rollouts().response_mask
+    advantages = torch.where(mask, 1.0 + torch.arange(mask.numel()).view(mask.shape) % 3, 0.0)
+    spiked = torch.where(mask & (mask.cumsum(1) == 1), 1000.0, advantages)
+    plain = AlgorithmConfig.model_validate({"whiten_advantages": False, "max_advantage": 3.0})
+    assert prepare_advantages(spiked, mask, plain)[mask].max() == 3.0
+    white = prepare_advantages(spiked, mask, AlgorithmConfig.model_validate({"max_advantage": 3.0}))
+    assert_close(white[mask].std(correction=0), torch.tensor(1.0))
+    assert white.abs().max() < 3.0
