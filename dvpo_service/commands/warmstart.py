@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dvpo_service.config import Config, WarmstartConfig
 from dvpo_service.data.dataset import Dataset
-from dvpo_service.data.splits import encode, load_demonstrations, resolve_file
+from dvpo_service.data.splits import check_demonstrations, encode, load_demonstrations, resolve_file
 from dvpo_service.host.network import use_interface_of
 from dvpo_service.models.load import load_causal_lm, load_tokenizer, quiet
 from dvpo_service.models.sharding import shard
 from dvpo_service.models.small import save_small_model
 from dvpo_service.terminal import progress
-from dvpo_service.types import Prompt
+from dvpo_service.types import Prompt, answer_text
 
 IGNORE = -100
 REPORT_EVERY = 10
@@ -52,6 +52,7 @@ def base_model(config: Config, train: Dataset, runs: Path) -> str:
     folder = base_model_folder(config, runs / "base-models")
     if not folder.exists():
         examples = load_demonstrations(config.data, warm.files) if warm.files else train
+        check_demonstrations(examples)
         with progress("warm start of the base model", warm.steps) as advance:
             make_base_model(
                 config,
@@ -107,7 +108,7 @@ def make_base_model(
         )
         tokenizer = load_tokenizer(str(work / "model"))
         examples = [
-            (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id])
+            (list(p.token_ids), [*tokenizer(answer_text(p.answer))["input_ids"], tokenizer.eos_token_id])
             for p in tokenize(tokenizer)
         ]
         weights = _fit(config, warm, work, examples, on_progress)

@@ -9,7 +9,7 @@ MODULE = """
 def length(response, answer):
     return float(len(response))
 length.extract = lambda response: response[:1]
-def one(response):
+def one(text):
     return 1.0
 number = 3
 """
@@ -57,7 +57,7 @@ def test_own_function():
         ("my_rewards:lenght", r"has no function 'lenght'; did you mean my_rewards:length\?"),
         ("my_rewards:zzz", r"has no function 'zzz'; define it in .*my_rewards\.py"),
         ("my_rewards:number", r"reward 'my_rewards:number': it is of type int, not a function"),
-        ("my_rewards:one", r"it must take two arguments, \(response, answer\)"),
+        ("my_rewards:one", r"reward 'my_rewards:one': its arguments \(text\) fit nothing; take \(response, answer\), "),
     ],
 )
 def test_what_cannot_be_resolved(name, message):
