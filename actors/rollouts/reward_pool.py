@@ -28,14 +28,14 @@ GRACE_S = 1.0
 
 
 class Job(NamedTuple):
-    """One call of a worker: reward number ``part`` for group number ``group``."""
+    """One call of a worker: reward number ``part`` for the groups of these numbers."""
 
     part: int
-    group: int
+    groups: tuple[int, ...]
 
 
 class RewardPool:
-    """CPU actors that score, one group and one reward per call.
+    """CPU actors that score, one reward per call, and one group unless the reward takes many at once.
 
     A call that misses its deadline or kills its process is tried once more, in a fresh process. If it fails again, its
     samples are marked as failed, with no score (never 0). A thread also checks idle workers and replaces lost ones.
@@ -84,14 +84,14 @@ class RewardPool:
         with self._idle:
             for i in list(self.fresh):
                 self._await_start(i)
-            parts = enumerate(self.config.parts)
-            jobs = [Job(k, g) for k, part in parts for g, work in enumerate(groups) if part.scores(work.source)]
+            jobs = self._jobs(groups)
             shares = {i: jobs[i :: len(self.workers)] for i in range(len(self.workers))}
             calls = {i: self._submit(i, groups, share) for i, share in shares.items()}
             results: list[dict[int, list[Result]]] = [{} for _ in groups]
             for i in calls:
                 for job, found in self._collect(i, calls[i], groups).items():
-                    results[job.group][job.part] = found
+                    for g, of_group in zip(job.groups, found, strict=True):
+                        results[g][job.part] = of_group
         return combine(self.config, groups, results, training=noisy)
 
     def shutdown(self) -> None:
@@ -136,23 +136,32 @@ class RewardPool:
         """Return the number of workers replaced so far."""
         return {"pool/restarts/reward": float(self.restarts)}
 
+    def _jobs(self, groups: Sequence[Work]) -> list[Job]:
+        """Return all calls, part by part."""
+        jobs: list[Job] = []
+        for k, part in enumerate(self.config.parts):
+            its = [g for g, work in enumerate(groups) if part.scores(work.source)]
+            size = max(1, math.ceil(len(its) / len(self.workers))) if part.batched else 1
+            jobs += [Job(k, tuple(its[start : start + size])) for start in range(0, len(its), size)]
+        return jobs
+
     def _submit(self, i: int, groups: Sequence[Work], share: Sequence[Job]) -> list[tuple[Job, Any]]:
         """Start one call per job of ``share`` on worker ``i``, in order: each call then has its own deadline."""
-        return [(job, self.workers[i].score.remote(job.part, [groups[job.group]])) for job in share]
+        return [(job, self.workers[i].score.remote(job.part, [groups[g] for g in job.groups])) for job in share]
 
-    def _collect(self, i: int, calls: list[tuple[Job, Any]], groups: Sequence[Work]) -> dict[Job, list[Result]]:
+    def _collect(self, i: int, calls: list[tuple[Job, Any]], groups: Sequence[Work]) -> dict[Job, list[list[Result]]]:
         """Return the results of worker ``i``'s jobs. After a failed call a fresh worker takes its job first."""
-        results: dict[Job, list[Result]] = {}
+        results: dict[Job, list[list[Result]]] = {}
         tried: Job | None = None
         while calls:
             (job, ref), *others = calls
             result = self._result(i, ref, self.config.timeout_of(self.config.parts[job.part]))
             if not isinstance(result, str):
-                results[job] = result[0]
+                results[job] = result
                 calls = others
                 continue
             if tried == job:
-                results[job] = [Result(math.nan, error=result)] * len(groups[job.group].responses)
+                results[job] = [[Result(math.nan, error=result)] * len(groups[g].responses) for g in job.groups]
             left = [other for other, _ in calls if other not in results]
             tried = job
             if left:

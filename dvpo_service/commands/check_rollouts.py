@@ -15,8 +15,8 @@ from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import Data, check_sources
 from dvpo_service.errors import ConfigError, one_line
 from dvpo_service.rewards.calling import ONE, Work
-from dvpo_service.rewards.parts import load_part
-from dvpo_service.rewards.scoring import OF_TEXT, resolve
+from dvpo_service.rewards.parts import columns_of, load_part
+from dvpo_service.rewards.scoring import OF_TEXT
 from dvpo_service.rewards.try_one import BROKEN
 from dvpo_service.types import Prompt, answer_text
 
@@ -72,19 +72,17 @@ def check_reward(config: RewardConfig, number: int, prompt: Prompt) -> None:
 def check_rows(config: RewardConfig, splits: Iterable[Dataset]) -> None:
     """Raise ConfigError where a row lacks a column that a reward takes, or has an answer that it cannot compare."""
     for part in config.parts:
-        if part.function is None:
-            continue
-        scorer = resolve(part.function)
+        columns = columns_of(part)
         for split in splits:
             for where, prompt in zip(split.origins, split.prompts, strict=True):
                 if part.scores(prompt.source):
-                    _check_row(part.function, scorer.convention.columns, where, prompt)
+                    _check_row(part.words, columns, where, prompt)
 
 
-def _check_row(function: str, columns: Sequence[str], where: str, prompt: Prompt) -> None:
-    if function in OF_TEXT and not isinstance(prompt.answer, str):
+def _check_row(reward: str, columns: Sequence[str], where: str, prompt: Prompt) -> None:
+    if reward in OF_TEXT and not isinstance(prompt.answer, str):
         raise ConfigError(
-            f"reward {function!r}: it compares with an answer that is text, and that of {where} is "
+            f"reward {reward!r}: it compares with an answer that is text, and that of {where} is "
             f"{one_line(answer_text(prompt.answer), 60)}; choose a reward that takes it (docs/rewards.md)"
         )
     for column in columns:
@@ -92,8 +90,8 @@ def _check_row(function: str, columns: Sequence[str], where: str, prompt: Prompt
             near = difflib.get_close_matches(column, [*prompt.row, *ONE], n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
-                f"reward {function!r}: it takes the column {column!r}, which {where} has not; {hint}The columns there "
-                f"are {', '.join(sorted(prompt.row))}. Mend the data or the function; a column that rows may lack "
+                f"reward {reward!r}: it takes the column {column!r}, which {where} has not; {hint}The columns there "
+                f"are {', '.join(sorted(prompt.row))}. Mend the data or the reward; a column that rows may lack "
                 "needs a default"
             )
 

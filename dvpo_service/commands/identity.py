@@ -94,10 +94,9 @@ def _hash_of_rows(data: Dataset) -> str:
 
 def _reward(config: RewardConfig) -> str:
     """Return the function, or what of several rewards decides the score."""
-    if config.rewards is None:
-        return config.parts[0].words
-    parts = [{"reward": p.words, "weight": p.weight, "sources": p.sources} for p in config.rewards]
-    return json.dumps({"rewards": parts, "normalise": config.normalise}, sort_keys=True)
+    if config.function is not None:
+        return config.function
+    return json.dumps({"rewards": [p.identity for p in config.parts], "normalise": config.normalise}, sort_keys=True)
 
 
 def _sha256(*parts: bytes) -> str:

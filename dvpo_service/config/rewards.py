@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
+from dvpo_service.config.judge import JudgeConfig
 
 DEFAULT = "exact_match"
-KINDS = ("function",)  # what a reward can be, one of them each
+KINDS = ("function", "judge")  # what a reward can be, one of them each
 
 
 class NoiseConfig(Section):
@@ -43,6 +44,7 @@ class RewardPart(Section):
 
     Attributes:
       function: a built-in, or ``module:function`` of your own (docs/rewards.md).
+      judge: a model that scores, in place of ``function``.
       name: in metrics; by default that of the function.
       weight: its factor in the sum; 0 measures it without training on it.
       sources: the ``data_source`` values of the prompts that it scores; all when absent.
@@ -50,6 +52,7 @@ class RewardPart(Section):
     """
 
     function: str | None = None
+    judge: JudgeConfig | None = None
     name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/]+$")] = ""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     sources: Annotated[list[str], Field(min_length=1)] | None = None
@@ -76,8 +79,19 @@ class RewardPart(Section):
 
     @property
     def words(self) -> str:
-        """What it is, for display and for recognising the run."""
-        return str(self.function)
+        """What it is, for display."""
+        return f"judge {self.judge.model}" if self.judge else str(self.function)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its score."""
+        what = {"judge": self.judge.identity} if self.judge else {"function": self.function}
+        return what | {"weight": self.weight, "sources": self.sources}
+
+    @property
+    def batched(self) -> bool:
+        """Whether it scores many prompts' responses at once, rather than one prompt's after the other."""
+        return self.judge is not None
 
 
 class RewardConfig(Section):
@@ -85,7 +99,8 @@ class RewardConfig(Section):
 
     Attributes:
       function: exact_match, gsm8k, math_verify, or ``module:function`` of your own (docs/rewards.md).
-      rewards: several rewards with weights, in place of ``function``.
+      judge: a model behind an endpoint that scores, in place of ``function``.
+      rewards: several rewards with weights, in place of these.
       normalise: whether each of ``rewards`` is first brought to mean 0 and standard deviation 1, over the responses to
         its prompt (``group``) or of its batch (``batch``), in training.
       heartbeat_s: how often an idle worker is asked whether it is alive.
@@ -97,6 +112,7 @@ class RewardConfig(Section):
     """
 
     function: str | None = None
+    judge: JudgeConfig | None = None
     rewards: Annotated[list[RewardPart], Field(min_length=1)] | None = None
     normalise: Literal["none", "group", "batch"] = "none"
     num_workers: Positive = 1
@@ -119,6 +135,9 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
+        votes = any(n.kind == "majority_vote" for n in self.noises)
+        if votes and (self.function is None and len(self.rewards or []) != 1):
+            raise ValueError("majority_vote noise replaces the reward by a vote: it is for one function")
         if self.rewards is None:
             _one_kind(self, "reward")
             return self
@@ -131,8 +150,6 @@ class RewardConfig(Section):
             raise ValueError(f"two of reward.rewards are named {twice[0]!r}; give each a name")
         if all(part.weight == 0 for part in self.rewards):
             raise ValueError("every weight of reward.rewards is 0, so there is nothing to learn; give one a weight")
-        if len(self.rewards) > 1 and any(n.kind == "majority_vote" for n in self.noises):
-            raise ValueError("majority_vote noise replaces the reward by a vote: with several rewards there is none")
         return self
 
     @model_validator(mode="after")
@@ -149,8 +166,8 @@ class RewardConfig(Section):
         return [RewardPart(**{kind: getattr(self, kind) for kind in KINDS})]
 
     def timeout_of(self, part: RewardPart) -> float:
-        """Return the seconds that ``part`` may take for one prompt's responses."""
-        return part.timeout_s or self.timeout_s
+        """Return the seconds that one call for ``part`` may take."""
+        return part.timeout_s or (part.judge.deadline_s if part.judge else self.timeout_s)
 
     @property
     def noises(self) -> list[NoiseConfig]:

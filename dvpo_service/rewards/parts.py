@@ -7,6 +7,7 @@ from typing import Protocol
 
 from dvpo_service.config.rewards import RewardConfig, RewardPart
 from dvpo_service.rewards.calling import Work
+from dvpo_service.rewards.judge import JudgePart, template_columns
 from dvpo_service.rewards.scoring import Result, Scorer, resolve
 
 
@@ -24,7 +25,16 @@ class LoadedPart(Protocol):
 
 def load_part(config: RewardConfig, part: RewardPart) -> LoadedPart:
     """Return what scores groups with ``part``. Raises ConfigError if it cannot be loaded."""
+    if part.judge:
+        return JudgePart(part.judge, workers=config.num_workers, deadline_s=config.timeout_of(part))
     return FunctionPart(config, part, resolve(str(part.function)))
+
+
+def columns_of(part: RewardPart) -> tuple[str, ...]:
+    """Return the columns that ``part`` needs in every row that it scores. Raises ConfigError if it cannot be loaded."""
+    if part.judge:
+        return template_columns(part.judge)
+    return resolve(str(part.function)).convention.columns
 
 
 class FunctionPart:

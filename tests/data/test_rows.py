@@ -92,7 +92,7 @@ def test_a_missing_column_is_refused_at_start_with_its_place(tmp_path: Path) -> 
         check_rows(RewardConfig(function=HERE), [data])
     assert str(caught.value) == (
         f"reward '{HERE}': it takes the column 'level', which {path}:2 has not; did you mean 'levle'? The columns "
-        "there are answer, levle. Mend the data or the function; a column that rows may lack needs a default"
+        "there are answer, levle. Mend the data or the reward; a column that rows may lack needs a default"
     )
     check_rows(RewardConfig(function=HERE), [load_prompts([write(tmp_path / "b.jsonl", good)], name="t")])
 
