@@ -155,7 +155,7 @@ class RewardPool:
         tried: Job | None = None
         while calls:
             (job, ref), *others = calls
-            result = self._result(i, ref, self.config.timeout_of(self.config.parts[job.part]))
+            result = self._result(i, ref, self._timeout_s(job, groups))
             if not isinstance(result, str):
                 results[job] = result
                 calls = others
@@ -168,6 +168,9 @@ class RewardPool:
                 self._await_start(i)
             calls = self._submit(i, groups, left)
         return results
+
+    def _timeout_s(self, job: Job, groups: Sequence[Work]) -> float:
+        return self.config.timeout_of(self.config.parts[job.part], len(groups[job.groups[0]].responses))
 
     def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Result]] | str:
         """Return the results, or replace worker ``i`` and return why there are none."""

@@ -85,6 +85,8 @@ def _check_row(reward: str, columns: Sequence[str], where: str, prompt: Prompt) 
             f"reward {reward!r}: it compares with an answer that is text, and that of {where} is "
             f"{one_line(answer_text(prompt.answer), 60)}; choose a reward that takes it (docs/rewards.md)"
         )
+    if reward == "code":
+        _check_tests(where, prompt)
     for column in columns:
         if column not in prompt.row:
             near = difflib.get_close_matches(column, [*prompt.row, *ONE], n=1)
@@ -94,6 +96,15 @@ def _check_row(reward: str, columns: Sequence[str], where: str, prompt: Prompt) 
                 f"are {', '.join(sorted(prompt.row))}. Mend the data or the reward; a column that rows may lack "
                 "needs a default"
             )
+
+
+def _check_tests(where: str, prompt: Prompt) -> None:
+    from dvpo_service.rewards.code import tests_of
+
+    try:
+        tests_of(prompt.answer)
+    except ValueError as error:
+        raise ConfigError(f"reward 'code': {where}: {error} (docs/rewards.md); mend the row") from error
 
 
 def check_rollouts(config: Config, data: Data) -> None:

@@ -95,7 +95,7 @@ def _hash_of_rows(data: Dataset) -> str:
 def _reward(config: RewardConfig) -> str:
     """Return the function, or what of several rewards decides the score."""
     if config.function is not None:
-        return config.function
+        return "code, partial" if config.function == "code" and config.code.partial else config.function
     return json.dumps({"rewards": [p.identity for p in config.parts], "normalise": config.normalise}, sort_keys=True)
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
+from dvpo_service.config.code import CodeConfig
 from dvpo_service.config.judge import JudgeConfig
 
 DEFAULT = "exact_match"
@@ -98,7 +99,7 @@ class RewardConfig(Section):
     """How responses are scored.
 
     Attributes:
-      function: exact_match, gsm8k, math_verify, or ``module:function`` of your own (docs/rewards.md).
+      function: exact_match, gsm8k, math_verify, code, or ``module:function`` of your own (docs/rewards.md).
       judge: a model behind an endpoint that scores, in place of ``function``.
       rewards: several rewards with weights, in place of these.
       normalise: whether each of ``rewards`` is first brought to mean 0 and standard deviation 1, over the responses to
@@ -106,6 +107,7 @@ class RewardConfig(Section):
       heartbeat_s: how often an idle worker is asked whether it is alive.
       max_memory_gib: a call that takes more memory than this beyond what its worker holds is a failed sample; null
         sets no bound.
+      code: limits of the programs that the function ``code`` runs.
       overlong_buffer: tokens before the length limit over which the reward falls by up to ``overlong_penalty``; 0 is
         off.
       noise_by_source: replaces ``noise`` for the prompts of a ``data_source``, as graders differ in reliability.
@@ -121,6 +123,7 @@ class RewardConfig(Section):
     heartbeat_s: PositiveFloat = 5.0
     heartbeat_timeout_s: PositiveFloat = 10.0
     max_memory_gib: PositiveFloat | None = 4.0
+    code: CodeConfig = CodeConfig()
     overlong_buffer: NonNegative = 0
     overlong_penalty: PositiveFloat = 1.0
     noise: NoiseConfig = NoiseConfig()
@@ -165,9 +168,15 @@ class RewardConfig(Section):
             return self.rewards
         return [RewardPart(**{kind: getattr(self, kind) for kind in KINDS})]
 
-    def timeout_of(self, part: RewardPart) -> float:
-        """Return the seconds that one call for ``part`` may take."""
-        return part.timeout_s or (part.judge.deadline_s if part.judge else self.timeout_s)
+    def timeout_of(self, part: RewardPart, responses: int = 1) -> float:
+        """Return the seconds that one call for ``part`` may take, to score so many responses to a prompt."""
+        if part.timeout_s is not None:
+            return part.timeout_s
+        if part.judge:
+            return part.judge.deadline_s
+        if part.function == "code":  # whose programs have limits of their own; these must end first
+            return self.timeout_s + responses * (self.code.program_s + self.code.wall_s)
+        return self.timeout_s
 
     @property
     def noises(self) -> list[NoiseConfig]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from dvpo_service.config.rewards import RewardConfig, RewardPart
@@ -27,7 +29,10 @@ def load_part(config: RewardConfig, part: RewardPart) -> LoadedPart:
     """Return what scores groups with ``part``. Raises ConfigError if it cannot be loaded."""
     if part.judge:
         return JudgePart(part.judge, workers=config.num_workers, deadline_s=config.timeout_of(part))
-    return FunctionPart(config, part, resolve(str(part.function)))
+    scorer = resolve(str(part.function))
+    if scorer.name == "code":
+        scorer = replace(scorer, score=partial(scorer.score, limits=config.code))
+    return FunctionPart(config, part, scorer)
 
 
 def columns_of(part: RewardPart) -> tuple[str, ...]:

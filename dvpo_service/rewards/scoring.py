@@ -20,7 +20,7 @@ from dvpo_service.registry import plugins
 from dvpo_service.rewards import exact_match
 from dvpo_service.rewards.calling import PLAIN, Convention, Work, convention_of
 
-BUILT_IN = ("exact_match", "gsm8k", "math_verify")
+BUILT_IN = ("exact_match", "gsm8k", "math_verify", "code")
 OF_TEXT = ("exact_match", "gsm8k", "math_verify")  # compare with an answer that is text
 
 

@@ -112,6 +112,14 @@ def test_a_reward_that_compares_text_refuses_other_answers(tmp_path: Path) -> No
         check_rows(RewardConfig(function="gsm8k"), [data])
 
 
+def test_the_code_reward_refuses_rows_without_tests(tmp_path: Path) -> None:
+    tests = {"inputs": ["1"], "outputs": ["1"]}
+    rows = {"prompt": "1", "answer": tests}, {"prompt": "2", "answer": tests | {"outputs": []}}
+    data = load_prompts([write(tmp_path / "a.jsonl", *rows)], name="t")
+    with pytest.raises(ConfigError, match=r"reward 'code': .*a\.jsonl:2: .* two lists of the same length"):
+        check_rows(RewardConfig(function="code"), [data])
+
+
 def test_metrics_are_means_by_source_and_by_reward() -> None:
     prompts = [Prompt(i, (), "1", source) for i, source in enumerate(["a", "b/c"])]
     parts = [(PartScore("x", 1.0, 2.0),), (PartScore("x", 3.0, 6.0),), (PartScore("x", float("nan"), float("nan")),)]

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from dvpo_service.errors import ConfigError
-from dvpo_service.rewards.scoring import BUILT_IN, resolve
+from dvpo_service.rewards.scoring import OF_TEXT, resolve
 
 MODULE = """
 def length(response, answer):
@@ -23,7 +23,7 @@ def modules(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", OF_TEXT)
 def test_built_in(name):
     scorer = resolve(name)
     assert scorer("72", "72") == 1.0
@@ -44,7 +44,7 @@ def test_own_function():
     [
         (
             "gsm8",
-            r"reward 'gsm8': did you mean gsm8k\? use one of exact_match, gsm8k, math_verify, or module:",
+            r"reward 'gsm8': did you mean gsm8k\? use one of exact_match, gsm8k, math_verify, code, or module:",
         ),
         ("", r"reward '': use one of"),
         (":f", r"reward ':f': use one of"),
