@@ -7,7 +7,9 @@ that column 0 is the first response token), ``H`` critic heads, ``M`` quantiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 
@@ -23,21 +25,29 @@ class Message(TypedDict):
     content: str
 
 
+def answer_text(answer: Any) -> str:
+    """Return a reference answer as text: text as it is, another value as JSON."""
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of the data.
 
     Attributes:
       index: its position in the dataset, by which the ledger counts the row.
+      answer: the reference answer: text (numbers too, as ``"2"``), a list or an object of JSON, or None.
       occurrence: how often the step drew the row before; each time it is sampled with seeds of its own.
+      row: the row's columns as the file has them, without the prompt's own.
     """
 
     index: int
     messages: tuple[Message, ...]
-    answer: str
+    answer: Any
     source: str
     token_ids: tuple[int, ...] = ()
     occurrence: int = 0
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class PartScore:
+    """What one of several rewards gave a sample: ``raw``, NaN where it failed, and ``weighted``, what it adds."""
+
+    name: str
+    raw: float
+    weighted: float
+
+
+@dataclass(frozen=True)
 class Score:
     """The score of one sample.
 
@@ -72,11 +91,15 @@ class Score:
       reward: the reward that training uses, with noise if the config adds some.
       clean: the reward without noise.
       error: why scoring failed, else None. A sample with an error is counted and left out of the update.
+      metrics: what the reward measured besides, by name.
+      parts: of several rewards, what each gave.
     """
 
     reward: float
     clean: float
     error: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    parts: tuple[PartScore, ...] = ()
 
 
 @dataclass(frozen=True)

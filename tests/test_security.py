@@ -100,8 +100,9 @@ def test_data_cannot_name_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     [prompt] = load_prompts([tmp_path / "a.jsonl"], name="x").prompts
-    [[score]] = RewardWorker(config.reward).score([Work(["2"], prompt.answer, [0])], noisy=False)
-    assert (score.reward, score.error) == (0.0, None)
+    work = Work(["2"], prompt.answer, [0], prompt.source, prompt.row, prompt.messages)
+    [[result]] = RewardWorker(config.reward).score(0, [work])
+    assert (result.value, result.error) == (0.0, None)
     assert "evil_rewards" not in sys.modules
 
 

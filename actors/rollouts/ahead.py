@@ -48,7 +48,11 @@ class AheadStream(SyncStream):
         self._ahead: dict[int, Future[tuple[CachedBatch, bool]]] = {}
         self._unwanted = threading.Event()
         self._thread = _Thread("rollouts ahead")
-        self._stop_s = _STOP_S + config.reward.start_timeout_s + config.reward.timeout_s
+        self._stop_s = (
+            _STOP_S
+            + config.reward.start_timeout_s
+            + max(config.reward.timeout_of(part, config.rollout.n) for part in config.reward.parts)
+        )
 
     def next(self, step: int) -> Generated:
         """Return the batch of ``step``, and start the generation of the batches after it that are allowed.

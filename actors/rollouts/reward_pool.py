@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -16,18 +16,29 @@ from actors.cluster.pool import PoolError, wait_for
 from actors.rollouts.reward import RewardWorker, Work
 from dvpo_service.config import RewardConfig
 from dvpo_service.errors import one_line
+from dvpo_service.rewards.combine import combine
+from dvpo_service.rewards.scoring import Result
 from dvpo_service.types import Score
 
 log = logging.getLogger(__name__)
 
 START_TRIES = 3
+# An async function stops at the deadline itself, response by response; then its process need not be replaced.
+GRACE_S = 1.0
+
+
+class Job(NamedTuple):
+    """One call of a worker: reward number ``part`` for the groups of these numbers."""
+
+    part: int
+    groups: tuple[int, ...]
 
 
 class RewardPool:
-    """CPU actors that score, one group per call.
+    """CPU actors that score, one reward per call, and one group unless the reward takes many at once.
 
     A call that misses its deadline or kills its process is tried once more, in a fresh process. If it fails again, its
-    samples are marked as failed, with no reward (never 0). A thread also checks idle workers and replaces lost ones.
+    samples are marked as failed, with no score (never 0). A thread also checks idle workers and replaces lost ones.
 
     Args:
       note: gets one line for every worker that is replaced.
@@ -65,7 +76,7 @@ class RewardPool:
 
         Args:
           groups: what to score.
-          noisy: whether the rewards have noise; see ``RewardWorker.score``.
+          noisy: whether it is for training; see ``combine``.
 
         Raises:
           PoolError: a worker cannot be started.
@@ -73,10 +84,15 @@ class RewardPool:
         with self._idle:
             for i in list(self.fresh):
                 self._await_start(i)
-            shares = {i: list(range(i, len(groups), len(self.workers))) for i in range(len(self.workers))}
-            calls = {i: self._submit(i, groups, share, noisy) for i, share in shares.items()}
-            scores = {g: score for i in calls for g, score in self._collect(i, calls[i], groups, noisy).items()}
-            return [scores[g] for g in range(len(groups))]
+            jobs = self._jobs(groups)
+            shares = {i: jobs[i :: len(self.workers)] for i in range(len(self.workers))}
+            calls = {i: self._submit(i, groups, share) for i, share in shares.items()}
+            results: list[dict[int, list[Result]]] = [{} for _ in groups]
+            for i in calls:
+                for job, found in self._collect(i, calls[i], groups).items():
+                    for g, of_group in zip(job.groups, found, strict=True):
+                        results[g][job.part] = of_group
+        return combine(self.config, groups, results, training=noisy)
 
     def shutdown(self) -> None:
         """End the watch and every worker."""
@@ -120,36 +136,46 @@ class RewardPool:
         """Return the number of workers replaced so far."""
         return {"pool/restarts/reward": float(self.restarts)}
 
-    def _submit(self, i: int, groups: Sequence[Work], share: Sequence[int], noisy: bool) -> list[tuple[int, Any]]:
-        """Start one call per group of ``share`` on worker ``i``, in order: each call then has its own deadline."""
-        return [(g, self.workers[i].score.remote([groups[g]], noisy)) for g in share]
+    def _jobs(self, groups: Sequence[Work]) -> list[Job]:
+        """Return all calls, part by part."""
+        jobs: list[Job] = []
+        for k, part in enumerate(self.config.parts):
+            its = [g for g, work in enumerate(groups) if part.scores(work.source)]
+            size = max(1, math.ceil(len(its) / len(self.workers))) if part.batched else 1
+            jobs += [Job(k, tuple(its[start : start + size])) for start in range(0, len(its), size)]
+        return jobs
 
-    def _collect(
-        self, i: int, calls: list[tuple[int, Any]], groups: Sequence[Work], noisy: bool
-    ) -> dict[int, list[Score]]:
-        """Return the scores of worker ``i``'s groups. After a failed call a fresh worker takes its group first."""
-        scores: dict[int, list[Score]] = {}
-        tried: int | None = None
+    def _submit(self, i: int, groups: Sequence[Work], share: Sequence[Job]) -> list[tuple[Job, Any]]:
+        """Start one call per job of ``share`` on worker ``i``, in order: each call then has its own deadline."""
+        return [(job, self.workers[i].score.remote(job.part, [groups[g] for g in job.groups])) for job in share]
+
+    def _collect(self, i: int, calls: list[tuple[Job, Any]], groups: Sequence[Work]) -> dict[Job, list[list[Result]]]:
+        """Return the results of worker ``i``'s jobs. After a failed call a fresh worker takes its job first."""
+        results: dict[Job, list[list[Result]]] = {}
+        tried: Job | None = None
         while calls:
-            (g, ref), *others = calls
-            result = self._result(i, ref, self.config.timeout_s)
+            (job, ref), *others = calls
+            result = self._result(i, ref, self._timeout_s(job, groups))
             if not isinstance(result, str):
-                scores[g] = result[0]
+                results[job] = result
                 calls = others
                 continue
-            if tried == g:
-                scores[g] = [Score(math.nan, math.nan, result)] * len(groups[g][0])
-            left = [h for h, _ in calls if h not in scores]
-            tried = g
+            if tried == job:
+                results[job] = [[Result(math.nan, error=result)] * len(groups[g].responses) for g in job.groups]
+            left = [other for other, _ in calls if other not in results]
+            tried = job
             if left:
                 self._await_start(i)
-            calls = self._submit(i, groups, left, noisy)
-        return scores
+            calls = self._submit(i, groups, left)
+        return results
 
-    def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Score]] | str:
-        """Return the scores, or replace worker ``i`` and return why there are none."""
+    def _timeout_s(self, job: Job, groups: Sequence[Work]) -> float:
+        return self.config.timeout_of(self.config.parts[job.part], len(groups[job.groups[0]].responses))
+
+    def _result(self, i: int, ref: Any, timeout_s: float) -> list[list[Result]] | str:
+        """Return the results, or replace worker ``i`` and return why there are none."""
         try:
-            return wait_for(ref, timeout_s)
+            return wait_for(ref, timeout_s + GRACE_S)
         except GetTimeoutError:
             why = f"no answer within {timeout_s:g} s"
         except RayActorError as error:

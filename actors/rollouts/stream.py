@@ -21,6 +21,7 @@ from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.data.cursor import CursorState, PromptCursor
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.ledger import Ledger
+from dvpo_service.data.reward_metrics import reward_metrics
 from dvpo_service.errors import RewardsFailed, one_line
 from dvpo_service.rewards.overlong import overlong_penalty
 from dvpo_service.rewards.seeds import sample_seed
@@ -56,6 +57,8 @@ def score_samples(
             p.answer,
             [sample_seed(run_seed, step, p.index, s.sample_index, p.occurrence) for s in group],
             p.source,
+            p.row,
+            p.messages,
         )
         for p, group in zip(prompts, groups, strict=True)
     ]
@@ -164,6 +167,7 @@ class SyncStream:
             draws += 1
         self._check_scored(drawn, step)
         metrics = rollout_metrics(_collate(drawn), rollout.n, version=step)
+        metrics |= reward_metrics([g.prompt for g in drawn], [g.scores for g in drawn])
         metrics["rollout/tokens_per_s"] = metrics.pop("rollout/tokens") / seconds["generate"]
         metrics |= {f"time/{stage}": s for stage, s in seconds.items()}
         metrics |= {"data/epoch": float(self.cursor.epoch), "rollout/draws": float(draws)}
@@ -198,8 +202,8 @@ class SyncStream:
         if errors and len(errors) == sum(len(g.scores) for g in drawn):
             raise RewardsFailed(
                 f"none of the {len(errors)} responses of step {step + 1} could be scored. The first error of "
-                f"reward.function={self.config.reward.function}: {one_line(errors[0], 400)}. Mend the reward; the same "
-                "command continues from the last checkpoint"
+                f"reward ({self.config.reward.words}): {one_line(errors[0], 400)}. Mend the reward; the same command "
+                "continues from the last checkpoint"
             )
 
     def _next_prompts(self, count: int, before: list[Group]) -> list[Prompt]:

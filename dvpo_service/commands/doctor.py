@@ -117,8 +117,8 @@ def _data(config: Config) -> Iterator[Finding]:
     yield Finding(True, "training data", _size(data.train))
     for name, split in data.held_out.items():
         yield Finding(True, f"held-out data {name!r}", _size(split))
-    check_rollouts(config, data.train.prompts[0])
-    yield Finding(True, "reward", f"{config.reward.function} scores the answer of the first training row")
+    check_rollouts(config, data)
+    yield Finding(True, "reward", f"{config.reward.words} scores the answer of the first training row")
 
 
 def _size(data: Dataset) -> str:

@@ -18,6 +18,7 @@ from actors.rollouts.engines import EnginePool
 from actors.rollouts.evaluation import HeldOutEvaluator
 from actors.rollouts.reward_pool import RewardPool
 from actors.weights.transfer import weight_backend
+from dvpo_service.commands.check_rollouts import check_rows
 from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import encode, load_data, load_files
@@ -102,6 +103,7 @@ def measure(config: Config, model: str, data: Mapping[str, Dataset], n: int, bar
       n: samples for each prompt.
       bar: shows the stage of the start, then the number of prompts done.
     """
+    check_rows(config.reward, data.values())
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     splits = {name: encode(config.data, split, tokenizer) for name, split in data.items()}
     bar.stage("starting Ray")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dvpo_service.commands.warmstart import base_model_folder
-from dvpo_service.config import Config
+from dvpo_service.config import Config, RewardConfig
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import Data
 from dvpo_service.errors import CheckpointError
@@ -25,10 +25,12 @@ def identity(config: Config, data: Data) -> dict[str, str]:
     tokenizer and weights (their sizes, first and last MiB). Moving or renaming a file changes nothing.
     """
     values = {f"algorithm.{key}": str(getattr(config.algorithm, key)) for key in FIXED}
-    values["reward.function"] = config.reward.function
+    values["reward.function"] = _reward(config.reward)
     values |= _model(config)
     values["data.train_files"] = _hash_of_prompts(data.train)
-    return values | {VALIDATION + name: _hash_of_prompts(split) for name, split in data.held_out.items()}
+    values["data.train_files (columns)"] = _hash_of_rows(data.train)
+    values |= {VALIDATION + name: _hash_of_prompts(split) for name, split in data.held_out.items()}
+    return values | {f"{VALIDATION}{name} (columns)": _hash_of_rows(split) for name, split in data.held_out.items()}
 
 
 def check_identity(before: Mapping[str, str], now: Mapping[str, str], checkpoint: str) -> None:
@@ -82,6 +84,19 @@ def _sample(file: Path) -> bytes:
 
 def _hash_of_prompts(data: Dataset) -> str:
     return _sha256(*(json.dumps([p.messages, p.answer, p.source], sort_keys=True).encode() for p in data.prompts))
+
+
+def _hash_of_rows(data: Dataset) -> str:
+    """Return a hash of the columns that a reward may read, apart from the answer's, which the prompts' hash has."""
+    rows = ({k: v for k, v in p.row.items() if k not in ("answer", "data_source")} for p in data.prompts)
+    return _sha256(*(json.dumps(sorted(row.items()), default=str, skipkeys=True).encode() for row in rows))
+
+
+def _reward(config: RewardConfig) -> str:
+    """Return the function, or what of several rewards decides the score."""
+    if config.function is not None:
+        return "code, partial" if config.function == "code" and config.code.partial else config.function
+    return json.dumps({"rewards": [p.identity for p in config.parts], "normalise": config.normalise}, sort_keys=True)
 
 
 def _sha256(*parts: bytes) -> str:

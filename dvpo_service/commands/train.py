@@ -19,7 +19,7 @@ from dvpo_service.commands.resume import open_tracker, restore, resume_point
 from dvpo_service.commands.summary import plan_facts, summarize
 from dvpo_service.commands.warmstart import base_model
 from dvpo_service.config import Config
-from dvpo_service.data.splits import Data, check_sources, load_data
+from dvpo_service.data.splits import Data, load_data
 from dvpo_service.export.export import CRITIC, describe, writing
 from dvpo_service.export.states import EXPORT_FILE, POLICY
 from dvpo_service.host.stopping import Stopped, Stopping
@@ -87,8 +87,7 @@ def _check(config: Config, *, quiet: bool) -> Data:
         terminal.warn_of(config)
     check_plugins(config)
     data = load_data(config.data)
-    check_sources(config.reward, data.train)
-    check_rollouts(config, data.train.prompts[0])
+    check_rollouts(config, data)
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
     plan_fit(config)
     check_capacity(config)

@@ -19,10 +19,11 @@ from actors.training.warmstart import Examples, fit
 from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.judged import RIGHT_TEXT, WRONG_TEXT, Pair
-from dvpo_service.data.splits import encode, load_demonstrations, resolve_file
+from dvpo_service.data.splits import check_demonstrations, encode, load_demonstrations, resolve_file
 from dvpo_service.models.load import load_causal_lm, load_tokenizer, quiet
 from dvpo_service.models.small import save_small_model
 from dvpo_service.terminal import progress
+from dvpo_service.types import answer_text
 
 DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
 
@@ -41,6 +42,8 @@ def base_model(config: Config, train: Dataset, runs: Path) -> str:
     folder = base_model_folder(config, runs / "base-models")
     if not folder.exists():
         demonstrations = load_demonstrations(config.data, warm.files) if warm.files else train
+        for examples in (demonstrations, train) if warm.judged else (demonstrations,):
+            check_demonstrations(examples)
         with progress("warm start of the base model", warm.steps) as advance:
             make_base_model(
                 config,
@@ -117,6 +120,6 @@ def make_base_model(
 def _token_pairs(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """Return prompt and answer tokens of every row; answers end with the end token."""
     return [
-        (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id])
+        (list(p.token_ids), [*tokenizer(answer_text(p.answer))["input_ids"], tokenizer.eos_token_id])
         for p in encode(config.data, data, tokenizer).prompts
     ]

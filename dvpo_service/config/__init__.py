@@ -3,7 +3,8 @@
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.load import load_config, shipped_configs, to_yaml
 from dvpo_service.config.pools import CriticConfig, KLConfig, OptimConfig, PolicyConfig
-from dvpo_service.config.rollouts import Backend, RewardConfig, RolloutConfig
+from dvpo_service.config.rewards import RewardConfig, RewardPart
+from dvpo_service.config.rollouts import Backend, RolloutConfig
 from dvpo_service.config.schema import (
     ClusterConfig,
     Config,
@@ -27,6 +28,7 @@ __all__ = [
     "OptimConfig",
     "PolicyConfig",
     "RewardConfig",
+    "RewardPart",
     "RolloutConfig",
     "ServeConfig",
     "TrackingConfig",

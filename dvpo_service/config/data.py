@@ -40,6 +40,7 @@ class DataConfig(Section):
       gsm8k_mode: whether a GSM8K row gives its question, or the calculations in its solution; ``operators``,
         ``max_operands`` and ``max_digits`` choose among the calculations.
       val_limit: prompts per validation split; null for all.
+      answers: required, or optional where rows may have none, as for a judge or a reward model.
     """
 
     train_files: list[str] = Field(min_length=1)
@@ -54,6 +55,7 @@ class DataConfig(Section):
     max_prompt_tokens: Positive = 64
     on_bad_row: Literal["stop", "skip"] = "stop"
     val_limit: Positive | None = None
+    answers: Literal["required", "optional"] = "required"
 
     @field_validator("train_files", mode="before")
     @classmethod

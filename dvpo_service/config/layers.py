@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from typing import Any
 
 from dvpo_service.config.algorithm import form_defaults, whitening_default
 from dvpo_service.config.pools import kind_default
+from dvpo_service.config.rewards import KINDS
 from dvpo_service.config.schema import Config
 from dvpo_service.config.spelling import is_free_mapping, kind_below
 from dvpo_service.errors import ConfigError
 
 Tree = dict[str, Any]
-EITHER_OR = (("model.path", "model.warmstart"), ("data.val_files", "data.val_fraction"))
+EITHER_OR = (
+    ("model.path", "model.warmstart"),
+    ("data.val_files", "data.val_fraction"),
+    *combinations((f"reward.{key}" for key in (*KINDS, "rewards")), 2),
+)
 # Keys whose defaults follow from another one: its section and name, and the function that gives them.
 FOLLOWERS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Tree]], ...] = (
     ("algorithm", "form", form_defaults),

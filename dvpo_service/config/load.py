@@ -113,7 +113,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{dotted}: missing, and it has no default"
-    hidden = isinstance(error["input"], dict | BaseModel) or names_secret(dotted)
+    secret = names_secret(dotted) or location[-1:] == ["key_env"]  # a key that was put where its variable belongs
+    hidden = isinstance(error["input"], dict | BaseModel) or secret
     given = "" if hidden else f" (got {mask(error['input'])!r})"
     return f"{dotted}: {message}{given}" if dotted else message
 

@@ -1,4 +1,4 @@
-"""``rollout`` and ``reward``: how responses are sampled and scored."""
+"""``rollout``: how responses are sampled."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.config.base import (
     Fraction,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
-    Probability,
     Section,
 )
 from dvpo_service.registry import engines
@@ -74,51 +72,3 @@ class RolloutConfig(Section):
         if self.importance_correction != "auto":
             return self.importance_correction
         return "truncated" if self.max_staleness else "none"
-
-
-class NoiseConfig(Section):
-    """Noise on rewards, for experiments (docs/algorithm.md, "Noise on the rewards").
-
-    ``flip`` turns an outcome r in [0, 1] into 1 - r with probability ``p``. ``gaussian`` adds a draw from N(0, sd^2).
-    ``spike`` adds one with probability ``p``; with ``sign`` up or down it adds or subtracts the draw's size.
-    ``student_t`` adds ``scale`` times a draw from Student's t with ``df`` degrees of freedom. ``majority_vote`` scores
-    against the group's most frequent answer.
-    """
-
-    kind: NoiseKind = "none"
-    p: Probability = 0.0
-    sd: NonNegativeFloat = 0.0
-    sign: SpikeSign = "both"
-    df: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
-    scale: NonNegativeFloat = 1.0
-
-
-class RewardConfig(Section):
-    """How responses are scored.
-
-    Attributes:
-      function: exact_match, gsm8k, math_verify, or ``module:function`` of your own.
-      heartbeat_s: how often an idle worker is asked whether it is alive.
-      max_memory_gib: a call that takes more memory than this beyond what its worker holds is a failed sample; null
-        sets no bound.
-      overlong_buffer: tokens before the length limit over which the reward falls by up to ``overlong_penalty``; 0 is
-        off.
-      noise_by_source: replaces ``noise`` for the prompts of a ``data_source``, as graders differ in reliability.
-    """
-
-    function: str = "exact_match"
-    num_workers: Positive = 1
-    timeout_s: PositiveFloat = 30.0
-    start_timeout_s: PositiveFloat = 120.0
-    heartbeat_s: PositiveFloat = 5.0
-    heartbeat_timeout_s: PositiveFloat = 10.0
-    max_memory_gib: PositiveFloat | None = 4.0
-    overlong_buffer: NonNegative = 0
-    overlong_penalty: PositiveFloat = 1.0
-    noise: NoiseConfig = NoiseConfig()
-    noise_by_source: dict[str, NoiseConfig] = Field(default_factory=dict)
-
-    @property
-    def noise_words(self) -> str:
-        """The kinds of noise in words, for display."""
-        return "; ".join([self.noise.kind, *(f"{source}: {n.kind}" for source, n in self.noise_by_source.items())])

@@ -21,7 +21,8 @@ from dvpo_service.config.base import (
 )
 from dvpo_service.config.data import DataConfig
 from dvpo_service.config.pools import CriticConfig, PolicyConfig
-from dvpo_service.config.rollouts import RewardConfig, RolloutConfig
+from dvpo_service.config.rewards import RewardConfig
+from dvpo_service.config.rollouts import RolloutConfig
 from dvpo_service.config.serve import ServeConfig
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dvpo_service.algo.diagnostics import between_groups
-from dvpo_service.types import Metrics, Prompt, Rollouts, Sample, Score
+from dvpo_service.types import Metrics, Prompt, Rollouts, Sample, Score, answer_text
 
 
 def collate(
@@ -85,7 +85,7 @@ def readable_rows(
         {
             "prompt": prompt.messages[-1]["content"],
             "response": sample.text,
-            "answer": prompt.answer,
+            "answer": answer_text(prompt.answer),
             "reward": score.reward,
             "clean_reward": score.clean,
             "finish_reason": sample.finish_reason,

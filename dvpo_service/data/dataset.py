@@ -66,6 +66,7 @@ def load_prompts(
     on_bad_row: OnBadRow = "stop",
     limit: int | None = None,
     exclude: Set[str] | None = None,
+    need_answer: bool = True,
 ) -> Dataset:
     """Return the prompts of the files, in file order.
 
@@ -79,6 +80,7 @@ def load_prompts(
       on_bad_row: stop at the first bad row, or skip bad rows and count them.
       limit: the greatest number of prompts to return; None for all.
       exclude: prompts whose ``prompt_key`` is in this set are left out.
+      need_answer: a row without an answer is a bad one.
 
     Raises:
       DataError: a file cannot be used, a row is bad under ``stop``, or no prompt is left.
@@ -92,7 +94,7 @@ def load_prompts(
     bad = BadRows(on_bad_row)
     excluded = 0
     paths = expand_files(files)
-    for where, example in _examples(paths, name, load_row_format(row_format), options, bad):
+    for where, example in _examples(paths, name, load_row_format(row_format), options, bad, need_answer):
         key = prompt_key(example)
         if key in taken:
             excluded += exclude is not None and key in exclude
@@ -106,12 +108,12 @@ def load_prompts(
         why = f"; {bad.total} bad rows skipped {dict(bad.counts)}" if bad.total else ""
         why += f"; {excluded} left out because they are in another split" if excluded else ""
         raise DataError(f"{', '.join(map(str, paths))}: no prompts for {name!r}{why}; check the files")
-    prompts = tuple(Prompt(i, ex.messages, ex.answer, ex.source) for i, (_, ex) in enumerate(kept))
+    prompts = tuple(Prompt(i, ex.messages, ex.answer, ex.source, row=ex.row) for i, (_, ex) in enumerate(kept))
     return Dataset(name, prompts, tuple(where for where, _ in kept), bad.counts, excluded)
 
 
 def _examples(
-    paths: list[Path], name: str, convert: RowFormat, options: gsm8k.Options, bad: BadRows
+    paths: list[Path], name: str, convert: RowFormat, options: gsm8k.Options, bad: BadRows, need_answer: bool
 ) -> Iterator[tuple[str, Example]]:
     for path in paths:
         rows = 0
@@ -120,7 +122,11 @@ def _examples(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                examples = [e for known in convert(row) for e in parse_row(known, source=name, options=options)]
+                examples = [
+                    example
+                    for known in convert(row)
+                    for example in parse_row(known, source=name, options=options, need_answer=need_answer)
+                ]
             except BadRow as problem:
                 bad.add(where, problem)
                 continue

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dvpo_service.data import gsm8k
 from dvpo_service.data.badrow import BadRow, show
@@ -20,18 +20,29 @@ ACCEPTED = (
 
 
 class Example(NamedTuple):
-    """A prompt with its answer; ``source`` names the data set or grader that it is from."""
+    """A prompt with its answer.
+
+    Attributes:
+      answer: text, or a list or object of JSON; None only where answers are optional.
+      source: names the data set or grader that it is from.
+      row: the columns as the file has them, without the prompt's own.
+    """
 
     messages: tuple[Message, ...]
-    answer: str
+    answer: Any
     source: str
+    row: Mapping[str, Any] = {}
 
 
-def parse_row(row: object, *, source: str, options: gsm8k.Options) -> list[Example]:
+PROMPT_COLUMNS = ("prompt", "question")
+
+
+def parse_row(row: object, *, source: str, options: gsm8k.Options, need_answer: bool = True) -> list[Example]:
     """Return the examples of one row: exactly one, except for GSM8K calculations, which can be any number.
 
     Args:
       source: the source of examples whose row has no ``data_source``.
+      need_answer: a row without an answer is a bad one.
 
     Raises:
       BadRow: the row cannot be used.
@@ -40,40 +51,44 @@ def parse_row(row: object, *, source: str, options: gsm8k.Options) -> list[Examp
         raise BadRow("wrong type", f"the row is {_kind(row)}, not an object with named fields")
     # By value, not by key: in a table of several sources every row has every column.
     given = {name for name in ("reward_model", "prompt", "question") if row.get(name) is not None}
-    if "reward_model" in given:
-        return [_verl(row, source)]
+    columns = {str(name): value for name, value in row.items() if name not in PROMPT_COLUMNS}
+    chat = not need_answer and isinstance(row.get("prompt"), list)
+    if "reward_model" in given or chat:
+        return [_verl(row, source, need_answer)._replace(row=columns)]
     if "prompt" in given or ("prompt" in row and not given):
-        return [_plain(row, source)]
+        return [_plain(row, source, need_answer)._replace(row=columns)]
     if "question" in given:
-        return _gsm8k(row, options)
+        return [example._replace(row=columns) for example in _gsm8k(row, options)]
     keys = ", ".join(show(k) for k in list(row)[:10]) or "none"
     raise BadRow("unknown schema", f"unknown row schema with keys {keys}; accepted: {ACCEPTED}")
 
 
-def _plain(row: Mapping, source: str) -> Example:
+def _plain(row: Mapping, source: str, need_answer: bool) -> Example:
     if isinstance(row["prompt"], list):
         raise BadRow("missing answer", "`prompt` is a list of messages but `reward_model` is missing")
     messages = (Message(role="user", content=_prompt_text(row["prompt"], "prompt")),)
-    return Example(messages, _answer(row.get("answer"), "answer"), _source(row, source))
+    return Example(messages, _answer(row.get("answer"), "answer", need_answer), _source(row, source))
 
 
-def _verl(row: Mapping, source: str) -> Example:
+def _verl(row: Mapping, source: str, need_answer: bool) -> Example:
     turns = row.get("prompt")
     if not isinstance(turns, list):
         raise BadRow("wrong type", f"`prompt` is {_kind(turns)}, not a list of chat messages")
     if not turns:
         raise BadRow("empty prompt", "`prompt` has no messages")
     messages = tuple(_message(turn, f"prompt[{i}]") for i, turn in enumerate(turns) if not _is_empty_system(turn))
+    if row.get("reward_model") is None:  # only where answers are optional
+        return Example(messages, _answer(row.get("answer"), "answer", need_answer), _source(row, source))
     reward_model = _mapping(row["reward_model"])
     if not isinstance(reward_model, Mapping):
         raise BadRow("wrong type", f"`reward_model` is {_kind(reward_model)}, not an object")
-    answer = _answer(reward_model.get("ground_truth"), "reward_model.ground_truth")
+    answer = _answer(reward_model.get("ground_truth"), "reward_model.ground_truth", need_answer)
     return Example(messages, answer, _source(row, source))
 
 
 def _gsm8k(row: Mapping, options: gsm8k.Options) -> list[Example]:
     question = _prompt_text(row["question"], "question")
-    solution = _answer(row.get("answer"), "answer")
+    solution = _text(_answer(row.get("answer"), "answer"), "answer")
     final = gsm8k.final_answer(solution)
     if options.mode == "question":
         return [Example((Message(role="user", content=question),), final, "gsm8k")]
@@ -112,9 +127,14 @@ def _prompt_text(value: object, where: str) -> str:
     return text
 
 
-def _answer(value: object, where: str) -> str:
+def _answer(value: object, where: str, need_answer: bool = True) -> Any:
+    empty = value is None or (isinstance(value, str) and not value.strip())
+    if empty and not need_answer:
+        return None
     if value is None:
         raise BadRow("missing answer", f"`{where}` is missing")
+    if isinstance(value, list | Mapping):
+        return _json(value, where)
     if isinstance(value, int | float) and not isinstance(value, bool):
         # Only a float can be infinite, and asking an int of 400 digits would raise.
         if isinstance(value, float) and not math.isfinite(value):
@@ -126,6 +146,17 @@ def _answer(value: object, where: str) -> str:
     if not text:
         raise BadRow("missing answer", f"`{where}` is empty")
     return text
+
+
+def _json(value: Any, where: str) -> Any:
+    """Return a list or object, if it is one of JSON."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("not UTF-8", f"`{where}` has a lone surrogate") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow("wrong type", f"`{where}` holds a value that JSON does not have: {error}") from error
+    return value
 
 
 def _source(row: Mapping, default: str) -> str:

@@ -13,7 +13,7 @@ from dvpo_service.config import DataConfig, RewardConfig
 from dvpo_service.data.dataset import Dataset, load_prompts
 from dvpo_service.data.encode import encode_prompts
 from dvpo_service.data.split import split_dataset
-from dvpo_service.errors import ConfigError
+from dvpo_service.errors import ConfigError, DataError
 
 SHIPPED = "shipped:"
 
@@ -51,13 +51,22 @@ def load_data(config: DataConfig) -> Data:
 
 
 def check_sources(config: RewardConfig, train: Dataset) -> None:
-    """Raise ConfigError if ``reward.noise_by_source`` names a source that no training prompt has."""
+    """Raise ConfigError if the config names a source that no training prompt has, or one has no reward."""
     known = sorted({p.source for p in train.prompts})
-    if unknown := sorted(set(config.noise_by_source) - set(known)):
-        raise ConfigError(
-            f"reward.noise_by_source.{unknown[0]}: no training prompt has that data_source; "
-            f"the data has {', '.join(known[:10])}{' and others' if len(known) > 10 else ''}"
-        )
+    named = [(f"reward.noise_by_source.{source}", source) for source in sorted(config.noise_by_source)]
+    for part in config.parts:
+        named += [(f"the sources of the reward {part.name!r}: {source}", source) for source in part.sources or ()]
+    for where, source in named:
+        if source not in known:
+            raise ConfigError(
+                f"{where}: no training prompt has that data_source; "
+                f"the data has {', '.join(known[:10])}{' and others' if len(known) > 10 else ''}"
+            )
+    for source in known:
+        if not any(part.weight and part.scores(source) for part in config.parts):
+            raise ConfigError(
+                f"none of reward.rewards scores the prompts of data_source {source!r}; add one, or leave sources out"
+            )
 
 
 def load_files(config: DataConfig, files: Sequence[str]) -> dict[str, Dataset]:
@@ -78,6 +87,16 @@ def resolve_file(file: str) -> str:
 def load_demonstrations(config: DataConfig, files: list[str]) -> Dataset:
     """Return the demonstrations that a warm start learns from, read like the training data."""
     return _load(config, files, "warmstart")
+
+
+def check_demonstrations(examples: Dataset) -> None:
+    """Raise DataError if a row has no answer to learn from (``data.answers=optional``)."""
+    for where, prompt in zip(examples.origins, examples.prompts, strict=True):
+        if prompt.answer is None:
+            raise DataError(
+                f"{where}: the row has no answer, which model.warmstart learns to give; name other rows with "
+                "model.warmstart.files, or start from model.path"
+            )
 
 
 def encode(config: DataConfig, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -110,4 +129,5 @@ def _load(
         on_bad_row=config.on_bad_row,
         limit=limit,
         exclude=exclude,
+        need_answer=config.answers == "required",
     )

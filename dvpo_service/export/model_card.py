@@ -113,7 +113,7 @@ def _settings(config: Config) -> dict[str, str]:
         + (f", critic {config.critic.optim.lr:g}" if a.has_critic else ""),
         "gamma, lambda": f"{a.gamma:g}, {a.lam:g}",
         "KL to the base model": f"{config.policy.kl.coef:g}",
-        "reward": f"`{config.reward.function}`, noise: {config.reward.noise_words}",
+        "reward": f"`{config.reward.words}`, noise: {config.reward.noise_words}",
         "training data": ", ".join(Path(f.removeprefix("shipped:")).name for f in config.data.train_files),
         "seed": str(config.trainer.seed),
     }

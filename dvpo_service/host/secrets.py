@@ -15,6 +15,7 @@ _SECRET_KEY = re.compile(
 )
 # Shorter values of secret environment variables are not masked: they would match parts of ordinary words.
 _SHORTEST = 8
+_KEPT: set[str] = set()  # environment variables that the config says are secret
 # user:password@ of a URI. The greedy match covers a password that contains an @.
 _URI_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 _URI_QUERY = re.compile(r"([?&][^=&\s]*(?:token|password|secret|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
@@ -49,10 +50,15 @@ def mask_override(override: str) -> str:
     return key + equals + str(mask(value, key))
 
 
+def keep_secret(variable: str) -> None:
+    """Treat the value of this environment variable as a secret, whatever the variable is called."""
+    _KEPT.add(variable)
+
+
 def mask_text(text: str) -> str:
     """Return any text with URI credentials, and the secrets in this process's environment, masked."""
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and names_secret(name):
+        if len(value) >= _SHORTEST and (names_secret(name) or name in _KEPT):
             text = text.replace(value, MASK)
     return mask_uri(text)
 

@@ -1,4 +1,4 @@
-"""Score the responses to a prompt, with noise that depends only on the seeds."""
+"""Noise on the scores of the responses to a prompt, which depends only on the seeds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.errors import ConfigError
-from dvpo_service.rewards import exact_match
-from dvpo_service.rewards.scoring import NotANumber, ScoreFn, finite_number
 from dvpo_service.types import Score
 
 
@@ -52,42 +50,26 @@ class NoiseSpec:
             raise ConfigError(f"noise scale={self.scale}: a scale is finite and not negative")
 
 
-def score_group(
-    responses: Sequence[str], answer: str, *, score: ScoreFn, noise: NoiseSpec, seeds: Sequence[int]
+def add_noise(
+    scores: Sequence[Score], *, noise: NoiseSpec, seeds: Sequence[int], votes: Sequence[str | None] = ()
 ) -> list[Score]:
-    """Return one ``Score`` per response to one prompt, with ``clean`` beside the noisy ``reward``.
+    """Return the scores of one prompt's responses with noise on ``reward``; ``clean`` and failed samples stay.
 
-    A scoring function that raises, or returns something that is not a finite number, gives NaN and an ``error``, never
-    0. ``majority_vote`` takes the group's most frequent answer as the right one; ``seeds[0]`` breaks ties, and failed
+    ``majority_vote`` takes the group's most frequent answer as the right one; ``seeds[0]`` breaks ties, and failed
     samples do not vote.
 
     Args:
-      seeds: one per response, for its noise.
+      seeds: one per response.
+      votes: for ``majority_vote``, each response's answer, or None.
 
     Raises:
-      ValueError: there are not as many seeds as responses.
+      ValueError: there are not as many seeds as scores.
     """
-    if len(responses) != len(seeds):
-        raise ValueError(f"{len(responses)} responses but {len(seeds)} seeds")
-    scores = [_clean(score, response, answer) for response in responses]
+    if len(scores) != len(seeds):
+        raise ValueError(f"{len(scores)} responses but {len(seeds)} seeds")
     if noise.kind == "majority_vote":
-        extract: Callable[[str], str | None] = getattr(score, "extract", exact_match.extract)
-        return _majority_vote(responses, scores, extract, seeds)
-    return [_noisy(clean, noise, seed) for clean, seed in zip(scores, seeds, strict=True)]
-
-
-def _failed(error: str) -> Score:
-    return Score(math.nan, math.nan, error)
-
-
-def _clean(score: ScoreFn, response: str, answer: str) -> Score:
-    try:
-        value = finite_number(score(response, answer))
-    except NotANumber as error:
-        return _failed(str(error))
-    except Exception as error:  # noqa: BLE001 - user code may raise anything, and it is recorded
-        return _failed(f"{type(error).__name__}: {error}")
-    return Score(value, value)
+        return _majority_vote(scores, votes, seeds)
+    return [_noisy(score, noise, seed) for score, seed in zip(scores, seeds, strict=True)]
 
 
 def _noisy(score: Score, noise: NoiseSpec, seed: int) -> Score:
@@ -95,10 +77,11 @@ def _noisy(score: Score, noise: NoiseSpec, seed: int) -> Score:
         return score
     rng = random.Random(seed)
     if noise.kind != "flip":
-        return Score(score.clean + _ADDED[noise.kind](noise, rng), score.clean)
-    if not 0 <= score.clean <= 1:
-        return _failed(f"flip noise needs an outcome from 0 to 1, got {score.clean}")
-    return Score(1 - score.clean if rng.random() < noise.p else score.clean, score.clean)
+        return replace(score, reward=score.reward + _ADDED[noise.kind](noise, rng))
+    if not 0 <= score.reward <= 1:
+        error = f"flip noise needs an outcome from 0 to 1, got {score.reward}"
+        return replace(score, reward=math.nan, clean=math.nan, error=error)
+    return replace(score, reward=1 - score.reward if rng.random() < noise.p else score.reward)
 
 
 def _gaussian(noise: NoiseSpec, rng: random.Random) -> float:
@@ -126,26 +109,13 @@ _ADDED: Mapping[str, Callable[[NoiseSpec, random.Random], float]] = {
 }
 
 
-def _majority_vote(
-    responses: Sequence[str],
-    scores: Sequence[Score],
-    extract: Callable[[str], str | None],
-    seeds: Sequence[int],
-) -> list[Score]:
-    answers: list[str | None] = [None] * len(responses)
-    scores = list(scores)
-    for i, response in enumerate(responses):
-        if scores[i].error:
-            continue
-        try:
-            answers[i] = extract(response)
-        except Exception as error:  # noqa: BLE001 - as in _clean
-            scores[i] = _failed(f"{type(error).__name__}: {error}")
-    votes = Counter(a for a in answers if a is not None)
-    most = max(votes.values(), default=0)
-    tied = sorted(a for a, count in votes.items() if count == most)
+def _majority_vote(scores: Sequence[Score], votes: Sequence[str | None], seeds: Sequence[int]) -> list[Score]:
+    answers = [None if score.error else vote for score, vote in zip(scores, votes, strict=True)]
+    count = Counter(a for a in answers if a is not None)
+    most = max(count.values(), default=0)
+    tied = sorted(a for a, times in count.items() if times == most)
     label = random.Random(seeds[0]).choice(tied) if tied else None
     return [
-        s if s.error else Score(float(a is not None and a == label), s.clean)
+        s if s.error else replace(s, reward=float(a is not None and a == label))
         for a, s in zip(answers, scores, strict=True)
     ]

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.pools import TrainerPool
-from dvpo_service.config.schema import Config, RolloutConfig
+from dvpo_service.config.rollouts import RolloutConfig
+from dvpo_service.config.schema import Config
 from dvpo_service.host.secrets import mask_uri
 from dvpo_service.terminal.console import make_console
 
@@ -48,7 +49,7 @@ def _plan_rows(config: Config) -> dict[str, str]:
         "algorithm": _algorithm_words(a),
         "rollout": f"{_count(r.num_engines, _engine_words(r))}, tensor parallel {r.tensor_parallel_size}, "
         f"{_device(cluster.gpus_per_engine)}; " + _staleness_words(r),
-        "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.function}, noise: {w.noise_words}",
+        "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.words}, noise: {w.noise_words}",
         "critic": _pool_words(config.critic, config.batch_size, cluster.gpus_per_trainer) if a.has_critic else "none",
         "policy": _pool_words(config.policy, config.batch_size, cluster.gpus_per_trainer),
         "batch": f"{r.prompts_per_step} prompts x {r.n} = {config.batch_size} responses a step, "

@@ -53,6 +53,7 @@ class FanObserver:
         self.texts: list[list[str]] = []
         self.outcomes: list[float] = []
         samples = []
+        prompts = [p for p in prompts if isinstance(p.answer, str)]  # a list of tests is no response
         for prompt in prompts:
             for answer in (prompt.answer, _wrong(prompt.answer)):
                 ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -217,7 +217,7 @@ def _description(config: Config, run_dir: Path) -> str:
         f"- {config.trainer.num_steps} steps of {r.prompts_per_step} prompts x {r.n} responses",
         *([critic] if a.traits.distributional else []),
         f"- policy loss `{config.policy.loss}`",
-        f"- reward `{config.reward.function}`, noise {config.reward.noise_words}",
+        f"- reward `{config.reward.words}`, noise {config.reward.noise_words}",
         f"- data: {', '.join(config.data.train_files)}",
         f"- run folder: `{run_dir.absolute()}`",
         "- repeat it: save the artifact `config.yaml` (secrets in it are masked), then "

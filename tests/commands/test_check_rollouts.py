@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import time
 from typing import Any
 
 import pytest
@@ -18,35 +14,6 @@ from dvpo_service.types import Prompt
 ROW = Prompt(0, ({"role": "user", "content": "1+1="},), "2", "t")
 
 
-def misspelt(response: str, answer: str) -> float:
-    return float(reponse == answer)  # type: ignore[name-defined] # noqa: F821
-
-
-def endless(response: str, answer: str) -> float:
-    time.sleep(60)
-    return 1.0
-
-
-def nothing(response: str, answer: str) -> Any:
-    return None
-
-
-def crashes(response: str, answer: str) -> float:
-    os._exit(9)
-
-
-def uses_a_signal(response: str, answer: str) -> float:
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.alarm(5)
-    signal.alarm(0)
-    return 1.0
-
-
-def wants_tags(response: str, answer: str) -> float:
-    found = re.search("<answer>(.*)</answer>", response)
-    return float(found.group(1) == answer)  # type: ignore[union-attr] # None.group raises: it costs the sample
-
-
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -57,20 +24,20 @@ def wants_tags(response: str, answer: str) -> float:
     ],
 )
 def test_a_reward_that_fails_is_found_before_anything_starts(function: str, said: str) -> None:
-    config = RewardConfig(function=f"tests.commands.test_check_rollouts:{function}", timeout_s=0.2)
+    config = RewardConfig(function=f"tests.commands.bad_rewards:{function}", timeout_s=0.2)
     with pytest.raises(ConfigError, match=said) as caught:
-        check_reward(config, ROW)
+        check_reward(config, 0, ROW)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("function", ["exact_match", "gsm8k", "math_verify"])
 def test_built_in_rewards_pass(function: str) -> None:
-    check_reward(RewardConfig(function=function), ROW)
+    check_reward(RewardConfig(function=function), 0, ROW)
 
 
 @pytest.mark.parametrize("function", ["uses_a_signal", "wants_tags"])
 def test_what_works_in_a_reward_worker_passes(function: str) -> None:
-    check_reward(RewardConfig(function=f"tests.commands.test_check_rollouts:{function}"), ROW)
+    check_reward(RewardConfig(function=f"tests.commands.bad_rewards:{function}"), 0, ROW)
 
 
 @pytest.mark.parametrize("truncated", [{"top_p": 0.5}, {"top_k": 20}])

@@ -32,7 +32,9 @@ class Run:
 
     def _rows(self, name: str, numbers: range) -> Path:
         file = self.folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps({"prompt": f"{n} + 1 =", "answer": str(n + 1)}) + "\n" for n in numbers))
+        file.write_text(
+            "".join(json.dumps({"prompt": f"{n} + 1 =", "answer": str(n + 1), "level": n}) + "\n" for n in numbers)
+        )
         return file
 
     def config(self, *overrides: str) -> Config:
@@ -72,6 +74,8 @@ CHANGES: dict[str, Callable[[Run], None]] = {
     "model.path names": other_weights,
     r"model.path \(tokenizer\) names": lambda run: replaced(run.model / "tokenizer_config.json", b"{", b"{ "),
     "data.train_files names": lambda run: replaced(run.train, b'"answer": "3"', b'"answer": "4"'),
+    r"data.train_files \(columns\) names": lambda run: replaced(run.train, b'"level": 3', b'"level": 4'),
+    VALIDATION + r"val \(columns\) names": lambda run: replaced(run.val, b'"level": 6', b'"level": 7'),
     VALIDATION + "val names": lambda run: replaced(run.val, b"6 + 1", b"9 + 1"),
 }
 

@@ -88,7 +88,7 @@ def whole(data: Dataset) -> None:
     assert [p.index for p in data.prompts] == list(range(len(data)))
     assert data.prompts
     for prompt in data.prompts:
-        assert prompt.answer.strip()
+        assert prompt.answer.strip() if isinstance(prompt.answer, str) else prompt.answer is not None
         assert prompt.messages
         json.dumps([prompt.messages, prompt.answer], ensure_ascii=False).encode()
 

@@ -3,10 +3,14 @@ import statistics
 
 import pytest
 
+from dvpo_service.config import RewardConfig
 from dvpo_service.errors import ConfigError
-from dvpo_service.rewards.noise import NoiseSpec, score_group
-from dvpo_service.rewards.scoring import resolve
+from dvpo_service.rewards.calling import Work
+from dvpo_service.rewards.combine import combine
+from dvpo_service.rewards.noise import NoiseSpec, add_noise
+from dvpo_service.rewards.scoring import Scorer, resolve
 from dvpo_service.rewards.seeds import sample_seed
+from dvpo_service.types import Score
 
 EXACT = resolve("exact_match")
 SEEDS = [sample_seed(0, 0, 0, i) for i in range(4000)]
@@ -16,7 +20,12 @@ STUDENT = [0.9125418917819559, 1.3151614699190417, 0.3391088888044287, 0.6463469
 
 
 def group(responses, answer="1", score=EXACT, seeds=SEEDS, **noise):
-    return score_group(responses, answer, score=score, noise=NoiseSpec(**noise), seeds=seeds[: len(responses)])
+    scorer = score if isinstance(score, Scorer) else Scorer("own", score, extract=getattr(score, "extract", str))
+    work = Work(responses, answer, seeds[: len(responses)])
+    results = scorer.results(work, votes=noise.get("kind") == "majority_vote")
+    config = RewardConfig.model_validate({"noise": noise})
+    [scores] = combine(config, [work], [{0: results}], training=True)
+    return scores
 
 
 def quantiles(xs):
@@ -177,4 +186,4 @@ def test_spec_is_checked(spec, message):
 
 def test_seeds_must_match():
     with pytest.raises(ValueError, match="2 responses but 1 seeds"):
-        score_group(["1", "2"], "1", score=EXACT, noise=NoiseSpec(), seeds=[1])
+        add_noise([Score(1.0, 1.0)] * 2, noise=NoiseSpec(), seeds=[1])

@@ -3,13 +3,13 @@ import pickle
 import pytest
 
 from dvpo_service.errors import ConfigError
-from dvpo_service.rewards.scoring import BUILT_IN, resolve
+from dvpo_service.rewards.scoring import OF_TEXT, resolve
 
 MODULE = """
 def length(response, answer):
     return float(len(response))
 length.extract = lambda response: response[:1]
-def one(response):
+def one(text):
     return 1.0
 number = 3
 """
@@ -23,7 +23,7 @@ def modules(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", OF_TEXT)
 def test_built_in(name):
     scorer = resolve(name)
     assert scorer("72", "72") == 1.0
@@ -44,7 +44,7 @@ def test_own_function():
     [
         (
             "gsm8",
-            r"reward 'gsm8': did you mean gsm8k\? use one of exact_match, gsm8k, math_verify, or module:",
+            r"reward 'gsm8': did you mean gsm8k\? use one of exact_match, gsm8k, math_verify, code, or module:",
         ),
         ("", r"reward '': use one of"),
         (":f", r"reward ':f': use one of"),
@@ -57,7 +57,7 @@ def test_own_function():
         ("my_rewards:lenght", r"has no function 'lenght'; did you mean my_rewards:length\?"),
         ("my_rewards:zzz", r"has no function 'zzz'; define it in .*my_rewards\.py"),
         ("my_rewards:number", r"reward 'my_rewards:number': it is of type int, not a function"),
-        ("my_rewards:one", r"it must take two arguments, \(response, answer\)"),
+        ("my_rewards:one", r"reward 'my_rewards:one': its arguments \(text\) fit nothing; take \(response, answer\), "),
     ],
 )
 def test_what_cannot_be_resolved(name, message):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dvpo_service.rewards import math_verify
-from dvpo_service.rewards.noise import NoiseSpec, score_group
+from dvpo_service.rewards.calling import Work
+from dvpo_service.rewards.scoring import Scorer
 
 
 def scored(value: Any) -> Any:
-    return score_group(["r"], "a", score=lambda response, answer: value, noise=NoiseSpec("none"), seeds=[0])[0]
+    return Scorer("own", lambda response, answer: value).results(Work(["r"], "a", [0]))[0]
 
 
 @pytest.mark.parametrize(
@@ -31,8 +32,8 @@ def scored(value: Any) -> Any:
 )
 def test_every_single_number_is_a_reward(value: Any, reward: float) -> None:
     score = scored(value)
-    assert (score.error, score.reward, score.clean) == (None, reward, reward)
-    assert type(score.reward) is float
+    assert (score.error, score.value) == (None, reward)
+    assert type(score.value) is float
 
 
 @pytest.mark.parametrize("value", [np.array([1.0]), torch.ones(2), np.array(np.nan), "1", None, [1.0], 1j])

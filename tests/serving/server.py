@@ -16,12 +16,16 @@ from typing import Any, Self
 import httpx
 
 from dvpo_service.config import to_yaml
+from dvpo_service.config.judge import JudgeConfig
 from dvpo_service.export.export import CRITIC, Exported, open_export
 from dvpo_service.export.states import EXPORT_FILE
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.fixed_sequences import record
 from dvpo_service.models.load import load_backbone, load_causal_lm, load_tokenizer
 from dvpo_service.models.small import save_small_model
+from dvpo_service.rewards.calling import Work
+from dvpo_service.rewards.judge import JudgePart
+from dvpo_service.rewards.scoring import Result
 from dvpo_service.runs.settings import CONFIG_FILE
 from tests.builders import make_config
 
@@ -106,3 +110,12 @@ class ServerProcess:
     def __exit__(self, *exc: Any) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=60)
+
+
+def judged_by(server: ServerProcess, model: str, messages: list[dict[str, str]]) -> Result:
+    """Return the score that the server gives as a judge (``reward.judge``), asked the last message."""
+    os.environ["JUDGE_KEY"] = "secret"
+    judge = {"base_url": f"{server.url}/v1", "model": model, "prompt": "{{ prompt }}", "key_env": "JUDGE_KEY"}
+    part = JudgePart(JudgeConfig.model_validate(judge | {"max_tokens": 8}))
+    [[result]] = part.score([Work(["19"], "19", [0], messages=messages)])
+    return result

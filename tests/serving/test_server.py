@@ -25,7 +25,7 @@ from dvpo_service.runs.integrity import STATE_FILE
 from dvpo_service.serving.values import ValueModel, ValueQuery
 from tests.ports import listening
 from tests.serving.load import all_back, hammer, processes, settled
-from tests.serving.server import ServerProcess, make_export
+from tests.serving.server import ServerProcess, judged_by, make_export
 
 pytestmark = pytest.mark.e2e
 
@@ -61,7 +61,7 @@ def values(server: ServerProcess, **body: Any) -> dict[str, Any]:
     return answer.json()
 
 
-def test_the_openai_package_chats_completes_and_streams(client: OpenAI) -> None:
+def test_the_openai_package_chats_completes_and_streams(server: ServerProcess, client: OpenAI) -> None:
     [model] = client.models.list().data
     assert model.id == "tiny"
     whole = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=8, temperature=0, seed=1)
@@ -72,6 +72,8 @@ def test_the_openai_package_chats_completes_and_streams(client: OpenAI) -> None:
     )
     text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
     assert text == whole.choices[0].message.content
+    graded = judged_by(server, "tiny", MESSAGES)
+    assert repr(" ".join(text.split())) in str(graded.error), "it is a judge too, though this one answers no number"
     four = client.completions.create(model="tiny", prompt=["1+1=", "2+2="], n=2, max_tokens=4, logprobs=1)
     assert [c.index for c in four.choices] == [0, 1, 2, 3]
     assert four.choices[0].logprobs

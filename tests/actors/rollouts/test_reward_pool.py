@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -27,7 +28,10 @@ def pool(tiny_model: Path) -> Iterator[RewardPool]:
     config: Config = make_config(
         tiny_model,
         reward={
-            "function": "tests.actors.rollouts.bad_rewards:troublesome",
+            "rewards": [
+                {"function": "tests.actors.rollouts.bad_rewards:troublesome"},
+                {"function": "exact_match", "weight": 0},
+            ],
             "num_workers": 2,
             "timeout_s": 8,
             "max_memory_gib": 1,
@@ -61,6 +65,8 @@ def test_good_groups_are_scored_whatever_happens_beside_them(pool: RewardPool) -
     assert "ZeroDivisionError" in (scores[2][0].error or "")
     assert scores[2][1].reward == 1.0
     assert scores[1][0].reward != scores[1][0].reward, "a failed sample has no reward, not 0"
+    raw = {p.name: p.raw for p in scores[1][0].parts}
+    assert (math.isnan(raw["troublesome"]), raw["exact_match"]) == (True, 0.0), "the other reward has its own deadline"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_a_function_that_eats_memory_costs_its_sample_only(pool: RewardPool) -> 
 def test_a_function_that_a_node_does_not_have_is_found_before_training(pool: RewardPool) -> None:
     """This test is the last of the file: it shuts the pool down and uses its placement."""
     pool.shutdown()
-    missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score"}), pool.placement)
+    missing = RewardPool(pool.config.model_copy(update={"function": "not_here:score", "rewards": None}), pool.placement)
     with pytest.raises(PoolError, match=r"'not_here' cannot be imported.*--working-dir"):
         missing.wait_ready(60)
     missing.shutdown()
