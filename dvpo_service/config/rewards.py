@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
@@ -104,6 +104,8 @@ class RewardConfig(Section):
       rewards: several rewards with weights, in place of these.
       normalise: whether each of ``rewards`` is first brought to mean 0 and standard deviation 1, over the responses to
         its prompt (``group``) or of its batch (``batch``), in training.
+      clip: the lowest and the highest reward that training takes, for rewards whose range is known; null for no bounds.
+        They hold after noise and before the overlong penalty.
       heartbeat_s: how often an idle worker is asked whether it is alive.
       max_memory_gib: a call that takes more memory than this beyond what its worker holds is a failed sample; null
         sets no bound.
@@ -117,6 +119,7 @@ class RewardConfig(Section):
     judge: JudgeConfig | None = None
     rewards: Annotated[list[RewardPart], Field(min_length=1)] | None = None
     normalise: Literal["none", "group", "batch"] = "none"
+    clip: tuple[FiniteFloat, FiniteFloat] | None = None
     num_workers: Positive = 1
     timeout_s: PositiveFloat = 30.0
     start_timeout_s: PositiveFloat = 120.0
@@ -153,6 +156,12 @@ class RewardConfig(Section):
             raise ValueError(f"two of reward.rewards are named {twice[0]!r}; give each a name")
         if all(part.weight == 0 for part in self.rewards):
             raise ValueError("every weight of reward.rewards is 0, so there is nothing to learn; give one a weight")
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"reward.clip={list(self.clip)}: give the lowest reward first, then a higher one")
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,8 +28,8 @@ def combine(
     """Return the scores of every group.
 
     ``clean`` is the weighted sum. ``reward`` is that too in an evaluation; in training it is the weighted sum of the
-    normalised scores (``config.normalise``) with noise. A response that a reward with a weight could not score has
-    failed: it has no reward, and counts in no mean or standard deviation.
+    normalised scores (``config.normalise``) with noise, within ``config.clip``. A response that a reward with a weight
+    could not score has failed: it has no reward, and counts in no mean or standard deviation.
 
     Args:
       results: for each group, the results of the rewards that score its source.
@@ -100,4 +101,10 @@ def _score(
 def _noisy(config: RewardConfig, work: Work, results: GroupResults, scores: list[Score]) -> list[Score]:
     noise = NoiseSpec(**config.noise_by_source.get(work.source, config.noise).model_dump())
     votes = [result.vote for result in next(iter(results.values()), [])]
-    return add_noise(scores, noise=noise, seeds=work.seeds, votes=votes)
+    noisy = add_noise(scores, noise=noise, seeds=work.seeds, votes=votes)
+    if config.clip is None:
+        return noisy
+    low, high = config.clip
+    return [
+        replace(score, reward=min(max(score.reward, low), high)) if score.error is None else score for score in noisy
+    ]

@@ -52,6 +52,22 @@ def test_without_normalisation_the_reward_is_the_weighted_sum() -> None:
     assert [p.weighted for p in first] == pytest.approx(list(RAW[0, 0] * WEIGHTS))
 
 
+def test_in_training_the_reward_is_within_its_bounds_after_noise() -> None:
+    noise = {"kind": "spike", "p": 1.0, "sd": 500.0}
+    found = rewards(scored("none", clip=[-1.0, 3.0], noise=noise))
+    free = rewards(scored("none", noise=noise))
+    np.testing.assert_allclose(found, free.clip(-1.0, 3.0))
+    assert free.min() < -1.0
+    assert free.max() > 3.0
+    tested = scored("none", clip=[-1.0, 3.0], training=False)
+    np.testing.assert_allclose(rewards(tested), RAW @ WEIGHTS, err_msg="an evaluation is not bounded")
+
+
+def test_bounds_the_wrong_way_round_are_refused() -> None:
+    with pytest.raises(ValueError, match="lowest reward first"):
+        config(clip=[1.0, 0.0])
+
+
 @pytest.mark.parametrize(("normalise", "axes"), [("group", (1,)), ("batch", (0, 1))])
 def test_normalised_before_the_sum(normalise: str, axes: tuple[int, ...]) -> None:
     mean, sd = RAW.mean(axis=axes, keepdims=True), RAW.std(axis=axes, ddof=1, keepdims=True)
