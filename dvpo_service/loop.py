@@ -1,7 +1,7 @@
 """The algorithm, read top to bottom. Everything heavy is behind the roles in roles.py.
 
-A step: sample and score responses, compute log-probs, put the KL penalty into the rewards, estimate advantages, whiten
-them, update critic and policy side by side, give the new weights to the engines.
+A step: sample and score responses, compute log-probs and advantages side by side (one after the other where the KL
+penalty is in the rewards), whiten them, update critic and policy side by side, give the new weights to the engines.
 
 Step numbers: ``step`` is the number of updates done. Row 0 of the metrics is the evaluation
 before training; row k holds update k and, when it is due, the evaluation after it.
@@ -90,14 +90,18 @@ def train(
         with stopping.at_boundary(step, partial(save, checkpoints, roles, boundary, wait=True)):
             batch = r.stream.next(step)
             checkpoints.advance()
-            with clock("logprobs"):
-                rollouts = r.policy.logprobs(batch.rollouts, step)
-                rollouts = prepare_rewards(rollouts, config.policy.kl)
-        mismatch = r.mismatch(rollouts)
-        stop_if_engines_differ(mismatch, batch, config, step)
+        scoring, rollouts = r.policy.logprobs_async(batch.rollouts, step), batch.rollouts
+        with clock("logprobs"):
+            if config.policy.kl.in_reward:  # else the critic is evaluated while the policy scores
+                rollouts = prepare_rewards(scoring.result(), config.policy.kl)
         with clock("advantages"):
             estimate, value_metrics = r.estimator.advantages(rollouts, step)
             value_metrics |= prompt_metrics(rollouts, estimate, config.algorithm.gamma)
+        with clock("logprobs"):
+            rollouts = rollouts if config.policy.kl.in_reward else scoring.result()
+        mismatch = r.mismatch(rollouts)
+        stop_if_engines_differ(mismatch, batch, config, step)
+        with clock("advantages"):
             advantages = prepare_advantages(estimate.advantages, rollouts.response_mask, config.algorithm)
         with clock("update"):
             jobs = [r.estimator.update_async(rollouts, step)]
@@ -226,7 +230,8 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[f"time/{stage}"] = time.perf_counter() - start
+        name = f"time/{stage}"
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def pop_metrics(self) -> Metrics:
         """Return what was measured since the last call."""

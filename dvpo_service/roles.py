@@ -3,8 +3,9 @@
 A step of the loop, in the order of the calls::
 
     batch = stream.next(step)                            # scored rollouts
-    rollouts = policy.logprobs(batch.rollouts, step)     # log-probs before the update
-    advantages, _ = estimator.advantages(rollouts, step)
+    scoring = policy.logprobs_async(batch.rollouts, step)    # log-probs before the update
+    advantages, _ = estimator.advantages(batch.rollouts, step)
+    rollouts = scoring.result()
     jobs = estimator.update_async(rollouts, step), policy.update_async(rollouts, advantages.advantages, step)
     [job.result() for job in jobs]
     weights.push(version=step + 1)                       # every engine serves the new policy
@@ -28,6 +29,13 @@ class Job(Protocol):
 
     def result(self) -> Metrics:
         """Wait for the end of the work, and return what it measured. Raises what the work raised."""
+
+
+class ScoringJob(Protocol):
+    """Rollouts that get their log-probs elsewhere."""
+
+    def result(self) -> Rollouts:
+        """Wait for the log-probs, and return the rollouts with them. Raises what the work raised."""
 
 
 class SaveJob(Protocol):
@@ -59,11 +67,11 @@ class RolloutStream(Protocol):
 class Policy(Protocol):
     """The model that is trained."""
 
-    def logprobs(self, rollouts: Rollouts, step: int) -> Rollouts:
-        """Return the rollouts with log-probs before the update, and those of the reference if there is one."""
+    def logprobs_async(self, rollouts: Rollouts, step: int) -> ScoringJob:
+        """Start to compute log-probs before the update, and those of the reference if there is one."""
 
     def update_async(self, rollouts: Rollouts, advantages: Tensor, step: int) -> Job:
-        """Start the update on what ``logprobs`` returned.
+        """Start the update on rollouts with log-probs.
 
         Args:
           advantages: [B, T] float32, as the loss takes them (prepared).

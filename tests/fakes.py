@@ -58,13 +58,24 @@ class FakeStream:
 
 
 @dataclass
+class FakeScoring:
+    log: Log
+    rollouts: Rollouts
+
+    def result(self) -> Rollouts:
+        self.log("logprobs done")
+        log_probs = self.rollouts.rollout_logprobs
+        return self.rollouts.with_(logprobs=log_probs, ref_logprobs=log_probs)
+
+
+@dataclass
 class FakePolicy:
     log: Log
     skipped: float = 0.0
 
-    def logprobs(self, rollouts: Rollouts, step: int) -> Rollouts:
+    def logprobs_async(self, rollouts: Rollouts, step: int) -> FakeScoring:
         self.log("logprobs", step)
-        return rollouts.with_(logprobs=rollouts.rollout_logprobs)
+        return FakeScoring(self.log, rollouts)
 
     def update_async(self, rollouts: Rollouts, advantages: Tensor, step: int) -> DoneJob:
         self.log("policy update", step)

@@ -48,8 +48,10 @@ def test_order_of_a_step(tmp_path: Path) -> None:
         "evaluate",
         "observe",
         "generate",
+        # the critic is evaluated while the policy scores
         "logprobs",
         "advantages",
+        "logprobs done",
         # both updates are under way before either is waited for
         "critic update",
         "policy update",
@@ -60,6 +62,19 @@ def test_order_of_a_step(tmp_path: Path) -> None:
         "observe",
     ]
     assert [c for c in log.calls if c[0] == "push"] == [("push", 0), ("push", 1)]
+
+
+def test_with_the_kl_in_the_reward_the_critic_waits_for_the_log_probs(tmp_path: Path) -> None:
+    log = Log()
+    kl = {"coef": 0.1, "where": "reward"}
+    trainer = {"num_steps": 1, "eval_every": 0, "save_every": 0}
+    config = make_config("model", trainer=trainer, policy={"kl": kl})
+    train(config, make_roles(log), Checkpoints(tmp_path, keep=2), TrainState())
+    assert [name for name in log.names() if "log" in name or name == "advantages"] == [
+        "logprobs",
+        "logprobs done",
+        "advantages",
+    ]
 
 
 def test_every_step_is_logged_once_with_its_stages(tmp_path: Path) -> None:

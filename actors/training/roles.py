@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from actors.cluster.placement import Placement
+from actors.cluster.pool import Call
 from actors.training.critic import CriticWorker, RankValues
 from actors.training.policy import PolicyWorker, RankLogprobs
 from actors.training.rank_pool import MetricsJob, RankPool, RanksSave, SharedBatch, in_batch_order
@@ -36,6 +38,22 @@ class TrainerRanks:
         self.ranks.call(TrainerWorker.load, str(folder))
 
 
+@dataclass
+class RanksScoring:
+    """Log-probs under way: the loop's ``ScoringJob``."""
+
+    call: Call
+    rollouts: Rollouts
+
+    def result(self) -> Rollouts:
+        """Wait, and return the rollouts with log-probs, in the batch's order. Raises as ``Call.result`` does."""
+        parts: list[RankLogprobs] = self.call.result()
+        rows = torch.cat([p.rows for p in parts])
+        rollouts = self.rollouts.with_(logprobs=in_batch_order(rows, [p.logprobs for p in parts]))
+        reference = [p.ref_logprobs for p in parts if p.ref_logprobs is not None]
+        return rollouts.with_(ref_logprobs=in_batch_order(rows, reference)) if reference else rollouts
+
+
 class PolicyRanks(TrainerRanks):
     """The policy pool as the loop's ``Policy``. ``batch`` is shared with the critic's pool."""
 
@@ -50,14 +68,10 @@ class PolicyRanks(TrainerRanks):
             timeout_s=config.policy.step_timeout_s,
         )
 
-    def logprobs(self, rollouts: Rollouts, step: int) -> Rollouts:
-        """Return the rollouts with log-probs before the update, and under the reference if there is one."""
+    def logprobs_async(self, rollouts: Rollouts, step: int) -> RanksScoring:
+        """Start to compute log-probs before the update, and under the reference if there is one."""
         shared, _ = self.batch.share(rollouts)
-        parts: list[RankLogprobs] = self.ranks.call(PolicyWorker.logprobs, shared, step)
-        rows = torch.cat([p.rows for p in parts])
-        rollouts = rollouts.with_(logprobs=in_batch_order(rows, [p.logprobs for p in parts]))
-        reference = [p.ref_logprobs for p in parts if p.ref_logprobs is not None]
-        return rollouts.with_(ref_logprobs=in_batch_order(rows, reference)) if reference else rollouts
+        return RanksScoring(self.ranks.submit(PolicyWorker.logprobs, shared, step), rollouts)
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """Return the current log-probs [B, T] of a few responses."""

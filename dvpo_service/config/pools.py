@@ -99,6 +99,11 @@ class KLConfig(Section):
     where: KlPlace = "loss"
     kind: KlKind
 
+    @property
+    def in_reward(self) -> bool:
+        """Whether the rewards change once the log-probs are known."""
+        return self.coef > 0 and self.where == "reward"
+
     @model_validator(mode="before")
     @classmethod
     def _kind_by_place(cls, given: Any) -> Any:
