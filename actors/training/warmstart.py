@@ -189,7 +189,7 @@ class Batches:
     def loss(self, model: Any) -> tuple[Tensor, Tensor]:
         """Return this rank's share of the next batch's loss, and its share [2] of the accuracies.
 
-        The accuracies are of the demonstrations (reproduced greedily) and of the judgements.
+        The accuracies are of the demonstrations (reproduced greedily) and of the judgements (1 - absolute error).
         """
         batch = self._draw(self.examples.demonstrations, self.warm.batch_size - self.judged)
         loss, reproduced = answer_loss(model, batch[self.rank :: self.world], self.warm.label_smoothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,10 +43,11 @@ def answer_loss(
 
 
 def judgement_loss(model: nn.Module, batch: Sequence[JudgedAnswer], verdicts: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of the judgements of all answer tokens, and how many of them are right.
+    """Return the summed cross-entropy of the judgements at all answer tokens, and the sum of 1 - their absolute error.
 
-    The judgement of a token is made where the model has just read it, by two of its logits alone: what the model would
-    write next is a question of its own, which this loss leaves to ``answer_loss``.
+    A judgement is the share of the answer's tokens so far that are right. The model makes it where it has just read a
+    token, by two of its logits alone, as the odds between them: what it would write next is another question, which
+    this loss leaves to ``answer_loss``.
 
     Args:
       model: a causal LM.
@@ -54,11 +56,17 @@ def judgement_loss(model: nn.Module, batch: Sequence[JudgedAnswer], verdicts: tu
     """
     device = next(model.parameters()).device
     tokens = [torch.tensor(j.prompt + j.answer) for j in batch] or [torch.tensor([0])]
-    labels = [torch.tensor([IGNORE] * len(j.prompt) + [int(r) for r in j.right]) for j in batch]
+    labels = [torch.cat([torch.full((len(j.prompt),), math.nan), _shares(j.right)]) for j in batch]
     inputs = pad_sequence(tokens, batch_first=True).to(device)
-    wanted = pad_sequence(labels or [torch.tensor([IGNORE])], batch_first=True, padding_value=IGNORE).to(device)
+    wanted = pad_sequence(labels or [torch.tensor([math.nan])], batch_first=True, padding_value=math.nan).to(device)
     right, wrong = verdicts
     logits = model(input_ids=inputs, use_cache=False).logits
-    odds, judged = logits[..., right] - logits[..., wrong], wanted != IGNORE
-    loss = functional.binary_cross_entropy_with_logits(odds, wanted.to(odds.dtype), weight=judged, reduction="sum")
-    return loss, (((odds > 0) == (wanted == 1)) & judged).sum().to(loss.dtype)
+    judged = ~wanted.isnan()
+    odds, wanted = (logits[..., right] - logits[..., wrong])[judged], wanted[judged]
+    loss = functional.binary_cross_entropy_with_logits(odds, wanted, reduction="sum")
+    return loss, (1 - (odds.detach().sigmoid() - wanted).abs()).sum()
+
+
+def _shares(right: list[bool]) -> Tensor:
+    """Return the share of right tokens up to each token and with it."""
+    return torch.tensor(right, dtype=torch.float32).cumsum(0) / torch.arange(1, len(right) + 1)

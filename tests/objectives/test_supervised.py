@@ -26,16 +26,17 @@ def model() -> Qwen2ForCausalLM:
 
 
 def test_judgements(model: Qwen2ForCausalLM) -> None:
-    loss, right = judgement_loss(model, BATCH, (RIGHT, WRONG))
-    total, correct = 0.0, 0
-    for row in BATCH:
+    loss, good = judgement_loss(model, BATCH, (RIGHT, WRONG))
+    shares = [[1.0, 0.5, 2 / 3], [0.0, 0.0]]
+    total, near = 0.0, 0.0
+    for row, wanted in zip(BATCH, shares, strict=True):
         logits = model(input_ids=torch.tensor([row.prompt + row.answer])).logits[0, len(row.prompt) :].double()
-        for at, good in zip(logits, row.right, strict=True):
+        for at, share in zip(logits, wanted, strict=True):
             two = at[[RIGHT, WRONG]].log_softmax(0)
-            total -= float(two[0 if good else 1])
-            correct += bool(two[0] > two[1]) == good
+            total -= float(share * two[0] + (1 - share) * two[1])
+            near += 1 - abs(float(two[0].exp()) - share)
     assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
-    assert int(right) == correct
+    assert float(good) == pytest.approx(near, rel=1e-5)
 
 
 def test_judging_pulls_at_two_tokens_of_the_output_layer_only(model: Qwen2ForCausalLM) -> None:
