@@ -233,10 +233,3 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for group in meshes.values():
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
-
-
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the full state of a sharded module, on the CPU of every rank. Collective."""
-    return {
-        name: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.cpu() for name, p in module.state_dict().items()
-    }

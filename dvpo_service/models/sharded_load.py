@@ -76,7 +76,7 @@ def in_turns(load: Callable[[], Any], mesh: DeviceMesh) -> Any:
     return loaded
 
 
-def _empty(path: str, head: bool, trust_remote_code: bool) -> Any:
+def _empty(path: str, head: bool, trust_remote_code: bool) -> PreTrainedModel:
     """Return the model on the meta device."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
     auto: Any = AutoModelForCausalLM if head else AutoModel
@@ -84,7 +84,7 @@ def _empty(path: str, head: bool, trust_remote_code: bool) -> Any:
         return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _reads_rows(model: nn.Module, world: int) -> bool:
+def _reads_rows(model: PreTrainedModel, world: int) -> bool:
     """Return whether a shard of each weight, which is a block of its rows, comes from rows of the files alone.
 
     It does where weights are only renamed, and where a mixture's experts are joined into one tensor: a rank then reads
