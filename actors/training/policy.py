@@ -50,14 +50,16 @@ class PolicyWorker(TrainerWorker):
         self.config, self.meet, self.model_path = config, meet, model_path
         self.device = init_process_group(meet)
         torch.manual_seed(config.trainer.seed)
-        module: Any = self._load()
+        module: Any = self._load(torch.float32, checkpointing=config.policy.gradient_checkpointing)
         minibatches = config.batch_size // (config.policy.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.policy.epochs * minibatches
         self.trainer = Trainer(
             module, config.policy.optim, total_steps=steps, defer_reduction=config.policy.defer_gradient_reduction
         )
         self.objective = PolicyObjective(config)
-        self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
+        self.reference: Any = None
+        if config.policy.kl.coef > 0:  # no optimizer updates it, so it is kept in the precision of the computation
+            self.reference = self._load(getattr(torch, config.model.dtype), checkpointing=False).requires_grad_(False)
         self.transfer: Any = None
         self.membership: Any = None  # the engines that the transfer reaches
         # vLLM's transfer takes seconds to import. Do it now, while the engines start, and not at the first push.
@@ -154,7 +156,7 @@ class PolicyWorker(TrainerWorker):
         module.temperature = temperature
         return logprobs[0].tolist()
 
-    def _load(self) -> Any:
+    def _load(self, dtype: torch.dtype, *, checkpointing: bool) -> Any:
         mesh = all_ranks(self.device)
 
         def build(lm: Any) -> Any:
@@ -162,11 +164,11 @@ class PolicyWorker(TrainerWorker):
                 PolicyModel(lm, temperature=self.config.rollout.temperature, packing=self.config.policy.packing),
                 mesh,
                 bfloat16=self.config.model.dtype == "bfloat16",
-                checkpointing=self.config.policy.gradient_checkpointing,
+                checkpointing=checkpointing,
             )
 
         trust = self.config.model.trust_remote_code
-        return load_sharded(self.model_path, build, mesh, head=True, trust_remote_code=trust)
+        return load_sharded(self.model_path, build, mesh, head=True, dtype=dtype, trust_remote_code=trust)
 
     def _score(self, module: Any, part: Rollouts, *, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return log-probs and entropies [b, T] of the responses in ``part``; None in place of entropies not wanted."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dvpo_service.models.whole import Named, shapes
 
-MAX_FILE = "5GB"
+MAX_FILE_BYTES = 5 * 10**9
+TRANSFER_BYTES = 2**30  # of a file in memory through which engines on CPUs get a part of the weights
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -29,7 +30,7 @@ def write_weights(empty: Iterable[Named], weights: Iterable[Named], folder: Path
     """
     plan = dict(shapes(empty))
     split = split_torch_state_dict_into_shards(
-        plan, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE
+        plan, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE_BYTES
     )
     files = split.tensor_to_filename
     left = {name: len(names) for name, names in split.filename_to_tensors.items()}

@@ -31,11 +31,11 @@ def write(model: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("limit", ["5GB", "20KB"])
+@pytest.mark.parametrize("limit", [5 * 10**9, 20_000])
 def test_the_files_are_those_of_save_pretrained(
-    name: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_files, "MAX_FILE", limit)
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", limit)
     torch.manual_seed(0)
     hf.AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path / "base")
     model: Any = load_causal_lm(str(tmp_path / "base"))
@@ -55,7 +55,7 @@ def test_the_files_are_those_of_save_pretrained(
 
 
 def test_a_file_leaves_memory_when_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_files, "MAX_FILE", 400)
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", 400)
     weights = {f"{i}": torch.full((100,), float(i)) for i in range(4)}
     before: list[int] = []
 
