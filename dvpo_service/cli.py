@@ -221,9 +221,10 @@ def grids() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: quantile-huber, advantages or critic-step.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: quantile-huber, advantages, critic-step or memory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON on one line, the last.")] = False,
 ) -> None:
-    """Measure the speed of one part of the algorithm on this machine, and print JSON."""
+    """Measure the speed or the memory of one part of the algorithm on this machine, and print JSON."""
     import importlib
     import json
 
@@ -233,7 +234,7 @@ def bench(
     if name not in NAMES:
         raise ConfigError(f"no benchmark {name!r}: one of {', '.join(NAMES)}")
     module = importlib.import_module(f"dvpo_service.bench.{name.replace('-', '_')}")
-    typer.echo(json.dumps(module.run(), indent=2))
+    typer.echo(json.dumps(module.run(), indent=None if as_json else 2))
 
 
 @app.command()

@@ -21,7 +21,7 @@ def needs(missing: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing is not None and "DVPO_CI" not in os.environ, reason=missing or "")
 
 
-def make_config(model: Path | str, **sections: dict[str, Any]) -> Config:
+def make_config(model: Path | str, /, **sections: dict[str, Any]) -> Config:
     """Return a config of a few small steps; ``sections`` are merged one level deep."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"path": str(model)},

@@ -138,7 +138,8 @@ class VllmEngine(Engine):
         """Load new weights in place.
 
         Args:
-          update_info: vLLM's description of the update; for "safetensors", ``{"path": file}``.
+          update_info: vLLM's description of the update; for "safetensors" the ``path`` of a file, and whether it is the
+            ``last``.
           content: the file's bytes [size] uint8, where this engine is on another host than the sender.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -150,7 +151,7 @@ class VllmEngine(Engine):
             with os.fdopen(os.memfd_create("dvpo-received"), "wb") as file:
                 content.tofile(file)
                 file.flush()
-                here = {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}
+                here = update_info | {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}
                 await self.engine.update_weights(WeightTransferUpdateRequest(update_info=here))
 
     async def finish_weight_update(self) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from actors.cluster.pool import Rendezvous
 from actors.training.process_group import add_up, all_reduce, all_reduce_min, all_reduce_sums, init_process_group
-from actors.training.trainer import Trainer, UpdateMetrics, full_state
+from actors.training.trainer import Trainer, UpdateMetrics
 from actors.training.worker import TrainerWorker
 from dvpo_service.algo.advantages import returns_to_go
 from dvpo_service.algo.diagnostics import critic_metrics, critic_sums, merged_moments
@@ -147,10 +147,11 @@ class CriticWorker(TrainerWorker):
 
     def export(self, folder: str) -> None:
         """Write the critic as ``DistributionalCritic.from_pretrained`` loads it. Collective; rank 0 writes."""
-        state = full_state(self.trainer.module)
-        if self.meet.rank == 0:
-            with written_locally(folder) as local:
-                self.trainer.module.save_pretrained(local, state)
+        if self.meet.rank > 0:
+            self.trainer.module.save_pretrained(None)
+            return
+        with written_locally(folder) as local:
+            self.trainer.module.save_pretrained(local)
 
     def _losses(self, minibatch: Minibatch, stats: RunningStats, sums: Sums) -> list[Callable[[], Tensor]]:
         """Return a function for each micro-batch that computes its loss, and adds its measurements to ``sums``."""

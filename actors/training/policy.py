@@ -13,15 +13,17 @@ from torch import Tensor
 
 from actors.cluster.pool import Rendezvous
 from actors.training.process_group import add_up, all_reduce, all_reduce_sums, init_process_group
-from actors.training.trainer import Trainer, UpdateMetrics, full_state
+from actors.training.trainer import Trainer, UpdateMetrics
 from actors.training.worker import TrainerWorker
 from dvpo_service.algo.diagnostics import policy_metrics
 from dvpo_service.config import Backend, Config
-from dvpo_service.models.fixed_sequences import record
-from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.models.fixed_sequences import FixedSequences, fixed_token_ids
+from dvpo_service.models.load import load_tokenizer
 from dvpo_service.models.policy import PolicyModel
 from dvpo_service.models.sharded_load import load_sharded
 from dvpo_service.models.sharding import all_ranks, shard
+from dvpo_service.models.weight_files import write_weights
+from dvpo_service.models.whole import as_in_files, gathered, saved, shapes
 from dvpo_service.objectives.policy import PolicyObjective
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
@@ -48,14 +50,16 @@ class PolicyWorker(TrainerWorker):
         self.config, self.meet, self.model_path = config, meet, model_path
         self.device = init_process_group(meet)
         torch.manual_seed(config.trainer.seed)
-        module: Any = self._load()
+        module: Any = self._load(torch.float32, checkpointing=config.policy.gradient_checkpointing)
         minibatches = config.batch_size // (config.policy.mini_batch_size or config.batch_size)
         steps = config.trainer.num_steps * config.policy.epochs * minibatches
         self.trainer = Trainer(
             module, config.policy.optim, total_steps=steps, defer_reduction=config.policy.defer_gradient_reduction
         )
         self.objective = PolicyObjective(config)
-        self.reference = self._load().requires_grad_(False) if config.policy.kl.coef > 0 else None
+        self.reference: Any = None
+        if config.policy.kl.coef > 0:  # no optimizer updates it, so it is kept in the precision of the computation
+            self.reference = self._load(getattr(torch, config.model.dtype), checkpointing=False).requires_grad_(False)
         self.transfer: Any = None
         self.membership: Any = None  # the engines that the transfer reaches
         # vLLM's transfer takes seconds to import. Do it now, while the engines start, and not at the first push.
@@ -122,19 +126,37 @@ class PolicyWorker(TrainerWorker):
         return client.lost
 
     def export(self, folder: str) -> None:
-        """Write the policy as a Hugging Face folder. Collective; rank 0 writes."""
-        state = full_state(self.trainer.module.backbone)
-        if self.meet.rank == 0:
-            trust = self.config.model.trust_remote_code
-            lm = load_causal_lm(self.model_path, trust_remote_code=trust)
-            with written_locally(folder) as local:
-                lm.save_pretrained(local, state_dict=state)  # type: ignore[operator]
-                tokenizer = load_tokenizer(self.model_path, trust_remote_code=trust)
-                tokenizer.save_pretrained(local)
-                lm.load_state_dict(state, strict=False)  # an output layer that is the embedding is not in the state
-                record(lm, tokenizer, Path(local))
+        """Write the policy as a Hugging Face folder. Collective; rank 0 writes, a weight at a time."""
+        if self.meet.rank > 0:
+            self._export(None)
+            return
+        with written_locally(folder) as local:
+            self._export(Path(local))
 
-    def _load(self) -> Any:
+    def _export(self, folder: Path | None) -> None:
+        lm: Any = self.trainer.module.backbone
+        weights = saved(lm)
+        if folder is not None:
+            lm.save_pretrained(folder, state_dict={})  # all but the weights
+        write_weights(as_in_files(lm, shapes(weights)), as_in_files(lm, gathered(weights)), folder)
+        tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
+        sequences = fixed_token_ids(lm.config, tokenizer)
+        fixed = FixedSequences(sequences, [self._sequence_logprobs(ids) for ids in sequences], self.config.model.dtype)
+        if folder is not None:
+            tokenizer.save_pretrained(folder)
+            fixed.write(folder)
+
+    @torch.no_grad()
+    def _sequence_logprobs(self, ids: list[int]) -> list[float]:
+        """Return the log-probs of the tokens after the first, at temperature 1. Collective."""
+        module = self.trainer.module
+        temperature, module.temperature = module.temperature, 1.0
+        tokens, first, length = (torch.tensor(x, device=self.device) for x in ([ids], [1], [len(ids)]))
+        logprobs, _ = module(tokens, first, length, len(ids) - 1, with_entropy=False)
+        module.temperature = temperature
+        return logprobs[0].tolist()
+
+    def _load(self, dtype: torch.dtype, *, checkpointing: bool) -> Any:
         mesh = all_ranks(self.device)
 
         def build(lm: Any) -> Any:
@@ -142,11 +164,11 @@ class PolicyWorker(TrainerWorker):
                 PolicyModel(lm, temperature=self.config.rollout.temperature, packing=self.config.policy.packing),
                 mesh,
                 bfloat16=self.config.model.dtype == "bfloat16",
-                checkpointing=self.config.policy.gradient_checkpointing,
+                checkpointing=checkpointing,
             )
 
         trust = self.config.model.trust_remote_code
-        return load_sharded(self.model_path, build, mesh, head=True, trust_remote_code=trust)
+        return load_sharded(self.model_path, build, mesh, head=True, dtype=dtype, trust_remote_code=trust)
 
     def _score(self, module: Any, part: Rollouts, *, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return log-probs and entropies [b, T] of the responses in ``part``; None in place of entropies not wanted."""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from actors.training.background_save import BackgroundSaver
 from actors.training.process_group import all_reduce
 from dvpo_service.config import OptimConfig
+from dvpo_service.models.whole import whole
 from dvpo_service.runs.integrity import Files
 from dvpo_service.runs.storage import read_locally
 from dvpo_service.types import Metrics
@@ -250,13 +250,3 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for group in meshes.values():
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
-
-
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the full state of a sharded module, on the CPU of every rank. Collective."""
-    return {name: whole(p).cpu() for name, p in module.state_dict().items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded. Collective where it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

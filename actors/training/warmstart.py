@@ -14,12 +14,12 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
-from actors.training.trainer import full_state
 from dvpo_service.config import Config, WarmstartConfig
 from dvpo_service.data.judged import Pair, attempts, judged_answer
 from dvpo_service.host.network import use_interface_of
 from dvpo_service.models.load import load_causal_lm
 from dvpo_service.models.sharding import all_ranks, shard
+from dvpo_service.models.whole import gathered, saved
 from dvpo_service.objectives.supervised import answer_loss, judgement_loss
 
 REPORT_EVERY = 10
@@ -167,7 +167,7 @@ def train_loop(args: dict[str, Any]) -> None:
         if rank == 0 and (step % REPORT_EVERY == 0 or step == last):
             judged = {"judged": float(recent[1])} if warm.judged else {}
             mailbox.tell.remote({"step": step, "loss": float(total[0]), "accuracy": float(recent[0]), **judged})
-    state = {name: whole.clone() for name, whole in full_state(model).items()}
+    state = {name: weight.detach().cpu().clone() for name, weight in gathered(saved(model))}
     if rank == 0:
         ray.get(mailbox.hand_in.remote(save(state)), timeout=MAILBOX_S)
     ray.train.report({"loss": float(total[0]), "accuracy": float(recent[0])})

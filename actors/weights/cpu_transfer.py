@@ -1,10 +1,11 @@
 """Weight transfer to a vLLM engine without GPUs, in vLLM's own framework.
 
 vLLM ships the transfers ``nccl`` and ``ipc``, both for GPUs. This module adds ``safetensors`` for CPUs. The trainer
-writes its weights as one safetensors file into a memfd, a file in memory without a name, which the kernel frees when
-the trainer ends in whatever way. The engine's worker on the same machine maps the file and loads it in place. An engine
-on another host gets the file's bytes first (``EngineClient.update_weights``). ``register`` is a
-``vllm.general_plugins`` entry point, so vLLM runs it in every process of an engine before a model is built.
+writes its weights as safetensors files of bounded size, one after another, into a memfd, a file in memory without a
+name, which the kernel frees when the trainer ends in whatever way. The engine's workers on the same machine map the
+file and load it in place. An engine on another host gets the file's bytes first (``EngineClient.update_weights``).
+``register`` is a ``vllm.general_plugins`` entry point, so vLLM runs it in every process of an engine before a model is
+built.
 
 The plugin also turns off packed linear layers, and has the packed weights of experts renewed after an update
 (``cpu_experts``). On a CPU vLLM hands each weight to oneDNN (or an AMX kernel), which
@@ -18,12 +19,14 @@ from __future__ import annotations
 import math
 import os
 import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import Tensor
 from vllm.distributed.weight_transfer import (
     TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
@@ -41,6 +44,7 @@ from vllm.distributed.weight_transfer.base import (
 from actors.cluster.process import end_with_parent
 from actors.cluster.shm_cleanup import expect_removed_names
 from actors.weights import cpu_experts
+from dvpo_service.models.weight_files import TRANSFER_BYTES
 
 BACKEND = "safetensors"
 
@@ -78,9 +82,10 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """``path``: a safetensors file with every parameter under its Hugging Face name."""
+    """``path``: a safetensors file with some parameters under their Hugging Face names; ``last``: no more follow."""
 
     path: str
+    last: bool = True
 
 
 @dataclass
@@ -108,19 +113,23 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
 
     def start_weight_update(self) -> None:
-        """Do nothing: parameters are written in place."""
+        """Expect a whole update: parameters are written in place."""
+        self.missing = {name for name, _ in self.model.named_parameters()}
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load the file at ``update_info.path``. Raises RuntimeError if it leaves a parameter unchanged."""
+        """Load the file at ``update_info.path``. Raises RuntimeError if the update leaves a parameter unchanged."""
         with safe_open(update_info.path, framework="pt") as file, torch.no_grad():
             loaded = self.model.load_weights(  # type: ignore[operator]
                 (name, file.get_tensor(name))
                 for name in file.keys()  # noqa: SIM118 - ``file`` is no dict
             )
+        self.missing -= loaded or set()
+        if not update_info.last:
+            return
+        with torch.no_grad():
             cpu_experts.repack(self.model)
-        missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
-        if missing:
-            raise RuntimeError(f"the update left {len(missing)} parameters unchanged: {sorted(missing)[:3]}")
+        if self.missing:
+            raise RuntimeError(f"the update left {len(self.missing)} parameters unchanged: {sorted(self.missing)[:3]}")
 
     def update_weights(self, update_info: dict) -> None:
         """Parse ``update_info`` and load the weights."""
@@ -156,15 +165,35 @@ class SafetensorsTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
         return engine
 
     def send_weights(self) -> None:
-        """Gather the weights and, on rank 0, have every engine load them. Collective."""
+        """Gather the weights, a file's at a time; on rank 0 have every engine load them. Collective."""
         assert self.source is not None
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.source}
-        if not self.is_sender:
-            return
+        left = len(self.source.metadata())
+        if self.is_sender:
+            self.client.start_weight_update()
+        for tensors in parts(self.source, TRANSFER_BYTES):
+            left -= len(tensors)
+            if self.is_sender:
+                self._send(tensors, last=left == 0)
+        if self.is_sender:
+            self.client.finish_weight_update()
+
+    def _send(self, tensors: dict[str, Tensor], *, last: bool) -> None:
         # The memfd's name is on no other host, so an engine that sees it reads this file (``VllmEngine.sees``).
         with os.fdopen(os.memfd_create(f"dvpo-weights-{uuid.uuid4().hex}"), "wb") as file:
             file.write(save(tensors))
             file.flush()
-            self.client.start_weight_update()
-            self.client.update_weights({"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"})
-            self.client.finish_weight_update()
+            self.client.update_weights({"path": f"/proc/{os.getpid()}/fd/{file.fileno()}", "last": last})
+
+
+def parts(weights: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield weights by name in groups of up to ``size`` bytes; a larger one is a group of its own."""
+    group: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in weights:
+        if group and held + tensor.nbytes > size:
+            yield group
+            group, held = {}, 0
+        group[name] = tensor
+        held += tensor.nbytes
+    if group:
+        yield group

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from actors.cluster.pool import PoolError
 from actors.rollouts.engines import EnginePool
 from actors.weights.check import EngineCheck
 from actors.weights.transfer import EngineClient
 from dvpo_service.config import Backend, Config
 from dvpo_service.types import Prompt, Sample, Sampling
+
+ANSWER_S = 5.0  # of an engine that is asked whether it is there
 
 # Pushes the policy's weights to a client's engines within a deadline in seconds; returns the causes of those lost.
 SendWeights = Callable[[EngineClient, Backend, float], dict[int, str]]
@@ -80,8 +86,7 @@ class SyncedEngines:
         if not alive:
             return
         client = EngineClient(alive, self.workers_per_engine, self.timeout_s)
-        # Each of the client's calls has its own deadline of ``timeout_s``; this one is for all of them together.
-        lost = self.send(client, self.backend, 4 * self.timeout_s)
+        lost = self._send(client, alive)
         for i, cause in lost.items():
             self.engines.supervisor.lost(i, alive[i], cause)
         holding = {i: a for i, a in alive.items() if i not in lost}
@@ -91,7 +96,38 @@ class SyncedEngines:
             checked = self.check.run(self.engines, self._of_version(holding))
             self.engines.set_version(checked, self.version, self.timeout_s)
 
+    def _send(self, client: EngineClient, alive: dict[int, Any]) -> dict[int, str]:
+        """Return the engines lost in a push. The policy has as long again as the engines, to gather its weights.
+
+        Raises:
+          PoolError: the policy did not send. An engine that died in the middle of a broadcast holds up the policy and
+            every other engine, so the error names those that are gone.
+        """
+        try:
+            return self.send(client, self.backend, 2 * self.timeout_s)
+        except PoolError as error:
+            gone = missing(alive)
+            if not gone:
+                raise
+            cause = f"{error.cause}; engines that do not answer: {gone}"
+            raise PoolError(error.pool, error.method, cause, lost=error.lost) from error
+
     def _of_version(self, engines: dict[int, Any]) -> dict[int, Any]:
         """Return those of ``engines`` that have acknowledged the version."""
         serving = self.engines.supervisor.serving()
         return {i: a for i, a in engines.items() if i in serving}
+
+
+def missing(engines: dict[int, Any]) -> str:
+    """Return in words which engines do not answer a heartbeat within ``ANSWER_S``, and why; empty if all do."""
+    refs = {i: actor.heartbeat.remote() for i, actor in engines.items()}
+    ray.wait(list(refs.values()), num_returns=len(refs), timeout=ANSWER_S)
+    causes = {}
+    for i, ref in refs.items():
+        try:
+            ray.get(ref, timeout=0)
+        except GetTimeoutError:
+            causes[i] = f"silent for {ANSWER_S:g} s"
+        except RayError as error:
+            causes[i] = f"gone ({type(error).__name__})"
+    return ", ".join(f"{i} is {cause}" for i, cause in causes.items())

@@ -16,7 +16,7 @@ from torch import nn
 from actors.cluster.pool import EngineLost
 from actors.rollouts.engine import VllmEngine
 from dvpo_service.config import Backend, Config
-from dvpo_service.errors import ConfigError
+from dvpo_service.errors import ConfigError, one_line
 from dvpo_service.host.network import free_port
 from dvpo_service.registry import engines
 
@@ -39,20 +39,21 @@ def weight_backend(config: Config) -> Backend:
 
 
 class EngineClient:
-    """vLLM's weight-sync control plane over rollout actors, with a deadline on every call.
+    """vLLM's weight-sync control plane over rollout actors, with one deadline for all calls of a push.
 
-    Every method is called on all engines at once. An engine that dies or misses the deadline is recorded in ``lost``
-    with the cause, and is left out of the calls that follow; the update of the others goes on.
+    Every method is called on all engines at once. An engine that dies, fails in an update or misses the deadline is
+    recorded in ``lost`` with the cause, and is left out of the calls that follow; the update of the others goes on.
 
     Args:
       engines: actors by their number in the pool.
       workers_per_engine: the engines' tensor-parallel size. NCCL ranks are numbered through all engines' workers.
-      timeout_s: deadline of each call.
+      timeout_s: from the first call to the last.
     """
 
     def __init__(self, engines: dict[int, Any], workers_per_engine: int, timeout_s: float):
         self.engines, self.workers_per_engine, self.timeout_s = engines, workers_per_engine, timeout_s
         self.lost: dict[int, str] = {}
+        self._deadline: float | None = None  # of the process that makes the calls
 
     @property
     def membership(self) -> tuple[Any, ...]:
@@ -95,7 +96,8 @@ class EngineClient:
 
     def _all(self, method: Callable[..., Any], arguments: dict[int, tuple[Any, ...]] | None = None) -> dict[int, Any]:
         """Call ``method`` on every engine that is not lost; return the results of those that answered, by engine."""
-        deadline = time.monotonic() + self.timeout_s
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.timeout_s
         results = {}
         name = method.__name__
         refs = {
@@ -105,15 +107,17 @@ class EngineClient:
         }
         for i, ref in refs.items():
             try:
-                results[i] = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+                results[i] = ray.get(ref, timeout=max(0.0, self._deadline - time.monotonic()))
             except GetTimeoutError:
-                self.lost[i] = f"no answer to {name} within {self.timeout_s:g} s"
+                self.lost[i] = f"no answer to {name} within {self.timeout_s:g} s of the push's beginning"
             except RayActorError as error:
                 self.lost[i] = f"its process is gone, in {name}: {type(error).__name__}"
             except RayTaskError as error:
-                if not isinstance(error.cause, EngineLost):
+                # An engine that cannot join would not join after a restart either. One that failed in an update has
+                # half of the weights, and vLLM's own record of the update is not to be trusted.
+                if method is VllmEngine.init_weight_transfer_engine and not isinstance(error.cause, EngineLost):
                     raise
-                self.lost[i] = f"{error.cause}, in {name}"
+                self.lost[i] = f"{one_line(error.cause)}, in {name}"
         return results
 
 

@@ -9,6 +9,7 @@ from dvpo_service.algo.chunked_logprobs import CHUNK_BYTES
 from dvpo_service.capacity.shape import ModelShape
 from dvpo_service.config.pools import TrainerPool
 from dvpo_service.config.schema import Config
+from dvpo_service.models.weight_files import MAX_FILE_BYTES, TRANSFER_BYTES
 
 FLOAT32 = 4
 LOGIT_COPIES = 4  # float32 logits of a chunk that exist at a time: scores, their exponential, gradient, the model's own
@@ -62,10 +63,16 @@ def _policy(config: Config, shape: ModelShape) -> Iterator[Part]:
     pool = config.policy
     yield from _trained("policy", pool, config, shape, shape.parameters)
     if pool.kl.coef > 0:
-        yield Part("reference", FLOAT32 * shape.parameters / pool.world_size, "policy.kl.coef=0, policy.world_size")
-    tokens = micro_tokens(pool, config)
-    logits = min(CHUNK_BYTES, tokens * shape.vocab * FLOAT32)
-    yield Part("logits", LOGIT_COPIES * logits, "policy.micro_batch_size")
+        size = compute_bytes(config) * shape.parameters / pool.world_size
+        yield Part("reference", size, "policy.kl.coef=0, policy.world_size")
+    logits = micro_tokens(pool, config) * shape.vocab * FLOAT32
+    yield Part("logits", LOGIT_COPIES * min(CHUNK_BYTES, logits), "policy.micro_batch_size")
+    if logits > CHUNK_BYTES:
+        # The chunks' gradients of the output layer are added up in float32. In float32 the sum is itself the gradient
+        # that FSDP reduces, which is counted above; the other copy is that of one chunk.
+        width = compute_bytes(config)
+        copies = width + (FLOAT32 if width < FLOAT32 else 0)
+        yield Part("sum of the output layer's gradients", copies * shape.vocab * shape.hidden, "model.dtype")
 
 
 def _critic(config: Config, shape: ModelShape) -> Iterator[Part]:
@@ -140,18 +147,25 @@ def host_bytes(config: Config, shape: ModelShape) -> dict[str, float]:
     """Return the bytes of host memory, over all hosts, beside what is on the devices.
 
     - ``processes``: what a process of each actor needs before it holds anything.
-    - ``loading``: every trainer rank reads the whole model in float32 before it shards it.
+    - ``loading``: on GPUs, each rank's shard on its way to the device: one model for each pool, and one in the
+      computation's precision for the reference. Where transformers must see whole tensors (``sharded_load``), one rank
+      at a time has the whole model too.
+    - ``export``: the file that the first rank of each pool has in memory.
     - ``critic targets``: they wait in host memory from the evaluation to the update.
-    - ``weights to engines``: the file in memory through which a CPU engine gets them, and its contents.
+    - ``weights to engines``: a part of them, and twice the file in memory through which CPU engines get it.
     """
     a = config.algorithm
+    whole, critic = FLOAT32 * shape.parameters, FLOAT32 * shape.body if a.has_critic else 0
     ranks = config.policy.world_size + (config.critic.world_size if a.has_critic else 0)
     found = {
         "processes": PROCESS * (ranks + 2 * config.rollout.num_engines),
-        "loading": FLOAT32 * shape.parameters * ranks,
+        "export": min(MAX_FILE_BYTES, whole) + min(MAX_FILE_BYTES, critic),
     }
+    if config.cluster.gpus_per_trainer > 0:
+        reference = compute_bytes(config) * shape.parameters if config.policy.kl.coef > 0 else 0
+        found["loading"] = whole + critic + reference
     if a.has_critic:
         found["critic targets"] = FLOAT32 * config.batch_size * config.rollout.max_new_tokens * a.n_quantiles
     if config.cluster.gpus_per_engine == 0:
-        found["weights to engines"] = 3 * compute_bytes(config) * shape.parameters
+        found["weights to engines"] = 3 * min(TRANSFER_BYTES, compute_bytes(config) * shape.parameters)
     return found

@@ -126,13 +126,16 @@ def _size(data: Dataset) -> str:
 
 
 def _model(config: Config) -> Iterator[Finding]:
-    from dvpo_service.models.load import check_model_folder
+    from dvpo_service.models.load import check_model, check_model_folder
 
     if config.model.path is None:
         yield Finding(True, "model", "made by a warm start")
         return
     check_model_folder(config.model.path)
-    where = "folder" if Path(config.model.path).exists() else "hub name, fetched when the run starts"
+    there = Path(config.model.path).exists()
+    if there:
+        check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
+    where = "folder" if there else "hub name, fetched when the run starts"
     yield Finding(True, "model", f"{config.model.path} ({where})")
 
 

@@ -28,6 +28,7 @@ from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.fixed_sequences import record
 from dvpo_service.models.load import load_tokenizer
 from dvpo_service.models.unshard import unshard
+from dvpo_service.models.weight_files import MAX_FILE_BYTES
 from dvpo_service.runs.integrity import Damaged, verify
 from dvpo_service.runs.settings import CONFIG_FILE, settings_changes
 from dvpo_service.runs.step_file import read_metrics
@@ -198,7 +199,7 @@ def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path
     base = base_folder(run_dir)
     model: Any = empty_policy(base, trust_remote_code=config.model.trust_remote_code)
     unshard(checkpoint / "policy", model, "backbone.")
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=MAX_FILE_BYTES)
     # The tokenizer and the generation config are those of the base model. The model's own config is not copied:
     # save_pretrained has written what the model is now (float32).
     shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))

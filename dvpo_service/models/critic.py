@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -72,17 +71,17 @@ class DistributionalCritic(nn.Module):
                 num_quantiles=num_quantiles,
             )
 
-    def save_pretrained(self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors``.
+    def save_pretrained(self, folder: Path | str | None) -> None:
+        """Write ``config.json`` and the weights. Collective if they are sharded.
 
         Args:
-          state_dict: the weights to write; give them where the module's own are sharded. None writes the module's own.
+          folder: None for a rank that does not write.
 
         Raises:
           CheckpointError: when the files cannot be written.
         """
-        state = self.state_dict() if state_dict is None else state_dict
-        write_critic(Path(folder), self.spec, self.backbone.config, state)  # type: ignore[arg-type]
+        place = None if folder is None else Path(folder)
+        write_critic(place, self.spec, self.backbone.config, self)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, trust_remote_code: bool = False) -> Self:
@@ -93,7 +92,7 @@ class DistributionalCritic(nn.Module):
         spec, backbone, state = read_critic(Path(folder), trust_remote_code=trust_remote_code)
         critic = cls(backbone, **asdict(spec), seed=0)
         try:
-            critic.load_state_dict(state)
+            critic.load_state_dict(state, assign=True)  # no second copy
         except RuntimeError as error:
             reason = one_line(error)
             raise CheckpointError(f"critic {folder}: the weights are not those of its config: {reason}") from error

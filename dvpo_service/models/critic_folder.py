@@ -1,4 +1,4 @@
-"""A critic on disk: ``config.json`` and ``model.safetensors`` hold everything that is needed to build it again.
+"""A critic on disk: ``config.json`` and the weights hold everything that is needed to build it again.
 
 ``config.json`` holds the ``CriticSpec`` and, under ``backbone``, the backbone's Hugging Face config, so that loading
 needs neither the base model nor a network connection.
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
@@ -23,8 +22,10 @@ from dvpo_service.algo.choices import LevelKind
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.base import build_empty
+from dvpo_service.models.weight_files import WEIGHTS_FILE, read_weights, write_weights
+from dvpo_service.models.whole import gathered, saved
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 MODEL_TYPE = "dvpo_critic"
 
 
@@ -55,11 +56,12 @@ class CriticSpec:
         return quantile_levels(self.num_quantiles, self.quantile_levels)
 
 
-def write_critic(folder: Path, spec: CriticSpec, backbone: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
-    """Write the critic to ``folder``.
+def write_critic(folder: Path | None, spec: CriticSpec, backbone: PretrainedConfig, critic: nn.Module) -> None:
+    """Write the critic to ``folder``. Collective if its weights are sharded: one is gathered at a time.
 
     Args:
-      state: the weights of backbone and heads, by their names in ``DistributionalCritic``.
+      folder: None for a rank that does not write.
+      backbone: the config of the backbone.
 
     Raises:
       CheckpointError: when the files cannot be written.
@@ -67,11 +69,13 @@ def write_critic(folder: Path, spec: CriticSpec, backbone: PretrainedConfig, sta
     # The name or path of the base model means nothing on another machine.
     architecture = {k: v for k, v in backbone.to_dict().items() if k != "_name_or_path"}
     tree = {"model_type": MODEL_TYPE, **dataclasses.asdict(spec), "backbone": architecture}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    weights = saved(critic)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_weights(weights, gathered(weights), folder)
+        if folder is not None:
+            (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the critic to {folder}: {error}; free some space there") from error
 
@@ -92,10 +96,10 @@ def read_critic(folder: Path, *, trust_remote_code: bool = False) -> tuple[Criti
             f"critic {folder}: {CONFIG_FILE} describes no critic that can be built: {reason}"
         ) from error
     try:
-        return spec, backbone, load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
+        return spec, backbone, read_weights(folder)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"critic {folder}: {WEIGHTS_FILE} cannot be read ({error}); export it again with `dvpo export`"
+            f"critic {folder}: {WEIGHTS_FILE} cannot be read ({one_line(error)}); export it again with `dvpo export`"
         ) from error
 
 

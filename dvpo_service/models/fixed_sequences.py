@@ -37,21 +37,27 @@ class FixedSequences:
     Attributes:
       token_ids: two tokens or more each.
       log_probs: of each token after a sequence's first, in nats, at temperature 1.
+      dtype: the precision in which they were computed.
     """
 
     token_ids: list[list[int]]
     log_probs: list[list[float]]
+    dtype: str = "float32"
 
     def cut(self, longest: int) -> FixedSequences:
         """Return the sequences without what is beyond ``longest`` tokens."""
         ids = [s[:longest] for s in self.token_ids]
-        return FixedSequences(ids, [s[: longest - 1] for s in self.log_probs])
+        return FixedSequences(ids, [s[: longest - 1] for s in self.log_probs], self.dtype)
 
     def difference(self, log_probs: list[list[float]]) -> float:
         """Return the mean absolute difference to others' log-probs of the same tokens, in nats; inf if one is NaN."""
         ours, theirs = chain(*self.log_probs), chain(*log_probs)
         mean = fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         return math.inf if math.isnan(mean) else mean
+
+    def write(self, folder: Path) -> None:
+        """Write ``dvpo_check.json`` to ``folder``."""
+        (folder / FILE).write_text(json.dumps(asdict(self)) + "\n")
 
 
 def bound(dtype: str) -> float:
@@ -65,15 +71,18 @@ def bound(dtype: str) -> float:
 
 def record(lm: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write ``dvpo_check.json`` to ``folder``: the fixed sequences and what ``lm``, the model there, gives them."""
-    config: Any = lm.config
+    sequences = fixed_token_ids(lm.config, tokenizer)
+    FixedSequences(sequences, [_score(lm, ids) for ids in sequences]).write(folder)
+
+
+def fixed_token_ids(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of the fixed sequences, two or more each, of a model of ``config``."""
     text_config = config.get_text_config()
     longest = min(LONGEST, getattr(text_config, "max_position_embeddings", None) or LONGEST)
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in TEXTS]
     sequences = [ids for ids in encoded if len(ids) > 1 and max(ids) < text_config.vocab_size]
-    if not sequences:  # a tokenizer without letters
-        sequences = [[i % text_config.vocab_size for i in range(min(longest, 8))]]
-    found = FixedSequences(sequences, [_score(lm, ids) for ids in sequences])
-    (folder / FILE).write_text(json.dumps(asdict(found)) + "\n")
+    # A tokenizer without letters has none.
+    return sequences or [[i % text_config.vocab_size for i in range(min(longest, 8))]]
 
 
 @torch.inference_mode()
@@ -97,7 +106,7 @@ def recorded(folder: Path) -> FixedSequences | None:
         return None
     try:
         tree = json.loads(file.read_text())
-        found = FixedSequences(tree["token_ids"], tree["log_probs"])
+        found = FixedSequences(tree["token_ids"], tree["log_probs"], tree.get("dtype", "float32"))
         fit = [len(ids) - 1 == len(scores) > 0 for ids, scores in zip(found.token_ids, found.log_probs, strict=True)]
         if not fit or not all(fit):
             raise ValueError("not one log-prob for each token after the first")

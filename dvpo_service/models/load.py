@@ -50,13 +50,27 @@ def check_model(path: str | None, tokens: int, *, trust_remote_code: bool = Fals
     """
     if path is None:
         return
-    config = load_model_config(path, trust_remote_code=trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(load_model_config(path, trust_remote_code=trust_remote_code))
     if limit is not None and tokens > limit:
         raise CheckpointError(
             f"model {path} reads {limit} tokens, but data.max_prompt_tokens + rollout.max_new_tokens = {tokens}; "
             "lower one of them"
         )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model reads, with the scaling of its rotary positions; None where nothing limits it.
+
+    Linear, dynamic and YaRN scaling make a model read ``factor`` times what it was trained on. Other kinds (Llama 3's,
+    LongRoPE, Gemma 3's by type of layer) have the longer limit in ``max_position_embeddings`` already. vLLM's rule.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return limit
+    trained = rope.get("original_max_position_embeddings") if rope["rope_type"] == "yarn" else limit
+    return int((trained or limit) * rope.get("factor", 1.0))
 
 
 def load_model_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:

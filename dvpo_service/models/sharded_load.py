@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 
+from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.load import load_backbone, load_causal_lm, load_model_config, text_model
 
 # Wraps a Hugging Face model in the module that is trained, shards it, and returns it.
@@ -76,15 +77,18 @@ def in_turns(load: Callable[[], Any], mesh: DeviceMesh) -> Any:
     return loaded
 
 
-def _empty(path: str, head: bool, trust_remote_code: bool) -> Any:
-    """Return the model on the meta device."""
+def _empty(path: str, head: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model on the meta device. Raises CheckpointError when its config describes none."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
     auto: Any = AutoModelForCausalLM if head else AutoModel
-    with torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(f"cannot load a model from {path}: {one_line(error)}") from error
 
 
-def _reads_rows(model: Any, world: int) -> bool:
+def _reads_rows(model: PreTrainedModel, world: int) -> bool:
     """Return whether a shard of each weight, which is a block of its rows, comes from rows of the files alone.
 
     It does where weights are only renamed, and where a mixture's experts are joined into one tensor: a rank then reads

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from upath import UPath
+from typing import TYPE_CHECKING, TypeAlias
 
 from dvpo_service.errors import UserError
 
-StoragePath = Path | UPath  # UPath("/plain/path") is a Path
+if TYPE_CHECKING:  # what never sees a URL (scripts/gpu_check.py) does without the package
+    from upath import UPath
+
+StoragePath: TypeAlias = "Path | UPath"  # UPath("/plain/path") is a Path
 
 
 def storage_path(path: str | StoragePath) -> StoragePath:
@@ -23,6 +25,8 @@ def storage_path(path: str | StoragePath) -> StoragePath:
     """
     if not is_url(path):
         return Path(os.path.expanduser(str(path))).absolute()
+    from upath import UPath
+
     try:
         return UPath(path)
     except (ImportError, ValueError) as error:
@@ -78,6 +82,8 @@ def written_locally(folder: str, *, last: str | None = None) -> Iterator[str]:
     if not is_url(folder):
         yield folder
         return
+    from upath import UPath
+
     with tempfile.TemporaryDirectory(prefix="dvpo-out-") as local:
         yield local
         target = UPath(folder)
@@ -92,6 +98,8 @@ def read_locally(folder: str) -> Iterator[str]:
     if not is_url(folder):
         yield folder
         return
+    from upath import UPath
+
     with tempfile.TemporaryDirectory(prefix="dvpo-in-") as local:
         source = UPath(folder)
         source.fs.invalidate_cache()

@@ -20,11 +20,12 @@ async def why_wrong(engine: Any, fixed: FixedSequences | None, dtype: str, longe
         return None
     fixed = fixed.cut(longest - 1)  # an engine adds a token
     difference = fixed.difference(await _scores(engine, fixed))
-    if difference <= bound(dtype):
+    allowed = max(bound(dtype), bound(fixed.dtype))
+    if difference <= allowed:
         return None
     return (
         f"the engine's log-probs of the sequences in {FILE} differ by {difference:.2g} nats on average from those that "
-        f"were recorded at the export; in {dtype}, {bound(dtype):g} is allowed. Either the folder's weights are not "
+        f"were recorded at the export; in {dtype}, {allowed:g} is allowed. Either the folder's weights are not "
         f"those that were exported, or vLLM computes this model in another way. Without {FILE} it is served unchecked"
     )
 

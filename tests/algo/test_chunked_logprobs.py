@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from dvpo_service.algo.chunked_logprobs import chunked_logprobs
 from dvpo_service.algo.policy_loss import entropy, token_logprobs
-from tests.bench.bench_memory import peak_gib
+from dvpo_service.bench.logprobs_memory import peak_gib
 
 WIDTH, VOCABULARY = 6, 11
 

@@ -71,8 +71,9 @@ def policy_and_engines(config: Config, model: Path) -> Iterator[tuple[RankPool, 
 
 @pytest.fixture(scope="module")
 def system(tiny_model: Path) -> Iterator[tuple[RankPool, EnginePool, SyncedEngines]]:
-    # torch.compile is on, because a compiled graph could keep old weights.
-    config = make_config(tiny_model, policy={"world_size": 2, "mini_batch_size": 8}, rollout={"enforce_eager": False})
+    # torch.compile is on, because a compiled graph could keep old weights. From two ranks to two workers of an engine.
+    rollout = {"enforce_eager": False, "tensor_parallel_size": 2}
+    config = make_config(tiny_model, policy={"world_size": 2, "mini_batch_size": 8}, rollout=rollout)
     with policy_and_engines(config, tiny_model) as system:
         yield system
 

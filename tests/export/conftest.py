@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
-from actors.training.trainer import full_state
 from dvpo_service.config import Config, to_yaml
 from dvpo_service.models.base import save_base
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.models.whole import gathered
 from dvpo_service.runs.integrity import write_record
 from tests.builders import make_config, make_rollouts, sums_of
 from tests.processes import run_ranks
@@ -40,7 +40,7 @@ def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, r
     dist.barrier()
     policy.load(f"{checkpoint}/policy")
     policy.export(f"{run}/live/policy")
-    state = full_state(policy.trainer.module.backbone)
+    state = dict(gathered(policy.trainer.module.backbone.state_dict().items()))
     dist.destroy_process_group()
     critic = CriticWorker(config, model, Rendezvous(rank, world, "127.0.0.1", ports[1], 120))
     critic.evaluate(rollouts, {}, 0)
@@ -48,7 +48,7 @@ def _rank(rank: int, world: int, ports: list[int], config: Config, model: str, r
     critic.save(f"{checkpoint}/estimator")
     critic.saved(True)
     critic.export(f"{run}/live/critic")
-    critic_state = full_state(critic.trainer.module)
+    critic_state = dict(gathered(critic.trainer.module.state_dict().items()))
     if rank == 0:
         save_file({k: v.clone() for k, v in state.items()}, f"{run}/live/policy-state.safetensors")
         save_file(critic_state, f"{run}/live/critic-state.safetensors")

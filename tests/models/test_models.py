@@ -109,6 +109,27 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load_causal_lm(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, 128),
+    ],
+)
+def test_a_model_reads_as_much_as_its_rope_scaling_says(
+    rope: dict[str, Any], limit: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file = model / "config.json"
+    rope |= {"rope_theta": 1e4} | ({"low_freq_factor": 1.0, "high_freq_factor": 4.0} if "llama3" in str(rope) else {})
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": rope}))
+    check_model(str(model), limit)
+    with pytest.raises(CheckpointError, match=rf"reads {limit} tokens, but .* = {limit + 1}; lower one of them"):
+        check_model(str(model), limit + 1)
+
+
 @pytest.mark.parametrize("given", [{"do_sample": False, "temperature": 0.6}, {"top_p": 0.9}, {"do_sample": True}])
 def test_a_generation_config_that_contradicts_itself_is_saved_all_the_same(
     tiny_model: Path, tmp_path: Path, given: dict[str, Any]

@@ -18,7 +18,8 @@ from dvpo_service.types import Prompt, Sample, Sampling
 class FakeEngine(Engine):
     """Its samples say which seed and weights made them. ``model_path`` is a folder whose files ask for faults.
 
-    ``die``, ``hang``, ``lost`` and ``silent`` happen once: the first engine that comes across such a file removes it.
+    ``die``, ``hang``, ``lost``, ``silent`` and ``torn`` happen once: the first engine that comes across such a file
+    removes it.
     ``refuse`` and ``nothing`` stay.
     """
 
@@ -55,6 +56,8 @@ class FakeEngine(Engine):
             await asyncio.sleep(3600)
 
     async def update_weights(self, update_info: Any, content: np.ndarray | None = None) -> None:
+        if self._once("torn"):
+            raise RuntimeError("the update left 3 parameters unchanged")
         self.updates.append(update_info)
 
     def _once(self, fault: str) -> bool:

@@ -8,8 +8,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import ray
 import torch
 from torch import Tensor
 
@@ -69,6 +71,7 @@ class Running:
 
     def send(self, client: EngineClient, backend: str, timeout_s: float) -> dict[int, str]:
         client.start_weight_update()
+        client.update_weights(["weights"])
         client.finish_weight_update()
         self.sent.append(sorted(client.engines))
         return client.lost
@@ -183,6 +186,39 @@ def test_a_silent_engine_is_replaced_though_nobody_waits_for_it(running: Running
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert len(running.generate()) == len(PROMPTS)
+
+
+def test_an_engine_that_fails_in_an_update_is_replaced_and_the_push_goes_on(running: Running) -> None:
+    running.ask("torn")
+    running.engines.push(0)
+    assert any("the update left 3 parameters unchanged, in update_weights" in note for note in running.notes)
+    assert len(running.pool.supervisor.serving()) == 1
+    assert len(running.generate()) == len(PROMPTS)
+
+
+def test_a_push_that_the_policy_did_not_finish_names_the_engines_that_are_gone(running: Running) -> None:
+    alive = running.pool.supervisor.alive()
+    first = min(alive)
+
+    def send(client: EngineClient, backend: str, timeout_s: float) -> dict[int, str]:
+        assert timeout_s == 2 * running.engines.timeout_s
+        ray.kill(alive[first])
+        raise PoolError("policy", "send_weights", "no answer within 8 s", lost=True)
+
+    with patch.object(running.engines, "send", send), pytest.raises(PoolError) as caught:
+        running.engines.push(0)
+    assert f"no answer within 8 s; engines that do not answer: {first} is gone" in str(caught.value)
+    assert caught.value.lost
+
+
+def test_all_calls_of_a_push_share_one_deadline(running: Running) -> None:
+    client = EngineClient(running.pool.supervisor.alive(), 1, 5.0)
+    client.start_weight_update()
+    assert client._deadline is not None
+    client._deadline -= 5.0
+    client.update_weights(["weights"])  # nothing answers in no time
+    assert client.lost
+    assert all("update_weights within 5 s of the push's beginning" in cause for cause in client.lost.values())
 
 
 def test_the_only_engine_is_succeeded_with_weights_until_the_budget_is_spent(stack: ExitStack, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
-from actors.training.trainer import whole
 from dvpo_service.host.network import free_port
+from dvpo_service.models.whole import whole
 from tests.builders import make_config, make_rollouts
 from tests.processes import run_ranks
 
@@ -57,8 +57,21 @@ def run(kind: Any, dtype: str, model: str) -> tuple[Tensor, Tensor, Dtypes]:
     return outputs[answer.rows.argsort()], gradients[0], seen
 
 
+def check_reference(model: str) -> None:
+    """The reference takes half the bytes, and gives what the policy gives before its first step, to the bit."""
+    config = make_config(model, model={"dtype": "bfloat16"}, policy={"kl": {"coef": 0.1}})
+    worker = PolicyWorker(config, model, Rendezvous(0, 1, "127.0.0.1", free_port(), 60))
+    assert {p.dtype for p in worker.reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in worker.trainer.module.parameters()} == {torch.float32}
+    scored = worker.logprobs(make_rollouts(seed=3), 0)
+    assert scored.ref_logprobs is not None
+    assert torch.equal(scored.logprobs, scored.ref_logprobs)
+    torch.distributed.destroy_process_group()
+
+
 def _process(rank: int, model: str) -> None:
     torch.set_num_threads(1)
+    check_reference(model)
     for kind in (PolicyWorker, CriticWorker):
         outputs, gradient, low = run(kind, "bfloat16", model)
         wanted, exact, high = run(kind, "float32", model)
@@ -71,5 +84,5 @@ def _process(rank: int, model: str) -> None:
     os._exit(0)  # gloo's threads can abort the interpreter's own shutdown
 
 
-def test_backbones_compute_in_bfloat16_and_heads_in_float32(tiny_model: Path) -> None:
+def test_backbones_compute_in_bfloat16_heads_in_float32_and_the_reference_is_kept_in_bfloat16(tiny_model: Path) -> None:
     run_ranks(_process, (str(tiny_model),), 1)

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker, row_seeds
 from actors.training.policy import PolicyWorker
-from actors.training.trainer import whole
 from dvpo_service.config import Config
 from dvpo_service.host.network import free_port
 from dvpo_service.models.load import load_tokenizer
 from dvpo_service.models.sharding import turn_off_noise
+from dvpo_service.models.whole import whole
 from tests.builders import make_config, make_rollouts
 from tests.processes import run_ranks
 

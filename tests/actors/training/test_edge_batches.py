@@ -18,12 +18,12 @@ from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
 from actors.training.roles import engine_mismatch
-from actors.training.trainer import full_state
 from dvpo_service.algo.advantages import whiten
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.estimators.group import GroupEstimator
 from dvpo_service.host.network import free_port
+from dvpo_service.models.whole import gathered, saved
 from dvpo_service.types import Prompt, Rollouts, Sample, Score
 from tests.builders import make_config
 from tests.ports import listening
@@ -60,7 +60,7 @@ def batch_of(responses: list[tuple[int, ...]]) -> Rollouts:
 
 
 def parameters(worker: Any) -> torch.Tensor:
-    return torch.cat([p.flatten() for p in full_state(worker.trainer.module).values()])
+    return torch.cat([p.flatten() for _, p in gathered(saved(worker.trainer.module))])
 
 
 def updated(worker: Any, metrics: dict[str, float], before: torch.Tensor, pool: str, tokens: int) -> None:

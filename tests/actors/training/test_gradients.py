@@ -18,9 +18,9 @@ from torch import Tensor
 from actors.cluster.pool import Rendezvous
 from actors.training.critic import CriticWorker
 from actors.training.policy import PolicyWorker
-from actors.training.trainer import whole
 from dvpo_service.config import Config
 from dvpo_service.host.network import free_port
+from dvpo_service.models.whole import whole
 from dvpo_service.types import Rollouts
 from tests.builders import make_config, make_rollouts
 from tests.processes import run_ranks

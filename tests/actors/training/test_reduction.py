@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from actors.cluster.pool import Rendezvous
 from actors.training.policy import PolicyWorker
-from actors.training.trainer import clip_grad_norm, whole
+from actors.training.trainer import clip_grad_norm
 from dvpo_service.host.network import free_port
+from dvpo_service.models.whole import whole
 from tests.builders import make_config, make_rollouts
 from tests.processes import run_ranks
 
