@@ -14,6 +14,7 @@ from dvpo_service.config import Config, load_config
 from dvpo_service.rewards.calling import Work
 from dvpo_service.rewards.parts import load_part
 from dvpo_service.rewards.scoring import Result, resolve
+from tests.rewards.small_models import save_reward_model
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 FILES = {
@@ -43,7 +44,11 @@ def results(function: str, responses: list[str], answer: Any, **row: Any) -> lis
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0][:40])
-def test_every_section_of_the_guide_is_a_config_whose_rewards_load(beside: Path, section: str) -> None:
+def test_every_section_of_the_guide_is_a_config_whose_rewards_load(
+    beside: Path, section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_reward_model(beside / "models" / "my-reward-model", "decoder")
+    monkeypatch.chdir(beside)
     config = loaded(beside, section)
     assert set(yaml.safe_load(section)) <= {"reward", "data", "rollout"}
     for part in config.reward.parts:
