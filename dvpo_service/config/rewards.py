@@ -38,7 +38,8 @@ def _one_kind(reward: Any, where: str) -> None:
     """Raise ValueError unless exactly one of ``KINDS`` is given."""
     given = [kind for kind in KINDS if getattr(reward, kind) is not None]
     if len(given) != 1:
-        raise ValueError(f"{where} needs exactly one of {', '.join(KINDS)}; it has {' and '.join(given) or 'none'}")
+        has = f"it has {' and '.join(given)}, and null clears one" if given else "it has none"
+        raise ValueError(f"{where} needs exactly one of {', '.join(KINDS)}; {has}")
 
 
 class RewardPart(Section):
