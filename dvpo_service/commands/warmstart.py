@@ -30,7 +30,7 @@ from dvpo_service.models.load import load_causal_lm, load_tokenizer, quiet
 from dvpo_service.models.sharding import shard
 from dvpo_service.models.small import save_small_model
 from dvpo_service.terminal import progress
-from dvpo_service.types import Prompt, answer_text
+from dvpo_service.types import Prompt
 
 IGNORE = -100
 REPORT_EVERY = 10
@@ -108,7 +108,7 @@ def make_base_model(
         )
         tokenizer = load_tokenizer(str(work / "model"))
         examples = [
-            (list(p.token_ids), [*tokenizer(answer_text(p.answer))["input_ids"], tokenizer.eos_token_id])
+            (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id])
             for p in tokenize(tokenizer)
         ]
         weights = _fit(config, warm, work, examples, on_progress)
