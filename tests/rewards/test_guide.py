@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dvpo_service.config import Config, load_config
+from dvpo_service.data.dataset import load_prompts
 from dvpo_service.rewards.calling import Work
 from dvpo_service.rewards.parts import load_part
 from dvpo_service.rewards.scoring import Result, resolve
@@ -53,6 +54,17 @@ def test_every_section_of_the_guide_is_a_config_whose_rewards_load(
     assert set(yaml.safe_load(section)) <= {"reward", "data", "rollout"}
     for part in config.reward.parts:
         load_part(config.reward, part)
+
+
+def test_the_rows_of_tests_in_the_guide_are_what_the_code_reward_takes(tmp_path: Path) -> None:
+    rows = re.findall(r"```json\n(.*?)```", GUIDE, flags=re.DOTALL)
+    programs = ["print(sum(map(int, input().split())))", "def add(a, b): return a + b"]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    prompts = load_prompts([tmp_path / "rows.jsonl"], name="t").prompts
+    assert len(prompts) == len(programs)
+    for prompt, program in zip(prompts, programs, strict=True):
+        [result] = results("code", [f"```python\n{program}\n```"], prompt.answer)
+        assert result.value == 1.0
 
 
 def test_functions_of_the_guide_score(beside: Path) -> None:
