@@ -76,7 +76,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PartScore:
-    """What one of several rewards gave a sample: ``raw``, NaN where it failed, and ``weighted``, what it adds."""
+    """What one of several rewards gave a sample: ``raw``, NaN where it failed, and that times its weight."""
 
     name: str
     raw: float

@@ -20,7 +20,7 @@ from ray.util.placement_group import (
 from dvpo_service.config import Config
 from dvpo_service.errors import ClusterError
 
-POOLS = ("policy", "critic", "rollout", "reward")
+POOLS = ("policy", "critic", "rollout", "reward", "reward_model")
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,12 @@ def plan_bundles(config: Config) -> list[Bundle]:
         "policy": (config.policy.world_size, trainer),
         "critic": (config.critic.world_size if config.algorithm.has_critic else 0, trainer),
         "rollout": (config.rollout.num_engines, engine),
-        "reward": (config.reward.num_workers, reward),
+        "reward": (config.reward.crew.count(None), reward),
     }
-    return [
-        Bundle(pool, i, {k: v for k, v in resources.items() if v > 0})
-        for pool, (count, resources) in counts.items()
-        for i in range(count)
-    ]
+    each = [(pool, i, resources) for pool, (count, resources) in counts.items() for i in range(count)]
+    models = [config.reward.parts[k].model for k in config.reward.crew if k is not None]
+    each += [("reward_model", i, {"CPU": m.cpus, "GPU": m.gpus}) for i, m in enumerate(models) if m]
+    return [Bundle(pool, i, {k: v for k, v in resources.items() if v > 0}) for pool, i, resources in each]
 
 
 def local_cpus(bundles: Iterable[Bundle]) -> int:

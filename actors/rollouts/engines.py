@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,9 +178,10 @@ class EnginePool(Pool):
           RestartBudgetExhausted: engines died too often.
         """
         seeds = [sample_seed(run_seed, step, p.index, 0, p.occurrence) % SEED_RANGE for p in prompts]
+        asked = [replace(p, answer=None, row={}) for p in prompts]  # columns may be large, and are the rewards' matter
 
         def submit(positions: list[int], number: int, actor: Any) -> tuple[Any, InFlightRequest]:
-            ref = actor.generate.remote([prompts[p] for p in positions], sampling, [seeds[p] for p in positions])
+            ref = actor.generate.remote([asked[p] for p in positions], sampling, [seeds[p] for p in positions])
             return ref, InFlightRequest(positions, number, actor, time.monotonic() + self.timeout_s)
 
         in_flight: dict[Any, InFlightRequest] = {}

@@ -1,4 +1,4 @@
-"""A CPU actor that scores groups of responses with the functions of the config."""
+"""Actors that score groups of responses: one runs the config's functions and judges, the other a reward model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvpo_service.rewards.calling import Work
 from dvpo_service.rewards.parts import load_part
 from dvpo_service.rewards.scoring import Result
 
-__all__ = ["RewardWorker", "Work"]
+__all__ = ["RewardModelWorker", "RewardWorker", "Work"]
 
 
 class RewardWorker:
@@ -18,7 +18,7 @@ class RewardWorker:
 
     def __init__(self, config: RewardConfig):
         self.config = config
-        self.parts = [load_part(config, part) for part in config.parts]
+        self.parts = {k: load_part(config, part) for k, part in enumerate(config.parts) if part.model is None}
 
     def ready(self) -> None:
         """Return; the answer shows that the functions were loaded. Also the heartbeat."""
@@ -32,3 +32,17 @@ class RewardWorker:
         """
         with memory_bound(self.config.max_memory_gib):
             return self.parts[part].score(groups)
+
+
+class RewardModelWorker:
+    """Holds a copy of the reward model of part number ``part``."""
+
+    def __init__(self, config: RewardConfig, part: int):
+        self.part = load_part(config, config.parts[part])
+
+    def ready(self) -> None:
+        """Return; the answer shows that the model is loaded. Also the heartbeat."""
+
+    def score(self, part: int, groups: Sequence[Work]) -> list[list[Result]]:
+        """Return the results of every group, in the order given; ``part`` is this worker's own."""
+        return self.part.score(groups)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -13,8 +15,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.cluster.placement import Placement
 from actors.cluster.pool import PoolError, wait_for
-from actors.rollouts.reward import RewardWorker, Work
-from dvpo_service.config import RewardConfig
+from actors.rollouts.reward import RewardModelWorker, RewardWorker, Work
+from dvpo_service.config import RewardConfig, RewardPart
 from dvpo_service.errors import one_line
 from dvpo_service.rewards.combine import combine
 from dvpo_service.rewards.scoring import Result
@@ -35,7 +37,9 @@ class Job(NamedTuple):
 
 
 class RewardPool:
-    """CPU actors that score, one reward per call, and one group unless the reward takes many at once.
+    """Actors that score, one reward per call, and one group unless the reward takes many at once.
+
+    Functions and judges share the workers of ``reward.num_workers``; every reward model has workers of its own.
 
     A call that misses its deadline or kills its process is tried once more, in a fresh process. If it fails again, its
     samples are marked as failed, with no score (never 0). A thread also checks idle workers and replaces lost ones.
@@ -47,8 +51,9 @@ class RewardPool:
     def __init__(self, config: RewardConfig, placement: Placement, note: Callable[[str], None] = log.warning):
         self.config, self.placement, self.note = config, placement, note
         self.restarts = 0
-        self.workers = [self._spawn(i) for i in range(config.num_workers)]
-        self.fresh = set(range(config.num_workers))  # spawned, but not known to run yet
+        self.crew = config.crew
+        self.workers = [self._spawn(i) for i in range(len(self.crew))]
+        self.fresh = set(range(len(self.crew)))  # spawned, but not known to run yet
         self._idle = threading.Lock()  # held while the workers are called
         self._closing = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="reward watch", daemon=True)
@@ -84,9 +89,7 @@ class RewardPool:
         with self._idle:
             for i in list(self.fresh):
                 self._await_start(i)
-            jobs = self._jobs(groups)
-            shares = {i: jobs[i :: len(self.workers)] for i in range(len(self.workers))}
-            calls = {i: self._submit(i, groups, share) for i, share in shares.items()}
+            calls = {i: self._submit(i, groups, share) for i, share in self._shares(groups).items()}
             results: list[dict[int, list[Result]]] = [{} for _ in groups]
             for i in calls:
                 for job, found in self._collect(i, calls[i], groups).items():
@@ -136,14 +139,19 @@ class RewardPool:
         """Return the number of workers replaced so far."""
         return {"pool/restarts/reward": float(self.restarts)}
 
-    def _jobs(self, groups: Sequence[Work]) -> list[Job]:
-        """Return all calls, part by part."""
-        jobs: list[Job] = []
+    def _shares(self, groups: Sequence[Work]) -> dict[int, list[Job]]:
+        """Return the calls of every worker: those that can do a call take turns."""
+        shares: dict[int, list[Job]] = {i: [] for i in range(len(self.workers))}
+        turns: Counter[int | None] = Counter()
         for k, part in enumerate(self.config.parts):
+            kind = k if part.model else None
+            able = [i for i, serves in enumerate(self.crew) if serves == kind]
             its = [g for g, work in enumerate(groups) if part.scores(work.source)]
-            size = max(1, math.ceil(len(its) / len(self.workers))) if part.batched else 1
-            jobs += [Job(k, tuple(its[start : start + size])) for start in range(0, len(its), size)]
-        return jobs
+            size = max(1, math.ceil(len(its) / len(able))) if part.batched else 1
+            for start in range(0, len(its), size):
+                shares[able[turns[kind] % len(able)]].append(Job(k, tuple(its[start : start + size])))
+                turns[kind] += 1
+        return shares
 
     def _submit(self, i: int, groups: Sequence[Work], share: Sequence[Job]) -> list[tuple[Job, Any]]:
         """Start one call per job of ``share`` on worker ``i``, in order: each call then has its own deadline."""
@@ -209,7 +217,24 @@ class RewardPool:
         self.fresh.add(i)
 
     def _spawn(self, i: int) -> Any:
-        return ray.remote(RewardWorker).options(**self.placement.options("reward", i)).remote(self.config)
+        part = self.crew[i]
+        if part is None:
+            return ray.remote(RewardWorker).options(**self.placement.options("reward", i)).remote(self.config)
+        number = i - self.crew.count(None)
+        options = self.placement.options("reward_model", number)
+        return ray.remote(RewardModelWorker).options(**options).remote(_with_whole_paths(self.config), part)
+
+
+def _with_whole_paths(config: RewardConfig) -> RewardConfig:
+    """Return the config with the absolute paths of reward models: actors have other working directories."""
+
+    def whole(part: RewardPart) -> RewardPart:
+        if part.model is None or not Path(part.model.path).exists():
+            return part
+        model = part.model.model_copy(update={"path": str(Path(part.model.path).absolute())})
+        return part.model_copy(update={"model": model})
+
+    return config.model_copy(update={"rewards": [whole(part) for part in config.parts]})
 
 
 def _death(error: RayActorError) -> str:

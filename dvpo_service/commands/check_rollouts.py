@@ -46,6 +46,11 @@ def check_reward(config: RewardConfig, number: int, prompt: Prompt) -> None:
         ``reward/failed`` counts such samples in training.
     """
     part = config.parts[number]
+    if part.model:
+        from dvpo_service.rewards.model import check_reward_model
+
+        check_reward_model(part.model)  # a pass through the model would need its device
+        return
     load_part(config, part)  # before a process starts
     answer = answer_text(prompt.answer)
     work = Work([answer], prompt.answer, [0], prompt.source, dict(prompt.row), prompt.messages)

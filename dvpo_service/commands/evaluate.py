@@ -108,7 +108,7 @@ def measure(config: Config, model: str, data: Mapping[str, Dataset], n: int, bar
     splits = {name: encode(config.data, split, tokenizer) for name, split in data.items()}
     bar.stage("starting Ray")
     with connected(config), ExitStack() as stack:
-        bundles = [b for b in plan_bundles(config) if b.pool in ("rollout", "reward")]
+        bundles = [b for b in plan_bundles(config) if b.pool.startswith(("rollout", "reward"))]
         placement = Placement(bundles, timeout_s=config.cluster.placement_timeout_s)
         stack.callback(placement.release)
         folder = str(Path(model).absolute()) if Path(model).exists() else model  # actors have other working directories

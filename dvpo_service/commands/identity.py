@@ -60,12 +60,16 @@ def _model(config: Config) -> dict[str, str]:
     folder = Path(path)
     if not folder.is_dir():
         return {"model.path": path}
-    weights = sorted(folder.glob("*.safetensors"))
     tokenizer = sorted(f for f in folder.iterdir() if f.is_file() and _is_of_tokenizer(f))
     return {
-        "model.path": _sha256(*map(_sample, [folder / "config.json", *weights])),
+        "model.path": _weights(folder),
         "model.path (tokenizer)": _sha256(*map(Path.read_bytes, tokenizer)),
     }
+
+
+def _weights(folder: Path) -> str:
+    """Return a hash of a model's config and weights."""
+    return _sha256(*map(_sample, [folder / "config.json", *sorted(folder.glob("*.safetensors"))]))
 
 
 def _is_of_tokenizer(file: Path) -> bool:
@@ -96,7 +100,11 @@ def _reward(config: RewardConfig) -> str:
     """Return the function, or what of several rewards decides the score."""
     if config.function is not None:
         return "code, partial" if config.function == "code" and config.code.partial else config.function
-    return json.dumps({"rewards": [p.identity for p in config.parts], "normalise": config.normalise}, sort_keys=True)
+    parts = [part.identity for part in config.parts]
+    for part, what in zip(config.parts, parts, strict=True):
+        if part.model and Path(part.model.path).is_dir():  # what it holds, wherever it is
+            what["model"]["path"] = _weights(Path(part.model.path))
+    return json.dumps({"rewards": parts, "normalise": config.normalise}, sort_keys=True)
 
 
 def _sha256(*parts: bytes) -> str:

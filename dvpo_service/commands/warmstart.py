@@ -23,7 +23,6 @@ from dvpo_service.data.splits import check_demonstrations, encode, load_demonstr
 from dvpo_service.models.load import load_causal_lm, load_tokenizer, quiet
 from dvpo_service.models.small import save_small_model
 from dvpo_service.terminal import progress
-from dvpo_service.types import answer_text
 
 DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
 
@@ -120,6 +119,6 @@ def make_base_model(
 def _token_pairs(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """Return prompt and answer tokens of every row; answers end with the end token."""
     return [
-        (list(p.token_ids), [*tokenizer(answer_text(p.answer))["input_ids"], tokenizer.eos_token_id])
+        (list(p.token_ids), [*tokenizer(p.answer)["input_ids"], tokenizer.eos_token_id])
         for p in encode(config.data, data, tokenizer).prompts
     ]

@@ -18,6 +18,12 @@ def warnings_of(config: Config) -> list[str]:
     if config.model.trust_remote_code:
         model = config.model.path or "the model's folder"
         lines.append(f"model.trust_remote_code=true: Python code that comes with {model} runs here, with your rights")
+    for part in config.reward.parts:
+        if part.model and part.model.trust_remote_code:
+            lines.append(
+                f"reward.model.trust_remote_code=true: Python code that comes with {part.model.path} runs here, with "
+                "your rights"
+            )
     uri = config.tracking.mlflow_uri or ""
     if config.tracking.mlflow and _sends_login_in_the_clear(uri):
         lines.append(f"tracking.mlflow_uri={mask_uri(uri)}: its password travels readable over plain http; use https")

@@ -11,9 +11,10 @@ from dvpo_service.algo.choices import NoiseKind, SpikeSign
 from dvpo_service.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
 from dvpo_service.config.code import CodeConfig
 from dvpo_service.config.judge import JudgeConfig
+from dvpo_service.config.reward_model import RewardModelConfig
 
 DEFAULT = "exact_match"
-KINDS = ("function", "judge")  # what a reward can be, one of them each
+KINDS = ("function", "judge", "model")  # what a reward can be, one of them each
 
 
 class NoiseConfig(Section):
@@ -37,7 +38,8 @@ def _one_kind(reward: Any, where: str) -> None:
     """Raise ValueError unless exactly one of ``KINDS`` is given."""
     given = [kind for kind in KINDS if getattr(reward, kind) is not None]
     if len(given) != 1:
-        raise ValueError(f"{where} needs exactly one of {', '.join(KINDS)}; it has {' and '.join(given) or 'none'}")
+        has = f"it has {' and '.join(given)}, and null clears one" if given else "it has none"
+        raise ValueError(f"{where} needs exactly one of {', '.join(KINDS)}; {has}")
 
 
 class RewardPart(Section):
@@ -45,7 +47,8 @@ class RewardPart(Section):
 
     Attributes:
       function: a built-in, or ``module:function`` of your own (docs/rewards.md).
-      judge: a model that scores, in place of ``function``.
+      judge: a model behind an endpoint that scores, in place of ``function``.
+      model: a reward model of transformers, in place of both.
       name: in metrics; by default that of the function.
       weight: its factor in the sum; 0 measures it without training on it.
       sources: the ``data_source`` values of the prompts that it scores; all when absent.
@@ -54,6 +57,7 @@ class RewardPart(Section):
 
     function: str | None = None
     judge: JudgeConfig | None = None
+    model: RewardModelConfig | None = None
     name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/]+$")] = ""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     sources: Annotated[list[str], Field(min_length=1)] | None = None
@@ -81,18 +85,24 @@ class RewardPart(Section):
     @property
     def words(self) -> str:
         """What it is, for display."""
-        return f"judge {self.judge.model}" if self.judge else str(self.function)
+        if self.judge:
+            return f"judge {self.judge.model}"
+        return f"reward model {self.model.path}" if self.model else str(self.function)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its score."""
-        what = {"judge": self.judge.identity} if self.judge else {"function": self.function}
+        what: dict[str, Any] = {"function": self.function}
+        if self.judge:
+            what = {"judge": self.judge.identity}
+        if self.model:
+            what = {"model": self.model.identity}
         return what | {"weight": self.weight, "sources": self.sources}
 
     @property
     def batched(self) -> bool:
         """Whether it scores many prompts' responses at once, rather than one prompt's after the other."""
-        return self.judge is not None
+        return self.function is None
 
 
 class RewardConfig(Section):
@@ -101,6 +111,7 @@ class RewardConfig(Section):
     Attributes:
       function: exact_match, gsm8k, math_verify, code, or ``module:function`` of your own (docs/rewards.md).
       judge: a model behind an endpoint that scores, in place of ``function``.
+      model: a reward model of transformers, in place of both.
       rewards: several rewards with weights, in place of these.
       normalise: whether each of ``rewards`` is first brought to mean 0 and standard deviation 1, over the responses to
         its prompt (``group``) or of its batch (``batch``), in training.
@@ -117,6 +128,7 @@ class RewardConfig(Section):
 
     function: str | None = None
     judge: JudgeConfig | None = None
+    model: RewardModelConfig | None = None
     rewards: Annotated[list[RewardPart], Field(min_length=1)] | None = None
     normalise: Literal["none", "group", "batch"] = "none"
     clip: tuple[FiniteFloat, FiniteFloat] | None = None
@@ -181,11 +193,18 @@ class RewardConfig(Section):
         """Return the seconds that one call for ``part`` may take, to score so many responses to a prompt."""
         if part.timeout_s is not None:
             return part.timeout_s
-        if part.judge:
-            return part.judge.deadline_s
+        if asked := part.judge or part.model:
+            return asked.deadline_s
         if part.function == "code":  # whose programs have limits of their own; these must end first
             return self.timeout_s + responses * (self.code.program_s + self.code.wall_s)
         return self.timeout_s
+
+    @property
+    def crew(self) -> list[int | None]:
+        """The workers: the number of the part whose model it has, or None for one that runs all other rewards."""
+        parts = self.parts
+        plain: list[int | None] = [None] * (self.num_workers if any(p.model is None for p in parts) else 0)
+        return plain + [k for k, part in enumerate(parts) if part.model for _ in range(part.model.num_workers)]
 
     @property
     def noises(self) -> list[NoiseConfig]:

@@ -91,6 +91,7 @@ def readable_rows(
             "finish_reason": sample.finish_reason,
             "error": score.error or "",
         }
+        | {f"reward_{part.name}": part.raw for part in score.parts}
         for prompt, group, row in zip(prompts, groups, scores, strict=True)
         for sample, score in zip(group, row, strict=True)
     ]

@@ -13,8 +13,8 @@ def reward_metrics(prompts: Sequence[Prompt], scores: Sequence[Sequence[Score]])
     """Return metrics of a batch.
 
     ``reward/source/<source>/<metric>`` is the mean of a reward's own metric over the responses that have it.
-    ``reward/part/<name>/raw`` and ``/weighted`` are the means of one of several rewards, as it scored and as it was
-    added, over the responses that it could score; ``/failed`` counts the others.
+    ``reward/part/<name>/raw`` and ``/weighted`` are the means of one of several rewards, as it scored and times its
+    weight, over the responses that it could score; ``/failed`` counts the others.
 
     Args:
       scores: ``scores[i]`` are the scores of the responses to ``prompts[i]``.

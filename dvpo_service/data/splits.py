@@ -90,11 +90,11 @@ def load_demonstrations(config: DataConfig, files: list[str]) -> Dataset:
 
 
 def check_demonstrations(examples: Dataset) -> None:
-    """Raise DataError if a row has no answer to learn from (``data.answers=optional``)."""
+    """Raise DataError if a row has no answer to learn from: none, or tests, say, in place of a text."""
     for where, prompt in zip(examples.origins, examples.prompts, strict=True):
-        if prompt.answer is None:
+        if not isinstance(prompt.answer, str):
             raise DataError(
-                f"{where}: the row has no answer, which model.warmstart learns to give; name other rows with "
+                f"{where}: the row has no answer in text, which model.warmstart learns to give; name other rows with "
                 "model.warmstart.files, or start from model.path"
             )
 

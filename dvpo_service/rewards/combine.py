@@ -85,7 +85,7 @@ def _score(
         part, result = parts[k], found[i]
         metrics |= {f"{part.name}/{name}" if several else name: value for name, value in result.metrics.items()}
         weighted = part.weight * float(gained[k][i])
-        shares.append(PartScore(part.name, result.value, weighted))
+        shares.append(PartScore(part.name, result.value, part.weight * result.value))
         if part.weight == 0:
             continue  # it is only measured, so its failure costs nothing
         if result.error is not None:

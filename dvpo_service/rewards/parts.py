@@ -27,6 +27,10 @@ class LoadedPart(Protocol):
 
 def load_part(config: RewardConfig, part: RewardPart) -> LoadedPart:
     """Return what scores groups with ``part``. Raises ConfigError if it cannot be loaded."""
+    if part.model:
+        from dvpo_service.rewards.model import ModelPart  # imports torch, which other workers need not wait for
+
+        return ModelPart(part.model)
     if part.judge:
         return JudgePart(part.judge, workers=config.num_workers, deadline_s=config.timeout_of(part))
     scorer = resolve(str(part.function))
@@ -39,6 +43,8 @@ def columns_of(part: RewardPart) -> tuple[str, ...]:
     """Return the columns that ``part`` needs in every row that it scores. Raises ConfigError if it cannot be loaded."""
     if part.judge:
         return template_columns(part.judge)
+    if part.model:
+        return ()
     return resolve(str(part.function)).convention.columns
 
 

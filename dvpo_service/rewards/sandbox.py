@@ -19,7 +19,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,7 +91,7 @@ def isolation() -> str | None:
 
 def _run(files: Mapping[str, str], main: str, stdin: str, limits: CodeConfig, *, isolated: bool) -> Ran:
     mark = uuid.uuid4().hex
-    with tempfile.TemporaryDirectory(prefix="dvpo-code-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix="dvpo-code-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
         folder = Path(name)
         (folder / "root").mkdir()
         home = sandbox_inside.HOME if isolated else str(folder / "work")
@@ -101,48 +101,55 @@ def _run(files: Mapping[str, str], main: str, stdin: str, limits: CodeConfig, *,
                 Path(home, file).write_text(text, encoding="utf-8", errors="surrogatepass")
         (folder / "stdin").write_text(stdin, encoding="utf-8", errors="surrogatepass")
         ready, says_ready = os.pipe()
+        stack.callback(os.close, ready)
         try:
-            settings = {
-                **limits.model_dump(include={"cpu_s", "memory_mib", "files_mib", "processes"}),
-                "isolated": isolated,
-                "ready": says_ready,
-                "root": str(folder / "root"),
-                "folders": _folders()[0],
-                "links": _folders()[1],
-                "files": dict(files),
-                "command": [sys.executable, "-I", "-B", f"{home}/{main}"],
-                "environment": _environment(home, mark),
-            }
-            (folder / "settings").write_text(json.dumps(settings))
-            inside = [sys.executable, "-I", "-S", sandbox_inside.__file__, str(folder / "settings")]
-            command = ["unshare", *_ISOLATE, "--", *inside] if isolated else inside
-            with (folder / "stdin").open("rb") as given:
-                process = subprocess.Popen(
-                    command,
-                    stdin=given,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    env=_environment(home, mark),
-                    cwd="/" if isolated else home,
-                    pass_fds=(says_ready,),
-                    start_new_session=True,
-                )
-            os.close(says_ready)
-            says_ready = -1
-            try:
-                out, err, stopped = _watch(process, limits)
-            finally:
-                _end(process, mark)
-            if not _read_now(ready):
-                raise SandboxFailed(one_line(err or f"exit code {process.returncode}"))
-            code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-            if stopped is None and code in _OUT_OF_TIME:
-                stopped = f"no end within {limits.cpu_s} s of processor time"
-            return Ran(code, out, err, stopped)
+            settings = _settings(files, f"{home}/{main}", limits, folder / "root", _environment(home, mark), isolated)
+            (folder / "settings").write_text(json.dumps(settings | {"ready": says_ready}))
+            process = _start(folder, home, mark, says_ready, isolated)
         finally:
-            os.close(ready)
-            if says_ready >= 0:
-                os.close(says_ready)
+            os.close(says_ready)
+        try:
+            out, err, stopped = _watch(process, limits)
+        finally:
+            _end(process, mark)
+        if not _read_now(ready):
+            raise SandboxFailed(one_line(err or f"exit code {process.returncode}"))
+        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        if stopped is None and code in _OUT_OF_TIME:
+            stopped = f"no end within {limits.cpu_s} s of processor time"
+        return Ran(code, out, err, stopped)
+
+
+def _settings(
+    files: Mapping[str, str], program: str, limits: CodeConfig, root: Path, environment: dict[str, str], isolated: bool
+) -> dict[str, Any]:
+    """Return what ``sandbox_inside`` reads."""
+    folders, links = _folders()
+    return {
+        **limits.model_dump(include={"cpu_s", "memory_mib", "files_mib", "processes"}),
+        "isolated": isolated,
+        "root": str(root),
+        "folders": folders,
+        "links": links,
+        "files": dict(files),
+        "command": [sys.executable, "-I", "-B", program],
+        "environment": environment,
+    }
+
+
+def _start(folder: Path, home: str, mark: str, says_ready: int, isolated: bool) -> subprocess.Popen[bytes]:
+    inside = [sys.executable, "-I", "-S", sandbox_inside.__file__, str(folder / "settings")]
+    with (folder / "stdin").open("rb") as given:
+        return subprocess.Popen(
+            ["unshare", *_ISOLATE, "--", *inside] if isolated else inside,
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(home, mark),
+            cwd="/" if isolated else home,
+            pass_fds=(says_ready,),
+            start_new_session=True,
+        )
 
 
 def _read_now(pipe: int) -> bytes:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from dvpo_service.data.collate import collate, readable_rows, rollout_metrics, without_spread
-from dvpo_service.types import Prompt, Sample, Score
+from dvpo_service.types import PartScore, Prompt, Sample, Score
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": f"{i}?"},), "1", "t", (5,) * (i + 2)) for i in range(2)]
 
@@ -50,8 +50,10 @@ def test_select_trims_to_the_rows_it_takes() -> None:
 
 
 def test_rows_for_a_person() -> None:
-    rows = readable_rows(PROMPTS, GROUPS, SCORES)
+    parts = (PartScore("style", 0.25, 0.5),)
+    rows = readable_rows(PROMPTS, GROUPS, [[Score(1.0, 0.0, parts=parts), SCORES[0][1]], SCORES[1]])
     assert len(rows) == 4
+    assert (rows[0]["reward_style"], "reward_style" in rows[1]) == (0.25, False)
     assert rows[0]["prompt"] == "0?"
     assert (rows[0]["reward"], rows[0]["clean_reward"]) == (1.0, 0.0)
     assert rows[2]["error"] == "boom"

@@ -76,7 +76,7 @@ def test_rows_may_do_without_an_answer_where_that_is_said(tmp_path: Path) -> Non
     data = load_prompts([path], name="t", need_answer=False)
     assert [p.answer for p in data.prompts] == [None] * 3
     assert data.prompts[1].messages == tuple(chat)
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the row has no answer, which model\.warmstart learns to give"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the row has no answer in text, which model"):
         check_demonstrations(data)
     with pytest.raises(DataError, match="`answer` is missing"):
         load_prompts([path], name="t")

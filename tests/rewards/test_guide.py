@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from dvpo_service.config import Config, load_config
+from dvpo_service.data.dataset import load_prompts
 from dvpo_service.rewards.calling import Work
 from dvpo_service.rewards.parts import load_part
 from dvpo_service.rewards.scoring import Result, resolve
+from tests.rewards.small_models import save_reward_model
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 FILES = {
@@ -43,11 +45,26 @@ def results(function: str, responses: list[str], answer: Any, **row: Any) -> lis
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0][:40])
-def test_every_section_of_the_guide_is_a_config_whose_rewards_load(beside: Path, section: str) -> None:
+def test_every_section_of_the_guide_is_a_config_whose_rewards_load(
+    beside: Path, section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_reward_model(beside / "models" / "my-reward-model", "decoder")
+    monkeypatch.chdir(beside)
     config = loaded(beside, section)
     assert set(yaml.safe_load(section)) <= {"reward", "data", "rollout"}
     for part in config.reward.parts:
         load_part(config.reward, part)
+
+
+def test_the_rows_of_tests_in_the_guide_are_what_the_code_reward_takes(tmp_path: Path) -> None:
+    rows = re.findall(r"```json\n(.*?)```", GUIDE, flags=re.DOTALL)
+    programs = ["print(sum(map(int, input().split())))", "def add(a, b): return a + b"]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    prompts = load_prompts([tmp_path / "rows.jsonl"], name="t").prompts
+    assert len(prompts) == len(programs)
+    for prompt, program in zip(prompts, programs, strict=True):
+        [result] = results("code", [f"```python\n{program}\n```"], prompt.answer)
+        assert result.value == 1.0
 
 
 def test_functions_of_the_guide_score(beside: Path) -> None:

@@ -74,6 +74,7 @@ def test_normalised_before_the_sum(normalise: str, axes: tuple[int, ...]) -> Non
     scores = scored(normalise)
     np.testing.assert_allclose(rewards(scores), ((RAW - mean) / (sd + 1e-6)) @ WEIGHTS, rtol=1e-12)
     np.testing.assert_allclose([[s.clean for s in g] for g in scores], RAW @ WEIGHTS, err_msg="clean is the plain sum")
+    assert scores[0][0].parts[1].weighted == pytest.approx(-0.5 * RAW[0, 0, 1]), "a part's own mean would be 0"
     plain = scored(normalise, training=False)
     np.testing.assert_allclose(rewards(plain), RAW @ WEIGHTS, err_msg="an evaluation does not normalise")
 
@@ -93,7 +94,8 @@ def test_a_failed_score_counts_in_no_mean_and_fails_its_response(normalise: str,
 def test_what_does_not_differ_adds_nothing() -> None:
     raw = RAW.copy()
     raw[0, :, 1] = 0.1  # whose standard deviation is 1e-17 in floating point
-    assert [p.weighted for s in scored("group", raw)[0] for p in s.parts if p.name == "style"] == [0.0] * N
+    first = 2.0 * (raw[0, :, 0] - raw[0, :, 0].mean()) / (raw[0, :, 0].std(ddof=1) + 1e-6)
+    np.testing.assert_allclose(rewards(scored("group", raw))[0], first, rtol=1e-12)
     lone = scored("group", RAW[:, :1])
     assert rewards(lone).tolist() == [[0.0]] * GROUPS
 

@@ -18,19 +18,28 @@ from actors.cluster.pool import PoolError
 from actors.rollouts.reward import Work
 from actors.rollouts.reward_pool import RewardPool
 from dvpo_service.config import Config
+from dvpo_service.config.reward_model import RewardModelConfig
+from dvpo_service.rewards.model import ModelPart
 from tests.builders import make_config
+from tests.rewards.small_models import save_reward_model
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_model: Path) -> Iterator[RewardPool]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reward_model(tmp_path_factory.mktemp("reward") / "model", "decoder")
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_model: Path, model: Path) -> Iterator[RewardPool]:
     config: Config = make_config(
         tiny_model,
         reward={
             "rewards": [
                 {"function": "tests.actors.rollouts.bad_rewards:troublesome"},
                 {"function": "exact_match", "weight": 0},
+                {"model": {"path": str(model)}, "weight": 0},
             ],
             "num_workers": 2,
             "timeout_s": 8,
@@ -85,6 +94,20 @@ def test_a_worker_lost_while_idle_is_replaced_before_it_is_needed(pool: RewardPo
     assert noted[0].startswith(f"reward worker 1: {why}")
     assert [g[0].reward for g in pool.score([Work(["ok"], "ok", [1])] * 2, noisy=False)] == [1.0, 1.0]
     assert pool.restarts == before + 1
+
+
+def test_a_reward_model_has_a_worker_of_its_own_that_is_replaced_like_others(pool: RewardPool, model: Path) -> None:
+    groups = [Work(["4", "five"], "4", [1, 2]), Work(["6"], "6", [1])]
+    expected = [r.value for group in ModelPart(RewardModelConfig(path=str(model))).score(groups) for r in group]
+
+    def raw() -> list[float]:
+        return [p.raw for group in pool.score(groups, noisy=True) for s in group for p in s.parts if p.name == "model"]
+
+    assert raw() == pytest.approx(expected, abs=1e-5)
+    before = pool.restarts
+    os.kill(ray.get(pool.workers[2].__ray_call__.remote(lambda _: os.getpid()), timeout=30), signal.SIGKILL)
+    assert raw() == pytest.approx(expected, abs=1e-5)
+    assert pool.restarts > before
 
 
 def test_the_pool_works_on_after_that(pool: RewardPool) -> None:

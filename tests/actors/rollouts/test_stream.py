@@ -172,14 +172,16 @@ def test_a_prompt_drawn_twice_in_a_step_is_sampled_twice_and_not_copied(tiny_mod
 def test_the_two_have_noise_of_their_own() -> None:
     class Recording:
         def score(self, work: list[Work], *, noisy: bool) -> list[list[Score]]:
-            self.seeds = [w.seeds for w in work]
+            self.seeds, self.rows = [w.seeds for w in work], [(w.row, w.messages, w.source) for w in work]
             return []
 
-    prompt, rewards = Prompt(0, ({"role": "user", "content": "?"},), "1", "t"), Recording()
+    chat: Any = ({"role": "user", "content": "?"},)
+    prompt, rewards = Prompt(0, chat, "1", "t", row={"level": 3}), Recording()
     group = [Sample(0, i, (1,), (-1.0,), "1", "stop", 0) for i in range(2)]
     prompts = [prompt, replace(prompt, occurrence=1)]
     score_samples(rewards, prompts, [group, group], run_seed=0, step=0, noisy=True)  # type: ignore[arg-type]
     assert len({seed for seeds in rewards.seeds for seed in seeds}) == 4
+    assert rewards.rows == [({"level": 3}, chat, "t")] * 2, "the row reaches the reward"
 
 
 def test_a_prompt_drawn_again_by_dynamic_sampling_has_other_seeds_too(tiny_model: Path) -> None:
