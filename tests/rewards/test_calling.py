@@ -178,14 +178,14 @@ def test_a_batch_must_return_a_score_per_response(returned):
 
 def test_calls_of_an_async_function_run_side_by_side_each_with_its_deadline():
     async def slow(response, answer):
-        await asyncio.sleep(30 if response == "5" else 0.2)
+        await asyncio.sleep(60 if response == "5" else 1.0)
         return 1.0
 
     started = time.perf_counter()
-    results = scorer(slow).results(Work(["4"] * 20 + ["5"], "4", [0] * 21), timeout_s=0.6)
-    assert time.perf_counter() - started < 2.0
+    results = scorer(slow).results(Work(["4"] * 20 + ["5"], "4", [0] * 21), timeout_s=4.0)
+    assert time.perf_counter() - started < 15
     assert [r.value for r in results[:20]] == [1.0] * 20
-    assert results[20].error == "no answer within 0.6 s"
+    assert results[20].error == "no answer within 4 s"
 
 
 def test_an_error_shows_no_secret(monkeypatch):
