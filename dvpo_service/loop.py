@@ -90,10 +90,10 @@ def train(
         with stopping.at_boundary(step, partial(save, checkpoints, roles, boundary, wait=True)):
             batch = r.stream.next(step)
             checkpoints.advance()
-        scoring, rollouts = r.policy.logprobs_async(batch.rollouts, step), batch.rollouts
-        with clock("logprobs"):
-            if config.policy.kl.in_reward:  # else the critic is evaluated while the policy scores
-                rollouts = prepare_rewards(scoring.result(), config.policy.kl)
+            scoring, rollouts = r.policy.logprobs_async(batch.rollouts, step), batch.rollouts
+            with clock("logprobs"):
+                if config.policy.kl.in_reward:  # else the critic is evaluated while the policy scores
+                    rollouts = prepare_rewards(scoring.result(), config.policy.kl)
         with clock("advantages"):
             estimate, value_metrics = r.estimator.advantages(rollouts, step)
             value_metrics |= prompt_metrics(rollouts, estimate, config.algorithm.gamma)

@@ -68,8 +68,8 @@ def _policy(config: Config, shape: ModelShape) -> Iterator[Part]:
     logits = micro_tokens(pool, config) * shape.vocab * FLOAT32
     yield Part("logits", LOGIT_COPIES * min(CHUNK_BYTES, logits), "policy.micro_batch_size")
     if logits > CHUNK_BYTES:
-        # The chunks' gradients of the output layer are added up in float32. In float32 the sum is itself the gradient
-        # that FSDP reduces, which is counted above; the other copy is that of one chunk.
+        # The chunks' gradients of the output layer are added up in float32. In float32 the sum is itself the gradient,
+        # which is counted above; the other copy is that of one chunk.
         width = compute_bytes(config)
         copies = width + (FLOAT32 if width < FLOAT32 else 0)
         yield Part("sum of the output layer's gradients", copies * shape.vocab * shape.hidden, "model.dtype")
@@ -98,10 +98,10 @@ def _trained(name: str, pool: TrainerPool, config: Config, shape: ModelShape, pa
         FLOAT32 * (parameters if whole else shard),
         f"{name}.defer_gradient_reduction=false" if whole else f"{name}.world_size",
     )
-    # FSDP copies two layers, for the next is gathered while one computes, and what is in no layer; with gradients. A
-    # single rank does the same.
-    gathered = 2 * shape.layer + (parameters - shape.layers * shape.layer)
-    yield Part("gathered weights and their gradients", 2 * width * gathered, "model.dtype")
+    if pool.world_size > 1 or width < FLOAT32:  # one rank alone in float32 trains the plain module (models/sharding.py)
+        # FSDP copies two layers, for the next is gathered while one computes, and what is in no layer; with gradients.
+        gathered = 2 * shape.layer + (parameters - shape.layers * shape.layer)
+        yield Part("gathered weights and their gradients", 2 * width * gathered, "model.dtype")
     tokens = micro_tokens(pool, config)
     layer = shape.saved * width
     kept = shape.hidden * width

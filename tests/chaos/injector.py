@@ -66,7 +66,7 @@ class Injector:
             around(stream, "next", self.next_step)
         around(SyncStream, "_generate", self.stage("generate"))
         around(RewardPool, "score", self.scoring)
-        around(PolicyRanks, "logprobs", self.stage("logprobs"))
+        around(PolicyRanks, "logprobs_async", self.stage("logprobs"))
         around(CriticEstimator, "advantages", self.stage("advantages"))
         around(CriticEstimator, "update_async", self.stage("update"))
         around(SyncedEngines, "push", self.stage("push"))

@@ -47,7 +47,7 @@ def stopped_run(folder: Path, role: str, method: str, step: int, stopping: Stopp
     ("role", "method", "saved"),
     [
         ("stream", "next", 2),  # the trainers are unchanged: stops at once
-        ("policy", "logprobs", 2),
+        ("policy", "logprobs_async", 2),
         ("estimator", "advantages", 3),  # the critic has changed: stops after the step
         ("estimator", "update_async", 3),
         ("evaluator", "run", 2),
@@ -61,7 +61,7 @@ def test_a_checkpoint_of_a_boundary_and_a_run_that_continues_as_if_nothing_was(
     assert str(stopped) == f"stopping: checkpoint at step {saved} written; the same command continues"
     assert stopped.exit_code == 143
     assert lines[-1] == f"stopping: writing the checkpoint of step {saved}"
-    assert len(lines) == (1 if method in ("next", "logprobs") else 2)
+    assert len(lines) == (1 if method in ("next", "logprobs_async") else 2)
     assert sorted(roles.tracker.rows) == list(range(saved + 1)), "what the checkpoint holds has been logged"  # type: ignore[attr-defined]
 
     latest = Checkpoints(tmp_path, keep=2).latest()

@@ -69,7 +69,7 @@ class Slow:
         roles.policy.save = lambda folder: SlowSave(folder, str(self.steps), self.polls)  # type: ignore[method-assign, assignment, arg-type]
         for role, method in (
             ("stream", "next"),
-            ("policy", "logprobs"),
+            ("policy", "logprobs_async"),
             ("policy", "update_async"),
             ("policy", "save"),
             ("weights", "push"),

@@ -101,8 +101,8 @@ def test_failed_unfinished_and_missing_trials_are_listed(tmp_path: Path) -> None
     save_trial(tmp_path, "form=calibrated", 0, status="running", rows=rows)
     text = page(tmp_path).text
     assert "CUDA out of memory <now>\nline 2" in text
-    assert "1 of 4 trials failed" in text
-    assert "2 of 4 trials are still to finish" in text
+    assert "1 of 6 trials failed" in text
+    assert "4 of 6 trials are still to finish" in text
     assert "not begun" in text
     assert "running" in text
     assert "    line 2" in (tmp_path / "report.md").read_text()
