@@ -182,7 +182,7 @@ class Batches:
     def __init__(self, examples: Examples, warm: WarmstartConfig, rank: int, world: int):
         self.examples, self.warm, self.rank, self.world = examples, warm, rank, world
         self.generator = torch.Generator().manual_seed(warm.seed)
-        self.judged = round(warm.batch_size * warm.judged)
+        self.judged = int(warm.batch_size * warm.judged)  # rounded down, so that demonstrations are left
         self.attempts = attempts(examples.demonstrations, examples.references)
         self.replacements = sorted({token for _, answer in examples.references for token in answer})
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from actors.training.warmstart import Examples, fit
 from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
-from dvpo_service.data.judged import RIGHT_TEXT, WRONG_TEXT, Pair
+from dvpo_service.data.judged import Pair
 from dvpo_service.data.splits import check_demonstrations, encode, load_demonstrations, resolve_file
 from dvpo_service.models.load import load_causal_lm, load_tokenizer, quiet
-from dvpo_service.models.small import save_small_model
+from dvpo_service.models.small import VERDICTS, save_small_model
 from dvpo_service.terminal import progress
 
 DATA_KEYS = ("gsm8k_mode", "operators", "max_operands", "max_digits", "chat_template", "val_fraction")
@@ -102,10 +102,11 @@ def make_base_model(
             seed=warm.seed,
         )
         tokenizer = load_tokenizer(str(work / "model"))
+        vocabulary = tokenizer.get_vocab()
         examples = Examples(
             _token_pairs(config, demonstrations, tokenizer),
             _token_pairs(config, train, tokenizer) if warm.judged else [],
-            (tokenizer(RIGHT_TEXT)["input_ids"][0], tokenizer(WRONG_TEXT)["input_ids"][0]),
+            (vocabulary[VERDICTS[0]], vocabulary[VERDICTS[1]]),
         )
         weights = fit(config, warm, work, examples, on_progress)
         trained = load_causal_lm(str(work / "model"))

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-RIGHT_TEXT, WRONG_TEXT = "y", "n"  # the judgement is made between the first tokens of these
-
 
 @dataclass(frozen=True)
 class JudgedAnswer:

@@ -12,6 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
+# Tokens that stand for right and wrong in a judgement: bytes that no UTF-8 text has, so none that an answer needs.
+VERDICTS = (bytes_to_unicode()[0xFE], bytes_to_unicode()[0xFF])
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
