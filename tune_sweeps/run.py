@@ -109,11 +109,15 @@ def _open(sweep: Sweep, resume: bool) -> Sweep:
 
 
 def _default_slots(config: Config) -> int:
-    """Return how many trials run at a time: one for two cores here; on a cluster 0, so that Tune starts what fits."""
+    """Return how many trials run at a time; on a cluster 0, so that Tune starts what fits.
+
+    Here it is one for two cores, or for each core where a trial is one process.
+    """
     remote = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if remote:
         return 0
-    return max(1, min((os.cpu_count() or 1) // 2, local_gpus() or 10**6))
+    cores = 1 if config.cluster.in_process else 2
+    return max(1, min((os.cpu_count() or 1) // cores, local_gpus() or 10**6))
 
 
 def _with_cpus(config: Config, slots: int) -> Config:

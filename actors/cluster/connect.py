@@ -139,6 +139,8 @@ def on_cluster(config: Config) -> AbstractContextManager[None]:
 
 
 def _address(config: Config) -> str | None:
+    if config.cluster.in_process:
+        return None
     return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 

@@ -37,8 +37,10 @@ class Bundle:
 
 
 def plan_bundles(config: Config) -> list[Bundle]:
-    """Return a bundle for every actor of the run, in the order of ``POOLS``."""
+    """Return a bundle for every actor of the run, in the order of ``POOLS``; one for all, where it is one process."""
     cluster = config.cluster
+    if cluster.in_process:
+        return [Bundle("run", 0, {"CPU": 1.0})]
     trainer = {"CPU": cluster.cpus_per_trainer, "GPU": cluster.gpus_per_trainer}
     engine = {"CPU": cluster.cpus_per_engine, "GPU": cluster.gpus_per_engine}
     reward = {"CPU": cluster.cpus_per_reward_worker}

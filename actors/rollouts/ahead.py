@@ -14,7 +14,7 @@ from typing import Any
 from actors.cluster.pool import POLL_S
 from actors.rollouts.cache import CachedBatch
 from actors.rollouts.engines import Sampler
-from actors.rollouts.reward_pool import RewardPool
+from actors.rollouts.reward import Rewards
 from actors.rollouts.stream import SyncStream
 from dvpo_service.config import Config
 from dvpo_service.data.cursor import CursorState
@@ -41,7 +41,7 @@ class AheadStream(SyncStream):
     the cursor's order, so no prompt is dropped for its age and none is used twice.
     """
 
-    def __init__(self, config: Config, data: Dataset, engines: Sampler, rewards: RewardPool, ledger: Ledger):
+    def __init__(self, config: Config, data: Dataset, engines: Sampler, rewards: Rewards, ledger: Ledger):
         super().__init__(config, data, engines, rewards, ledger)
         self.check = self._check
         self._given: CursorState = self.cursor.state_dict()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from actors.rollouts.engines import EnginePool, Sampler
-from actors.rollouts.reward_pool import RewardPool
+from actors.rollouts.reward import Rewards
 from actors.rollouts.stream import score_samples, training_sampling
 from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
@@ -24,9 +24,7 @@ class HeldOutEvaluator:
       splits: the held-out datasets by name.
     """
 
-    def __init__(
-        self, config: Config, splits: Mapping[str, Dataset], engines: Sampler | EnginePool, rewards: RewardPool
-    ):
+    def __init__(self, config: Config, splits: Mapping[str, Dataset], engines: Sampler | EnginePool, rewards: Rewards):
         self.config, self.splits, self.engines, self.rewards = config, splits, engines, rewards
 
     def run(self, step: int) -> Metrics:

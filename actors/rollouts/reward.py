@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from actors.cluster.process import memory_bound
 from dvpo_service.config import RewardConfig
 from dvpo_service.rewards.calling import Work
 from dvpo_service.rewards.parts import load_part
 from dvpo_service.rewards.scoring import Result
+from dvpo_service.types import Score
 
-__all__ = ["RewardModelWorker", "RewardWorker", "Work"]
+__all__ = ["RewardModelWorker", "RewardWorker", "Rewards", "Work"]
+
+
+class Rewards(Protocol):
+    """The config's rewards, as the streams and the evaluation use them."""
+
+    def score(self, groups: Sequence[Work], *, noisy: bool) -> list[list[Score]]:
+        """See ``RewardPool.score``."""
+        ...
 
 
 class RewardWorker:

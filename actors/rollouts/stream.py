@@ -14,8 +14,7 @@ import torch
 
 from actors.rollouts.cache import CachedBatch, RolloutCache
 from actors.rollouts.engines import Sampler
-from actors.rollouts.reward import Work
-from actors.rollouts.reward_pool import RewardPool
+from actors.rollouts.reward import Rewards, Work
 from dvpo_service.config import Config
 from dvpo_service.data.collate import collate, readable_rows, rollout_metrics
 from dvpo_service.data.cursor import CursorState, PromptCursor
@@ -35,7 +34,7 @@ def training_sampling(config: Config) -> Sampling:
 
 
 def score_samples(
-    rewards: RewardPool,
+    rewards: Rewards,
     prompts: list[Prompt],
     groups: list[list[Sample]],
     *,
@@ -111,7 +110,7 @@ def _collate(groups: list[Group]) -> Rollouts:
 class SyncStream:
     """Generates each batch when ``next`` asks for it, with the weights that the engines hold then."""
 
-    def __init__(self, config: Config, data: Dataset, engines: Sampler, rewards: RewardPool, ledger: Ledger):
+    def __init__(self, config: Config, data: Dataset, engines: Sampler, rewards: Rewards, ledger: Ledger):
         self.config, self.data, self.engines, self.rewards, self.ledger = config, data, engines, rewards, ledger
         self.cursor = PromptCursor(len(data.prompts), config.trainer.seed)
         self.cache = RolloutCache(config.rollout.reuse_gib)

@@ -62,8 +62,9 @@ class PolicyWorker(TrainerWorker):
             self.reference = self._load(getattr(torch, config.model.dtype), checkpointing=False).requires_grad_(False)
         self.transfer: Any = None
         self.membership: Any = None  # the engines that the transfer reaches
-        # vLLM's transfer takes seconds to import. Do it now, while the engines start, and not at the first push.
-        from actors.weights import cpu_transfer  # noqa: F401
+        if not config.cluster.in_process:
+            # vLLM's transfer takes seconds to import. Do it now, while the engines start, and not at the first push.
+            from actors.weights import cpu_transfer  # noqa: F401
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, step: int) -> RankLogprobs:

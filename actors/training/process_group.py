@@ -14,8 +14,13 @@ from dvpo_service.host.network import listen, own_address, use_interface_of
 
 
 def init_process_group(meet: Rendezvous) -> torch.device:
-    """Join the pool's process group (NCCL with a GPU, gloo without) and return this rank's device. Collective."""
+    """Join the pool's process group (NCCL with a GPU, gloo without) and return this rank's device. Collective.
+
+    Policy and critic share the group where they are in one process, each the only rank of its pool.
+    """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if meet.world_size == 1 and dist.is_initialized():
+        return device
     if device.type == "cpu":
         use_interface_of(own_address(meet.address, meet.port))
     timeout = datetime.timedelta(seconds=meet.timeout_s)

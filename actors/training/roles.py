@@ -47,11 +47,7 @@ class RanksScoring:
 
     def result(self) -> Rollouts:
         """Wait, and return the rollouts with log-probs, in the batch's order. Raises as ``Call.result`` does."""
-        parts: list[RankLogprobs] = self.call.result()
-        rows = torch.cat([p.rows for p in parts])
-        rollouts = self.rollouts.with_(logprobs=in_batch_order(rows, [p.logprobs for p in parts]))
-        reference = [p.ref_logprobs for p in parts if p.ref_logprobs is not None]
-        return rollouts.with_(ref_logprobs=in_batch_order(rows, reference)) if reference else rollouts
+        return with_logprobs(self.rollouts, self.call.result())
 
 
 class PolicyRanks(TrainerRanks):
@@ -109,12 +105,7 @@ class CriticEstimator(TrainerRanks):
         """Return scalar advantages and values [B, T], and the critic's metrics on this batch."""
         shared, changes = self.batch.share(rollouts)
         answers = self.ranks.call(CriticWorker.evaluate, shared, ray.put(changes), step)
-        parts: list[RankValues] = [values for values, _ in answers]
-        metrics: Metrics = answers[0][1]
-        rows = torch.cat([p.rows for p in parts])
-        advantages = in_batch_order(rows, [p.advantages for p in parts])
-        values = in_batch_order(rows, [p.values for p in parts])
-        return Advantages(advantages, values), metrics | advantage_metrics(advantages, rollouts.response_mask)
+        return estimated(rollouts, [values for values, _ in answers], answers[0][1])
 
     def update_async(self, rollouts: Rollouts, step: int) -> MetricsJob:
         """Start the update on the batch whose advantages were computed last."""
@@ -127,6 +118,22 @@ class CriticEstimator(TrainerRanks):
     def export(self, folder: StoragePath) -> None:
         """Write the critic as ``DistributionalCritic.from_pretrained`` loads it."""
         self.ranks.call(CriticWorker.export, str(folder))
+
+
+def with_logprobs(rollouts: Rollouts, parts: list[RankLogprobs]) -> Rollouts:
+    """Return the rollouts with the log-probs that the ranks computed, in the batch's order."""
+    rows = torch.cat([p.rows for p in parts])
+    scored = rollouts.with_(logprobs=in_batch_order(rows, [p.logprobs for p in parts]))
+    reference = [p.ref_logprobs for p in parts if p.ref_logprobs is not None]
+    return scored.with_(ref_logprobs=in_batch_order(rows, reference)) if reference else scored
+
+
+def estimated(rollouts: Rollouts, parts: list[RankValues], metrics: Metrics) -> tuple[Advantages, Metrics]:
+    """Return the ranks' advantages and values in the batch's order, and the critic's metrics with those of both."""
+    rows = torch.cat([p.rows for p in parts])
+    advantages = in_batch_order(rows, [p.advantages for p in parts])
+    values = in_batch_order(rows, [p.values for p in parts])
+    return Advantages(advantages, values), metrics | advantage_metrics(advantages, rollouts.response_mask)
 
 
 def engine_mismatch(rollouts: Rollouts) -> Metrics:

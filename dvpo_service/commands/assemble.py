@@ -32,7 +32,7 @@ from dvpo_service.estimators.group import GroupEstimator
 from dvpo_service.roles import Observer, Tracker
 from dvpo_service.runs.checkpoint import Checkpoints
 from dvpo_service.runs.storage import StoragePath
-from dvpo_service.tracking.observe import FanObserver, NoPictures
+from dvpo_service.tracking.observe import Distributions, FanObserver, NoPictures
 
 Note = Callable[[str], None]
 
@@ -144,18 +144,23 @@ def assemble(
         estimator=pools.critic or GroupEstimator(config.algorithm),
         weights=weights,
         evaluator=HeldOutEvaluator(config, data.held_out, weights, pools.rewards),
-        observer=_observer(config, data, tokenizer, pools.critic, tracker),
+        observer=observer(config, data, tokenizer, pools.critic, tracker),
         tracker=tracker,
         mismatch=engine_mismatch,
         health=health,
     )
 
 
-def recovery_of(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Checkpoints, note: Note) -> Recovery:
+def recovery_of(
+    config: Config, roles: loop.Roles, pools: Pools | None, checkpoints: Checkpoints, note: Note
+) -> Recovery:
     """Return the recovery of a run that is about to begin.
 
     When trainer ranks are lost, it restores the run from the last checkpoint, or from the start if there is none.
+    Without pools there is nothing to lose.
     """
+    trainers = pools.trainers if pools else {}
+    restarts = pools.restarts if pools else GroupRestarts([], restart_budget(config.cluster))
     start = roles.stream.state_dict()
 
     def last_checkpoint() -> tuple[int | None, Callable[[], loop.TrainState]]:
@@ -172,16 +177,17 @@ def recovery_of(config: Config, roles: loop.Roles, pools: Pools, checkpoints: Ch
 
     location = checkpoints.folder.parent
     command = f"dvpo train --config {checkpoints.run_dir / 'config.yaml'} --run-dir {location}"
-    return Recovery(pools.trainers, last_checkpoint, pools.restarts, note, command)
+    return Recovery(trainers, last_checkpoint, restarts, note, command)
 
 
-def _observer(
+def observer(
     config: Config,
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    critic: CriticEstimator | None,
+    critic: Distributions | None,
     tracker: Tracker,
 ) -> Observer:
+    """Return what draws the critic; nothing is drawn of a critic without distributions, or where there is none."""
     if critic is None or not config.algorithm.traits.distributional:
         return NoPictures()
     first = next(iter(data.held_out.values()))

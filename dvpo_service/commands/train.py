@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from actors.cluster.connect import connected, on_cluster, plan_fit
 from actors.rollouts.engines import WarmEngines
 from dvpo_service import loop, terminal
-from dvpo_service.commands.assemble import assemble, recovery_of, start_pools
+from dvpo_service.commands.assemble import Pools, assemble, recovery_of, start_pools
 from dvpo_service.commands.check_plugins import check_plugins
 from dvpo_service.commands.check_rollouts import check_rollouts
+from dvpo_service.commands.in_process import assemble_here
 from dvpo_service.commands.plan import check_capacity
 from dvpo_service.commands.resume import open_tracker, restore, resume_point
 from dvpo_service.commands.summary import plan_facts, summarize
-from dvpo_service.commands.warmstart import base_model
+from dvpo_service.commands.warmstart import base_model, is_made
 from dvpo_service.config import Config
 from dvpo_service.data.splits import Data, load_data
 from dvpo_service.export.export import CRITIC, describe, writing
@@ -107,17 +108,21 @@ def _run(
     """Start the pools, train and export. Return the summary."""
     started = time.time()
     trust = config.model.trust_remote_code
-    with Stopping(display.status).listening() as stopping, connected(config), ExitStack() as stack:
-        model_path = base_model(config, raw.train, run.local.parent)
+    with Stopping(display.status).listening() as stopping, ExitStack() as stack:
+        model_path = _base_model(config, raw, run, stack)
         tokenizer = load_tokenizer(model_path, trust_remote_code=trust)
         save_base(model_path, run.local, trust_remote_code=trust)
         data = raw.encoded(config.data, tokenizer)
         if isinstance(display, terminal.TrainingDisplay):
             terminal.show_plan(config, plan_facts(model_path, data, run.location, resume))
         stack.enter_context(display)
-        display.status("starting engines and trainers")
-        pools = start_pools(config, model_path, stack, display.note, warm=warm, run_dir=run.location)
-        roles = assemble(config, data, tokenizer, pools, tracker, run.local)
+        pools: Pools | None = None
+        if config.cluster.in_process:
+            roles = assemble_here(config, model_path, data, tokenizer, tracker, run.local, stack)
+        else:
+            display.status("starting engines and trainers")
+            pools = start_pools(config, model_path, stack, display.note, warm=warm, run_dir=run.location)
+            roles = assemble(config, data, tokenizer, pools, tracker, run.local)
         stack.callback(roles.stream.close)
         recovery = recovery_of(config, roles, pools, checkpoints, display.note)
         state = restore(roles, resume)
@@ -134,6 +139,19 @@ def _run(
         summary = summarize(config, state, run, tracker, time.time() - started)
         run.mirror()
     return summary
+
+
+def _base_model(config: Config, raw: Data, run: RunDir, stack: ExitStack) -> str:
+    """Return the path of the model to start from, connected to the cluster until ``stack`` closes.
+
+    A run in one process needs a cluster only to make a base model, and only until it is made.
+    """
+    runs = run.local.parent
+    if not config.cluster.in_process:
+        stack.enter_context(connected(config))
+        return base_model(config, raw.train, runs)
+    with nullcontext() if is_made(config, runs) else connected(config):
+        return base_model(config, raw.train, runs)
 
 
 def export_final(config: Config, roles: loop.Roles, run: RunDir, step: int) -> None:

@@ -54,6 +54,11 @@ def base_model(config: Config, train: Dataset, runs: Path) -> str:
     return str(folder.absolute())
 
 
+def is_made(config: Config, runs: Path) -> bool:
+    """Return whether ``base_model`` would return at once."""
+    return config.model.path is not None or base_model_folder(config, runs / "base-models").exists()
+
+
 def base_model_folder(config: Config, cache: Path) -> Path:
     """Return the folder in ``cache`` for this config's base model, named by a hash of its settings and its data files.
 

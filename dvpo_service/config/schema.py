@@ -129,9 +129,12 @@ class ClusterConfig(Section):
 
     Attributes:
       address: of a running cluster; null starts one on this machine.
+      in_process: run everything in this process, without actors: policy, critic and rewards one after the other, and
+        sampling by transformers. For small models, for debugging, and where vLLM does not run (docs/in-process.md).
     """
 
     address: str | None = None
+    in_process: bool = False
     num_cpus: Positive | None = None
     cpus_per_trainer: PositiveFloat = 1.0
     cpus_per_engine: PositiveFloat = 1.0
@@ -210,6 +213,26 @@ class Config(Section):
                 f"reward.overlong_buffer = {self.reward.overlong_buffer} must be shorter than "
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_is_enough(self) -> Self:
+        """Refuse what a run in one process would leave out in silence."""
+        if not self.cluster.in_process:
+            return self
+        plain = RolloutConfig()
+        wanted: dict[str, tuple[object, object]] = {
+            "policy.world_size": (self.policy.world_size, 1),
+            "critic.world_size": (self.critic.world_size, 1),
+            "rollout.engine": (self.rollout.engine, plain.engine),
+            "rollout.num_engines": (self.rollout.num_engines, 1),
+            "rollout.tensor_parallel_size": (self.rollout.tensor_parallel_size, 1),
+            "rollout.max_staleness": (self.rollout.max_staleness, 0),
+            "model.dtype": (self.model.dtype, "float32"),
+        }
+        for key, (value, needed) in wanted.items():
+            if value != needed:
+                raise ValueError(f"cluster.in_process runs everything in one process: {key} must be {needed}")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from rich.text import Text
 from dvpo_service.config.algorithm import AlgorithmConfig
 from dvpo_service.config.pools import TrainerPool
 from dvpo_service.config.rollouts import RolloutConfig
-from dvpo_service.config.schema import Config
+from dvpo_service.config.schema import ClusterConfig, Config
 from dvpo_service.host.secrets import mask_uri
 from dvpo_service.terminal.console import make_console
 
@@ -47,8 +47,7 @@ def _plan_rows(config: Config) -> dict[str, str]:
     return {
         "model": _model_words(config),
         "algorithm": _algorithm_words(a),
-        "rollout": f"{_count(r.num_engines, _engine_words(r))}, tensor parallel {r.tensor_parallel_size}, "
-        f"{_device(cluster.gpus_per_engine)}; " + _staleness_words(r),
+        "rollout": _rollout_words(r, cluster) + "; " + _staleness_words(r),
         "reward": f"{_count(w.num_workers, 'worker')}, CPU, {w.words}, noise: {w.noise_words}",
         "critic": _pool_words(config.critic, config.batch_size, cluster.gpus_per_trainer) if a.has_critic else "none",
         "policy": _pool_words(config.policy, config.batch_size, cluster.gpus_per_trainer),
@@ -57,6 +56,13 @@ def _plan_rows(config: Config) -> dict[str, str]:
         "steps": f"{t.num_steps}, {_every('evaluation', t.eval_every)}, {_every('checkpoint', t.save_every)}",
         "tracking": "metrics.jsonl" + (f", MLflow experiment {track.experiment}" if track.mlflow else ""),
     }
+
+
+def _rollout_words(r: RolloutConfig, cluster: ClusterConfig) -> str:
+    if cluster.in_process:
+        return "by transformers, with everything in this process"
+    engines = f"{_count(r.num_engines, _engine_words(r))}, tensor parallel {r.tensor_parallel_size}"
+    return f"{engines}, {_device(cluster.gpus_per_engine)}"
 
 
 def _staleness_words(r: RolloutConfig) -> str:
