@@ -83,6 +83,7 @@ FORMS["robust"] = FORMS["calibrated"] | dict(
     shift_over="batch_middle",
     advantage="huber",
 )
+DEFAULT_FORM: Literal["robust"] = "robust"  # docs/noise-study.md has the evidence
 FORM_WEIGHTS: dict[str, dict[str, float]] = {
     "paper": {name: term.paper for name, term in TERMS.items()},
     "calibrated": {name: term.calibrated for name, term in TERMS.items()},
@@ -121,10 +122,10 @@ def _are_references(terms: dict[str, float]) -> dict[str, float]:
 
 
 def form_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the keys that follow ``form``; those of ``paper`` for an unknown form."""
-    form = given.get("form", "paper")
+    """Return the defaults of the keys that follow ``form``; those of the default form for an unknown one."""
+    form = given.get("form", DEFAULT_FORM)
     if not isinstance(form, str) or form not in FORMS:
-        form = "paper"  # fill in the other keys, so that the wrong form is the one error reported
+        form = DEFAULT_FORM  # fill in the other keys, so that the wrong form is the one error reported
     return FORMS[form] | {"dvpo_loss_weights": FORM_WEIGHTS[form]}
 
 
@@ -179,7 +180,7 @@ class AlgorithmConfig(Section):
     advantage_beta: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     head_trust: NonNegativeFloat = 0.0
 
-    form: Literal["paper", "calibrated", "robust"] = "paper"
+    form: Literal["paper", "calibrated", "robust"] = DEFAULT_FORM
     n_quantiles: Positive = 200
     n_heads: Positive = 3
     critic_hidden_dim: Positive = 512
