@@ -50,7 +50,9 @@ def test_overrides_are_typed_yaml(path: str) -> None:
 
 
 def test_a_form_is_a_preset_and_a_key_that_is_given_wins(path: str) -> None:
-    paper, calibrated = load_config(path).algorithm, load_config(path, ["algorithm.form=calibrated"]).algorithm
+    default = load_config(path).algorithm
+    assert (default.form, default.advantage, default.huber_scale) == ("robust", "huber", "return_width")
+    paper, calibrated = (load_config(path, [f"algorithm.form={form}"]).algorithm for form in ("paper", "calibrated"))
     assert (paper.quantile_levels, paper.critic_target, paper.huber_unit) == ("endpoint", "gae", False)
     assert (calibrated.quantile_levels, calibrated.critic_target) == ("midpoint", "mixture")
     assert paper.dvpo_loss_weights.consist == 1.0

@@ -1,4 +1,7 @@
-"""A sweep as a user runs it: a trial is killed, then the whole sweep is killed and continued."""
+"""A sweep as a user runs it: a trial is killed, then the whole sweep is killed and continued.
+
+One arm has actors and vLLM, the other is one process.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,17 @@ from mlflow import MlflowClient
 from tests.e2e.test_train import ROOT, write_config
 from tune_sweeps.records import TrialState, read_sweep
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
 STEPS = 6
+VAL_LIMIT = 16
 GRID = {
     "title": "with and without the gain",
     "reference": "full",
-    "arms": {"full": {}, "no-gain": {"algorithm.dvpo_loss_weights.ablate_gain": True}},
+    "arms": {
+        "full": {},
+        "no-gain": {"algorithm.dvpo_loss_weights.ablate_gain": True, "cluster.in_process": True},
+    },
 }
 
 
@@ -36,7 +43,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     grid = folder / "gain.yaml"
     grid.write_text(yaml.safe_dump(GRID))
     (folder / "my_parts.py").write_text((Path(__file__).parent / "parts.py").read_text())
-    keys = [f"trainer.num_steps={STEPS}", "trainer.eval_every=3", "trainer.save_every=1", "data.val_limit=16"]
+    keys = [f"trainer.num_steps={STEPS}", "trainer.eval_every=3", "trainer.save_every=1", f"data.val_limit={VAL_LIMIT}"]
     keys += ["policy.loss=my_parts:surrogate", "algorithm.critic_terms={'my_parts:spread': 0.01}"]
     command = [
         "sweep",
@@ -120,8 +127,9 @@ def test_the_arms_of_a_seed_share_their_start(folder: Path) -> None:
         json.loads((folder / "sweep" / "trials" / f"{arm}-seed0" / "metrics.jsonl").read_text().splitlines()[0])
         for arm in ("full", "no-gain")
     ]
-    scores = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in first]
-    assert scores[0] == scores[1]
+    scores = [{k: v for k, v in row.items() if k.startswith("eval/") and k.endswith("/greedy")} for row in first]
+    # Greedy, because vLLM and transformers draw other random numbers; one prompt may be a tie that rounding decides.
+    assert scores[0] == pytest.approx(scores[1], abs=1.5 / VAL_LIMIT)
 
 
 def test_trials_are_nested_mlflow_runs(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A training run as a user starts it, interrupted and continued, with real Ray, vLLM, FSDP2 and MLflow."""
+"""A training run as a user starts it, with real Ray, vLLM, FSDP2 and MLflow, and its continuation in one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dvpo_service.export.export import export, open_export
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 16
@@ -74,12 +74,12 @@ def dvpo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is trained to half its steps, then continued to the end by the same command."""
+    """A run, then a second one in its folder with more steps, which continues it: in one process, without actors."""
     folder = tmp_path_factory.mktemp("runs")
     config = write_config(folder)
     run = folder / "tiny"
-    for steps in (STEPS // 2, STEPS):
-        done = dvpo("train", "--config", str(config), "--run-dir", str(run), f"trainer.num_steps={steps}")
+    for steps, keys in ((STEPS - 4, []), (STEPS, ["cluster.in_process=true"])):
+        done = dvpo("train", "--config", str(config), "--run-dir", str(run), f"trainer.num_steps={steps}", *keys)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         (run / f"terminal-{steps}.txt").write_text(done.stdout)
     return run
@@ -136,10 +136,10 @@ def test_one_mlflow_run_holds_it_all(run_dir: Path) -> None:
 
 
 def test_the_terminal_shows_plan_progress_and_results(run_dir: Path) -> None:
-    first, second = ((run_dir / f"terminal-{s}.txt").read_text() for s in (STEPS // 2, STEPS))
+    first, second = ((run_dir / f"terminal-{s}.txt").read_text() for s in (STEPS - 4, STEPS))
     assert "16 prompts x 8" in first
-    assert f"step 1/{STEPS // 2}" in first
-    assert f"at step {STEPS // 2}" in second
+    assert f"step 1/{STEPS - 4}" in first
+    assert f"at step {STEPS - 4}" in second
     assert "held-out, mean reward" in second, "the reward is graded"
     assert str(run_dir / "summary.json") in second.replace("\n", "")
 
@@ -162,8 +162,9 @@ def test_the_exported_policy_loads_and_scores_the_same(run_dir: Path, rows: list
     for split in ("id", "ood"):
         figures = results["splits"][split]
         assert figures["prompts"] == 32
-        for name in ("accuracy", "greedy"):
-            assert figures[name] == pytest.approx(rows[-1][f"eval/{split}/{name}"], abs=0.02)
+        # The run ended in one process, where transformers sampled with other random numbers than vLLM.
+        for name, bound in (("accuracy", 0.15), ("greedy", 0.05)):
+            assert figures[name] == pytest.approx(rows[-1][f"eval/{split}/{name}"], abs=bound)
 
 
 def test_checkpoints_export_to_what_training_exports(run_dir: Path) -> None:

@@ -72,7 +72,8 @@ def test_gspo_is_its_equation(seed: int) -> None:
         assert_close(
             logprobs.grad[row, at], torch.tensor(gradient, dtype=torch.float64) / sequences, rtol=1e-6, atol=1e-9
         )
-    assert float(total.detach()) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    # The weights are float32, and the rows' losses of either sign may cancel.
+    assert float(total.detach()) == pytest.approx(expected, rel=1e-6, abs=1e-7)
     assert (logprobs.grad[~mask] == 0).all()
 
 
