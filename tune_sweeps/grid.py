@@ -100,22 +100,17 @@ def _noise() -> Grid:
 
 def _noise_study() -> Grid:
     """Return the methods of docs/noise-study.md; the noise is in the overrides of the command line."""
-    estimator, form = "algorithm.adv_estimator", "algorithm.form"
+    estimator = "algorithm.adv_estimator"
     methods: dict[str, dict[str, Any]] = {
-        "dvpo-robust": {form: "robust"},
-        "dvpo-calibrated": {form: "calibrated"},
-        "dvpo-paper": {form: "paper"},
+        "dvpo": {},
+        "dvpo-mean": {"algorithm.advantage": "mean"},
         "ppo": {estimator: "gae"},
         "ppo-max-advantage-1": {estimator: "gae", "algorithm.max_advantage": 1.0},
         "ppo-reward-in-0-1": {estimator: "gae", "reward.clip": [0.0, 1.0]},
-        "robust-gae": {estimator: "robust_gae"},
         "grpo": {estimator: "grpo"},
-        "dr_grpo": {estimator: "dr_grpo"},
-        "rloo": {estimator: "rloo"},
-        "reinforce_plus_plus": {estimator: "reinforce_plus_plus"},
     }
     arms = tuple(Arm(name, overrides) for name, overrides in methods.items())
-    return Grid("noise-study", "DVPO and others under one noise", arms, reference="grpo")
+    return Grid("noise-study", "DVPO and its rivals under one noise", arms, reference="dvpo")
 
 
 def _risk() -> Grid:
