@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from dvpo_service.config import Config
@@ -12,8 +14,28 @@ from dvpo_service.host.secrets import mask_uri
 from dvpo_service.loop import TrainState
 from dvpo_service.runs.checkpoint import Checkpoint
 from dvpo_service.runs.directory import RunDir
+from dvpo_service.runs.step_file import read_metrics
 from dvpo_service.runs.storage import StoragePath
 from dvpo_service.tracking.tracker import Tracker
+
+LATE = 5  # what is averaged at the end of a run: the last fifth of its updates
+
+
+def critic_explains(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what shares of the returns' variance the critic's values explain, over the last fifth of the updates.
+
+    Args:
+      rows: the metrics of every step.
+
+    Returns:
+      ``between_prompts``, and ``within_a_prompt``: right against wrong whole responses to the same prompt. What was not
+      measured, or never finite, is left out.
+    """
+    names = {"between_prompts": "critic/explained_variance_between", "within_a_prompt": "critic/explained_variance_end"}
+    late = [row for row in rows if row["step"] > rows[-1]["step"] * (1 - 1 / LATE)]
+    values = {k: [row[name] for row in late if row.get(name) is not None] for k, name in names.items()}
+    finite = {k: [v for v in of_metric if math.isfinite(v)] for k, of_metric in values.items()}
+    return {k: round(fmean(v), 4) for k, v in finite.items() if v}
 
 
 def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkpoint | None) -> dict[str, Any]:
@@ -35,8 +57,9 @@ def plan_facts(model_path: str, data: Data, run_dir: StoragePath, resume: Checkp
 def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, seconds: float) -> dict[str, Any]:
     """Write ``summary.json`` to the run's local folder, and return its content.
 
-    It has the accuracy by split before and after training, and the paths of the results. ``graded`` names the splits
-    whose rewards are not all 0 or 1, so that their accuracy is a mean reward.
+    It has the accuracy by split before and after training, what the critic explains (``critic_explains``), and the
+    paths of the results. ``graded`` names the splits whose rewards are not all 0 or 1, so that their accuracy is a mean
+    reward.
 
     Args:
       seconds: duration of this start of the run; ``training_seconds`` counts all of its starts.
@@ -64,6 +87,7 @@ def summarize(config: Config, state: TrainState, run: RunDir, tracker: Tracker, 
         "held_out_greedy_before": by_split(state.before, "greedy"),
         "held_out_greedy_after": by_split(state.after, "greedy"),
         "graded": list(by_split(state.after, "graded")),
+        "critic_explains": critic_explains(read_metrics(run.local / "metrics.jsonl")),
         "warnings": [*tracker.advice, *unscored],
         "where": {
             "run": str(run.location),

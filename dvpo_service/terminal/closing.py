@@ -28,7 +28,8 @@ def closing(
     Args:
       summary: must have ``steps`` and ``seconds``; may have ``held_out_before``, ``held_out_after``,
         ``held_out_greedy_before`` and ``held_out_greedy_after`` (accuracy by split, None where nothing was scored),
-        ``graded`` (the splits whose rewards are not 0 or 1), ``where`` (name to path) and ``warnings``.
+        ``graded`` (the splits whose rewards are not 0 or 1), ``critic_explains``, ``where`` (name to path) and
+        ``warnings``.
       run_dir: the run directory.
       tracking_uri: MLflow's URI, if there is one; its password is masked.
       console: by default standard output.
@@ -82,10 +83,22 @@ def _mlflow_command(tracking_uri: str | None) -> str | None:
     return f"{program} ui --backend-store-uri {shlex.quote(mask_uri(tracking_uri))}"
 
 
+def _critic_words(explains: Mapping[str, float]) -> str:
+    """Return what the critic's values explain, in words; empty where nothing is known."""
+    what = {
+        "between_prompts": "of the differences between prompts",
+        "within_a_prompt": "of those between right and wrong answers to one prompt",
+    }
+    known = [f"{explains[k]:.0%} {words}" for k, words in what.items() if k in explains]
+    return f"explains {' and '.join(known)}" if known else ""
+
+
 def _places(summary: Mapping[str, Any], run_dir: StoragePath, tracking_uri: str | None) -> dict[str, str]:
     rows = {"summary": str(run_dir / "summary.json"), "metrics": str(run_dir / "metrics.jsonl")}
     where = dict(summary.get("where", {}))
     rows |= {name: str(where[name]) for name in ("policy", "checkpoints") if name in where}
+    if words := _critic_words(summary.get("critic_explains", {})):
+        rows = {"critic": words, **rows}
     if warnings := summary.get("warnings"):
         rows["warnings"] = f"{len(warnings)}, in summary.json; docs/troubleshooting.md says what helps"
     if tracking_uri:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from actors.rollouts.evaluation import HeldOutEvaluator
-from dvpo_service.commands.summary import summarize
+from dvpo_service.commands.summary import critic_explains, summarize
 from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.loop import TrainState
@@ -47,3 +47,12 @@ def test_grades_are_told_from_right_and_wrong(config: Config) -> None:
     assert evaluated(config, 0.5, 1.0, None)["eval/val/graded"] == 0.5
     assert "eval/val/graded" not in evaluated(config, None)
     assert math.isnan(evaluated(config, None)["eval/val/accuracy"])
+
+
+def test_what_the_critic_explains_is_a_mean_over_the_last_fifth() -> None:
+    between, end = "critic/explained_variance_between", "critic/explained_variance_end"
+    rows = [{"step": k, between: 0.1 * k, end: 0.5 if k == 9 else math.nan} for k in range(1, 11)]
+    assert critic_explains(rows) == {"between_prompts": 0.95, "within_a_prompt": 0.5}
+    assert critic_explains([{"step": 0}, {"step": 1, end: None}]) == {}, "null stands for not finite in the file"
+    assert critic_explains([{"step": 1, end: 0.0}]) == {"within_a_prompt": 0.0}
+    assert critic_explains([]) == {}
