@@ -51,8 +51,8 @@ CRITIC = (
         "critic_not_learning",
         critic_explains_nothing(0.02),
         "The critic explains {value:.3f} of the returns' variance, no more than a constant would.{at_best}",
-        "Let it learn more before and beside the policy: raise trainer.critic_warmup or critic.epochs, try another "
-        "critic.optim.lr.",
+        "Let it learn more before and beside the policy: raise trainer.critic_warmup or critic.epochs; where the model "
+        "can judge already, let the heads learn fast and the body slowly (critic.head_lr, critic.optim.lr).",
         after=CRITIC_STEPS,
     ),
     Rule(
