@@ -1,7 +1,6 @@
-# Most real ones have limits on time, and start as many processes as there are cores: those run one at a time.
+# The real ones start as many processes as there are cores; two of them at once would wait for each other.
 UNIT := .venv/bin/python -m pytest -m "not e2e" -n 2
-PAIRS := .venv/bin/python -m pytest -m "e2e and parallel" -n 2 --dist loadfile
-ALONE := .venv/bin/python -m pytest -m "e2e and not parallel"
+E2E := .venv/bin/python -m pytest -m e2e
 
 .PHONY: setup demo test unit chaos check bench audit mlflow clean
 
@@ -12,7 +11,7 @@ demo: setup       ## the main job: a small policy learns, seen here and in MLflo
 	.venv/bin/dvpo train --config demo
 
 test: setup check ## everything: checks, unit tests, real vLLM, Ray and MLflow
-	@status=0; $(UNIT) || status=1; $(PAIRS) || status=1; $(ALONE) || status=1; exit $$status
+	@status=0; $(UNIT) || status=1; $(E2E) || status=1; exit $$status
 
 unit: setup       ## the fast tests only
 	$(UNIT)

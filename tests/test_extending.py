@@ -62,7 +62,6 @@ def test_the_reward_of_the_guide_scores(beside: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parallel
 def test_a_run_with_parts_of_ones_own_learns_from_them(beside: Path, tiny_model: Path) -> None:
     """All that fit together, on a real critic, policy and cluster, with an engine that is not vLLM."""
     (beside / "mine.yaml").write_text(

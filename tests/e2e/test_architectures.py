@@ -17,7 +17,7 @@ from tests.e2e.architectures import CONFIGS
 BY_HAND = {"llama", "qwen2", "qwen3"}
 NAMES = [name for name in CONFIGS if name not in BY_HAND]
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = pytest.mark.e2e
 
 Results = dict[str, dict[str, Any]]
 

@@ -16,7 +16,7 @@ from dvpo_service.tracking.store import default_tracking_uri
 from tests.e2e.raycluster import RayCluster, wait_until
 from tests.e2e.test_train import write_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = pytest.mark.e2e
 
 STEPS = 10
 JOB_S = 400.0

@@ -20,7 +20,7 @@ from tests.e2e.netns import SUBNET, Host, Network, why_not
 from tests.e2e.raycluster import BIN, ROOT, RayCluster, environment, free_port, wait_until
 from tests.e2e.test_train import write_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel, needs(why_not())]
+pytestmark = [pytest.mark.e2e, needs(why_not())]
 
 BUCKET = "dvpo"
 RUN = f"s3://{BUCKET}/runs/tiny"

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from dvpo_service.tracking.store import default_tracking_uri
 from tests.e2e.test_train import ROOT, write_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = pytest.mark.e2e
 
 STEPS = 8
 WAIT_S = 400

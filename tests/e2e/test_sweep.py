@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from tests.e2e.test_train import ROOT, write_config
 from tune_sweeps.records import TrialState, read_sweep
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = pytest.mark.e2e
 
 STEPS = 6
 VAL_LIMIT = 16

@@ -21,7 +21,7 @@ from dvpo_service.export.export import export, open_export
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.load import load_causal_lm, load_tokenizer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 STEPS = 16
