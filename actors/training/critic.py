@@ -25,7 +25,8 @@ from dvpo_service.config import Config
 from dvpo_service.estimators.base import Estimate, RunningStats, critic_objective, critic_spec
 from dvpo_service.models.critic import DistributionalCritic, response_positions, split_heads
 from dvpo_service.models.critic_folder import CriticSpec
-from dvpo_service.models.load import compute_soft_caps, text_model
+from dvpo_service.models.load import compute_soft_caps, load_backbone, text_model
+from dvpo_service.models.lora import add_adapter
 from dvpo_service.models.sharded_load import in_turns, load_sharded
 from dvpo_service.models.sharding import all_ranks, shard
 from dvpo_service.runs.storage import written_locally
@@ -252,6 +253,8 @@ def _build(config: Config, model_path: str, spec: CriticSpec, device: torch.devi
     trust = config.model.trust_remote_code
 
     def build(backbone: Any) -> Any:
+        if config.critic.lora:
+            backbone = add_adapter(backbone, config.critic.lora, seed=config.trainer.seed)
         return shard(
             DistributionalCritic(
                 backbone, **dataclasses.asdict(spec), seed=config.trainer.seed, packing=config.critic.packing
@@ -266,6 +269,8 @@ def _build(config: Config, model_path: str, spec: CriticSpec, device: torch.devi
         compute_soft_caps(backbone)
         return build(text_model(backbone))
 
+    if config.critic.lora:
+        return in_turns(lambda: build(load_backbone(model_path, trust_remote_code=trust)), mesh)
     if config.critic.init_from_policy:
         return load_sharded(model_path, build, mesh, head=False, trust_remote_code=trust)
     return in_turns(untrained, mesh)

@@ -18,12 +18,12 @@ from actors.training.worker import TrainerWorker
 from dvpo_service.algo.diagnostics import policy_metrics
 from dvpo_service.config import Backend, Config
 from dvpo_service.models.fixed_sequences import FixedSequences, fixed_token_ids
-from dvpo_service.models.load import load_tokenizer
+from dvpo_service.models.load import load_causal_lm, load_tokenizer
+from dvpo_service.models.lora import adapters_off, add_adapter
 from dvpo_service.models.policy import PolicyModel
-from dvpo_service.models.sharded_load import load_sharded
+from dvpo_service.models.policy_folder import write_policy
+from dvpo_service.models.sharded_load import in_turns, load_sharded
 from dvpo_service.models.sharding import all_ranks, shard
-from dvpo_service.models.weight_files import write_weights
-from dvpo_service.models.whole import as_in_files, gathered, saved, shapes
 from dvpo_service.objectives.policy import PolicyObjective
 from dvpo_service.runs.storage import written_locally
 from dvpo_service.types import Metrics, Rollouts
@@ -58,7 +58,8 @@ class PolicyWorker(TrainerWorker):
         )
         self.objective = PolicyObjective(config)
         self.reference: Any = None
-        if config.policy.kl.coef > 0:  # no optimizer updates it, so it is kept in the precision of the computation
+        if config.policy.kl.coef > 0 and not config.policy.lora:
+            # No optimizer updates it, so it is kept in the precision of the computation.
             self.reference = self._load(getattr(torch, config.model.dtype), checkpointing=False).requires_grad_(False)
         self.transfer: Any = None
         self.membership: Any = None  # the engines that the transfer reaches
@@ -78,9 +79,16 @@ class PolicyWorker(TrainerWorker):
                 part = rollouts.select(index)
                 rows.append(index)
                 logprobs.append(_widen(self._score(self.trainer.module, part)[0], part, width))
-                if self.reference is not None:
-                    reference.append(_widen(self._score(self.reference, part)[0], part, width))
+                if self.config.policy.kl.coef > 0:
+                    reference.append(_widen(self._reference_score(part), part, width))
         return RankLogprobs(torch.cat(rows), torch.cat(logprobs), torch.cat(reference) if reference else None)
+
+    def _reference_score(self, part: Rollouts) -> Tensor:
+        """Return log-probs [b, t] under the reference: a frozen copy, or the policy with its adapters off."""
+        if self.reference is not None:
+            return self._score(self.reference, part)[0]
+        with adapters_off(self.trainer.module):
+            return self._score(self.trainer.module, part)[0]
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> Tensor:
@@ -136,10 +144,7 @@ class PolicyWorker(TrainerWorker):
 
     def _export(self, folder: Path | None) -> None:
         lm: Any = self.trainer.module.backbone
-        weights = saved(lm)
-        if folder is not None:
-            lm.save_pretrained(folder, state_dict={})  # all but the weights
-        write_weights(as_in_files(lm, shapes(weights)), as_in_files(lm, gathered(weights)), folder)
+        write_policy(lm, folder, lora=self.config.policy.lora, base=self.model_path)
         tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
         sequences = fixed_token_ids(lm.config, tokenizer)
         fixed = FixedSequences(sequences, [self._sequence_logprobs(ids) for ids in sequences], self.config.model.dtype)
@@ -161,6 +166,8 @@ class PolicyWorker(TrainerWorker):
         mesh = all_ranks(self.device)
 
         def build(lm: Any) -> Any:
+            if lora := self.config.policy.lora:
+                lm = add_adapter(lm, lora, seed=self.config.trainer.seed)
             return shard(
                 PolicyModel(lm, temperature=self.config.rollout.temperature, packing=self.config.policy.packing),
                 mesh,
@@ -169,6 +176,8 @@ class PolicyWorker(TrainerWorker):
             )
 
         trust = self.config.model.trust_remote_code
+        if self.config.policy.lora:  # the names of the files' weights are not those of a model with adapters
+            return in_turns(lambda: build(load_causal_lm(self.model_path, dtype=dtype, trust_remote_code=trust)), mesh)
         return load_sharded(self.model_path, build, mesh, head=True, dtype=dtype, trust_remote_code=trust)
 
     def _score(self, module: Any, part: Rollouts, *, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -199,7 +199,7 @@ class Trainer:
             self.optimizer,
             model_state_dict={k: tensors[f"model.{self._names.get(k, k)}"] for k in model},
             optim_state_dict={k: tensors.get(f"optim.{k}", v) for k, v in optim.items()},
-            options=StateDictOptions(flatten_optimizer_state_dict=True),
+            options=self._options,
         )
         self.extra = {k: tensors.get(f"extra.{k}", v) for k, v in self.extra.items()}
         self._set_schedule(int(tensors["schedule"]))
@@ -212,9 +212,14 @@ class Trainer:
             group["lr"] = lr
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        model, optim = get_state_dict(self.module, self.optimizer, options=options)
+        model, optim = get_state_dict(self.module, self.optimizer, options=self._options)
         return dict(model), dict(optim)
+
+    @property
+    def _options(self) -> StateDictOptions:
+        """Weights that are frozen are those of the base model, and no checkpoint has them."""
+        frozen = not all(p.requires_grad for p in self.module.parameters())
+        return StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=frozen, strict=not frozen)
 
     def _tensors(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, Tensor]:
         """Return the tensors that change in training, by name. Hyper-parameters come from the config, not from here."""
@@ -229,7 +234,7 @@ def _parameter_groups(module: nn.Module, own_lrs: Mapping[str, float]) -> list[d
     """Return the optimizer's groups: the submodules with a learning rate of their own, and everything else first."""
     own = {name: list(module.get_submodule(name).parameters()) for name in own_lrs}
     apart = {id(p) for parameters in own.values() for p in parameters}
-    rest = {"params": [p for p in module.parameters() if id(p) not in apart]}
+    rest = {"params": [p for p in module.parameters() if p.requires_grad and id(p) not in apart]}
     return [rest, *({"params": own[name], "lr": lr} for name, lr in own_lrs.items())]
 
 

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from dvpo_service.models.lora import merged, plain
 from dvpo_service.models.whole import as_in_files, gathered, shapes
 
 
 class CheckpointSource(WeightSource):
     """Every parameter of a Hugging Face model, whole, under the names that ``save_pretrained`` would write.
+
+    Adapters are merged into the weights that they change.
 
     The weights of a layer are gathered and converted together, so no more than one layer is whole at a time.
 
@@ -27,9 +30,10 @@ class CheckpointSource(WeightSource):
 
     def metadata(self) -> list[ParamMeta]:
         """Return name, dtype and shape of every weight, in the order of iteration, without gathering any."""
-        empty = as_in_files(self.model, shapes(self.model.named_parameters()))
+        empty = as_in_files(self.model, shapes(plain(self.model.named_parameters())))
         return [ParamMeta(name, self.dtype, tuple(x.shape)) for name, x in empty]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in as_in_files(self.model, gathered(self.model.named_parameters())):
+        weights = merged(self.model, self.model.named_parameters())
+        for name, tensor in as_in_files(self.model, gathered(weights)):
             yield name, tensor.detach().to(self.dtype).contiguous()

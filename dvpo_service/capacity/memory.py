@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dvpo_service.algo.chunked_logprobs import CHUNK_BYTES
-from dvpo_service.capacity.shape import ModelShape
+from dvpo_service.capacity.shape import ModelShape, adapter_parameters
 from dvpo_service.config.pools import TrainerPool
 from dvpo_service.config.schema import Config
 from dvpo_service.models.weight_files import MAX_FILE_BYTES, TRANSFER_BYTES
@@ -61,8 +61,9 @@ def devices(config: Config, shape: ModelShape) -> list[Device]:
 
 def _policy(config: Config, shape: ModelShape) -> Iterator[Part]:
     pool = config.policy
-    yield from _trained("policy", pool, config, shape, shape.parameters)
-    if pool.kl.coef > 0:
+    adapter = adapter_parameters(config, pool.lora, head=True)
+    yield from _trained("policy", pool, config, shape, shape.parameters + adapter, adapter or shape.parameters)
+    if pool.kl.coef > 0 and not pool.lora:
         size = compute_bytes(config) * shape.parameters / pool.world_size
         yield Part("reference", size, "policy.kl.coef=0, policy.world_size")
     logits = micro_tokens(pool, config) * shape.vocab * FLOAT32
@@ -79,24 +80,28 @@ def _critic(config: Config, shape: ModelShape) -> Iterator[Part]:
     pool, a = config.critic, config.algorithm
     atoms = a.n_heads * a.n_quantiles
     heads = shape.hidden * a.critic_hidden_dim + a.critic_hidden_dim**2 + a.critic_hidden_dim * atoms
-    yield from _trained("critic", pool, config, shape, shape.body + heads)
+    adapter = adapter_parameters(config, pool.lora, head=False)
+    yield from _trained("critic", pool, config, shape, shape.body + heads + adapter, heads + (adapter or shape.body))
     tokens = micro_tokens(pool, config)
     responses = tokens * config.rollout.max_new_tokens / config.max_model_len
     values = FLOAT32 * responses * (ATOM_COPIES * atoms + shape.hidden + 4 * a.critic_hidden_dim)
     yield Part("value distributions", values, "algorithm.n_quantiles, algorithm.n_heads, critic.micro_batch_size")
 
 
-def _trained(name: str, pool: TrainerPool, config: Config, shape: ModelShape, parameters: int) -> Iterator[Part]:
-    """Yield the parts that policy and critic have in common."""
-    shard = parameters / pool.world_size
+def _trained(
+    name: str, pool: TrainerPool, config: Config, shape: ModelShape, parameters: int, trained: int
+) -> Iterator[Part]:
+    """Yield the parts that policy and critic have in common; ``trained`` of the ``parameters`` have gradients."""
+    shard, own = parameters / pool.world_size, trained / pool.world_size
     width = compute_bytes(config)
     yield Part("weights (float32)", FLOAT32 * shard, f"{name}.world_size")
-    yield Part("optimizer (AdamW)", 2 * FLOAT32 * shard, f"{name}.world_size")
+    keys = f"{name}.world_size" if pool.lora else f"{name}.world_size, {name}.lora"
+    yield Part("optimizer (AdamW)", 2 * FLOAT32 * own, keys)
     whole = pool.defer_gradient_reduction and pool.world_size > 1
     yield Part(
         "gradients (float32)",
-        FLOAT32 * (parameters if whole else shard),
-        f"{name}.defer_gradient_reduction=false" if whole else f"{name}.world_size",
+        FLOAT32 * (trained if whole else own),
+        f"{name}.defer_gradient_reduction=false" if whole else keys,
     )
     if pool.world_size > 1 or width < FLOAT32:  # one rank alone in float32 trains the plain module (models/sharding.py)
         # FSDP copies two layers, for the next is gathered while one computes, and what is in no layer; with gradients.
@@ -106,10 +111,10 @@ def _trained(name: str, pool: TrainerPool, config: Config, shape: ModelShape, pa
     layer = shape.saved * width
     kept = shape.hidden * width
     per_token = shape.layers * kept + layer if pool.gradient_checkpointing else shape.layers * layer
-    keys = [f"{name}.max_tokens_per_micro_batch", f"{name}.micro_batch_size"]
+    smaller = [f"{name}.max_tokens_per_micro_batch", f"{name}.micro_batch_size"]
     if not pool.gradient_checkpointing:
-        keys.insert(0, f"{name}.gradient_checkpointing=true")
-    yield Part("activations", tokens * per_token, ", ".join(keys))
+        smaller.insert(0, f"{name}.gradient_checkpointing=true")
+    yield Part("activations", tokens * per_token, ", ".join(smaller))
 
 
 def _engine(config: Config, shape: ModelShape) -> Iterator[Part]:
@@ -162,7 +167,8 @@ def host_bytes(config: Config, shape: ModelShape) -> dict[str, float]:
         "export": min(MAX_FILE_BYTES, whole) + min(MAX_FILE_BYTES, critic),
     }
     if config.cluster.gpus_per_trainer > 0:
-        reference = compute_bytes(config) * shape.parameters if config.policy.kl.coef > 0 else 0
+        copied = config.policy.kl.coef > 0 and not config.policy.lora
+        reference = compute_bytes(config) * shape.parameters if copied else 0
         found["loading"] = whole + critic + reference
     if a.has_critic:
         found["critic targets"] = FLOAT32 * config.batch_size * config.rollout.max_new_tokens * a.n_quantiles

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
+from dvpo_service.config.pools import LoraConfig
 from dvpo_service.config.schema import Config
 from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.load import check_model_folder, compute_soft_caps, quiet, text_model
+from dvpo_service.models.lora import add_adapter
 from dvpo_service.models.sharding import decoder_layers
 from dvpo_service.models.small import small_config
 
@@ -41,6 +43,26 @@ class ModelShape:
 def model_shape(config: Config) -> ModelShape:
     """Return the sizes of the config's model. Raises CheckpointError when its config cannot be read."""
     return shape_of(_model_config(config), trust_remote_code=config.model.trust_remote_code)
+
+
+def adapter_parameters(config: Config, lora: LoraConfig | None, *, head: bool) -> int:
+    """Return how many weights the adapters of the config's model have, 0 for none.
+
+    Args:
+      head: of the causal LM; otherwise of the network below its output layer.
+
+    Raises:
+      ConfigError: the model lacks the layers that ``lora`` names.
+      CheckpointError: the model's config cannot be read.
+    """
+    if lora is None:
+        return 0
+    quiet()
+    auto: Any = AutoModelForCausalLM if head else AutoModel
+    with torch.device("meta"):
+        model = auto.from_config(_model_config(config), trust_remote_code=config.model.trust_remote_code)
+        model = add_adapter(model if head else text_model(model), lora, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def shape_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelShape:

@@ -25,6 +25,9 @@ def identity(config: Config, data: Data) -> dict[str, str]:
     tokenizer and weights (their sizes, first and last MiB). Moving or renaming a file changes nothing.
     """
     values = {f"algorithm.{key}": str(getattr(config.algorithm, key)) for key in FIXED}
+    # Without adapters there is no entry, as there was none in earlier versions.
+    pools = {"policy": config.policy, "critic": config.critic}
+    values |= {f"{name}.lora": pool.lora.model_dump_json() for name, pool in pools.items() if pool.lora}
     values["reward.function"] = _reward(config.reward)
     values |= _model(config)
     values["data.train_files"] = _hash_of_prompts(data.train)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from actors.cluster.placement import plan_bundles
 from dvpo_service.capacity.plan import Capacity, gib
-from dvpo_service.capacity.shape import model_shape
+from dvpo_service.capacity.shape import adapter_parameters, model_shape
 from dvpo_service.config import Config
 from dvpo_service.errors import ConfigError
 from dvpo_service.terminal.console import make_console
@@ -48,6 +48,15 @@ def check_capacity(config: Config) -> str:
     capacity = capacity_of(config)
     capacity.check()
     return ", ".join(f"{d.count} {d.pool} of {gib(d.size)}" for d in capacity.devices)
+
+
+def check_adapters(config: Config) -> None:
+    """Raise ConfigError where ``policy.lora`` or ``critic.lora`` names layers that the model lacks."""
+    for name, pool in (("policy", config.policy), ("critic", config.critic)):
+        try:
+            adapter_parameters(config, pool.lora, head=name == "policy")
+        except ConfigError as error:
+            raise ConfigError(f"{name}.{error}") from error
 
 
 def show(config: Config, gpus: int | None, gib: float | None) -> None:

@@ -15,7 +15,7 @@ from dvpo_service.commands.assemble import Pools, assemble, recovery_of, start_p
 from dvpo_service.commands.check_plugins import check_plugins
 from dvpo_service.commands.check_rollouts import check_rollouts
 from dvpo_service.commands.in_process import assemble_here
-from dvpo_service.commands.plan import check_capacity
+from dvpo_service.commands.plan import check_adapters, check_capacity
 from dvpo_service.commands.resume import open_tracker, restore, resume_point
 from dvpo_service.commands.summary import plan_facts, summarize
 from dvpo_service.commands.warmstart import base_model, is_made
@@ -90,6 +90,7 @@ def _check(config: Config, *, quiet: bool) -> Data:
     data = load_data(config.data)
     check_rollouts(config, data)
     check_model(config.model.path, config.max_model_len, trust_remote_code=config.model.trust_remote_code)
+    check_adapters(config)
     plan_fit(config)
     check_capacity(config)
     return data

@@ -32,6 +32,21 @@ class OptimConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters in place of the weights (arXiv 2106.09685, by peft).
+
+    Attributes:
+      rank: of an adapter's two matrices.
+      alpha: their product is multiplied by alpha / rank.
+      target_modules: the linear layers that get an adapter, by the last part of their names; ``all-linear`` is every
+        one but the output layer. The experts of a mixture are none.
+    """
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
 class TrainerPool(Section):
     """Settings that the critic's and the policy's pool share. Batch sizes count sequences.
 
@@ -42,6 +57,8 @@ class TrainerPool(Section):
         forward pass then takes sequences of similar length. When absent, it takes them as they come, and only
         ``micro_batch_size`` counts.
       packing: lay a micro-batch's sequences end to end instead of padding them.
+      lora: train adapters, and leave the weights as they are. Gradients, optimizer and checkpoints are then those of
+        the adapters alone, and the policy's reference is the policy with its adapters off.
       defer_gradient_reduction: reduce gradients over the ranks once per optimizer step instead of once per micro-batch.
         It saves network traffic, and every rank then holds a float32 gradient of the whole model.
     """
@@ -53,6 +70,7 @@ class TrainerPool(Section):
     max_tokens_per_micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     packing: bool = False
+    lora: LoraConfig | None = None
     defer_gradient_reduction: bool = False
     step_timeout_s: PositiveFloat = 1800.0
 
@@ -83,6 +101,12 @@ class CriticConfig(TrainerPool):
     head_lr: PositiveFloat | None = None
     init_from_policy: bool = True
     value_clip: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _adapters_adapt_something(self) -> Self:
+        if self.lora and not self.init_from_policy:
+            raise ValueError("lora adapts the policy's model: init_from_policy=false would freeze random weights")
+        return self
 
 
 def kind_default(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from dvpo_service.errors import CheckpointError
 from dvpo_service.estimators.base import critic_objective, critic_spec
 from dvpo_service.export.model_card import model_card
 from dvpo_service.export.states import EXPORT_FILE, is_export, newest, read_json, run_config, run_of, step_in
-from dvpo_service.models.base import base_folder, empty_backbone, empty_policy
+from dvpo_service.models.base import ORIGIN, base_folder, empty_backbone, empty_policy, origin
 from dvpo_service.models.critic import DistributionalCritic
 from dvpo_service.models.fixed_sequences import record
-from dvpo_service.models.load import load_tokenizer
+from dvpo_service.models.load import load_backbone, load_causal_lm, load_tokenizer
+from dvpo_service.models.lora import add_adapter
+from dvpo_service.models.policy_folder import write_policy
 from dvpo_service.models.unshard import unshard
-from dvpo_service.models.weight_files import MAX_FILE_BYTES
 from dvpo_service.runs.integrity import Damaged, verify
 from dvpo_service.runs.settings import CONFIG_FILE, settings_changes
 from dvpo_service.runs.step_file import read_metrics
@@ -196,19 +197,26 @@ def _replaceable(output: Path) -> bool:
 
 
 def _export_policy(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:
-    base = base_folder(run_dir)
-    model: Any = empty_policy(base, trust_remote_code=config.model.trust_remote_code)
+    base, trust, lora = base_folder(run_dir), config.model.trust_remote_code, config.policy.lora
+    if lora:  # the checkpoint has the adapter alone
+        model: Any = add_adapter(load_causal_lm(origin(base), trust_remote_code=trust), lora, seed=0)
+    else:
+        model = empty_policy(base, trust_remote_code=trust)
     unshard(checkpoint / "policy", model, "backbone.")
-    model.save_pretrained(folder, max_shard_size=MAX_FILE_BYTES)
+    write_policy(model, folder, lora=lora, base=origin(base) if lora else "")
     # The tokenizer and the generation config are those of the base model. The model's own config is not copied:
     # save_pretrained has written what the model is now (float32).
-    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json", ORIGIN))
     record(model, load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code), folder)
 
 
 def _export_critic(checkpoint: Path, run_dir: Path, config: Config, folder: Path) -> None:
     spec = critic_spec(config.algorithm, critic_objective(config.algorithm, config.critic))
-    backbone = empty_backbone(base_folder(run_dir), trust_remote_code=config.model.trust_remote_code)
+    base, trust, lora = base_folder(run_dir), config.model.trust_remote_code, config.critic.lora
+    if lora:
+        backbone: Any = add_adapter(load_backbone(origin(base), trust_remote_code=trust), lora, seed=0)
+    else:
+        backbone = empty_backbone(base, trust_remote_code=trust)
     critic = DistributionalCritic(backbone, **dataclasses.asdict(spec), seed=0)
     unshard(checkpoint / "estimator", critic)
     critic.save_pretrained(folder)

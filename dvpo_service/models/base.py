@@ -5,6 +5,7 @@ A checkpoint holds weights only. With this folder it can be turned into a model 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dvpo_service.models.load import (
 )
 
 FOLDER = "base"
+ORIGIN = "origin.json"  # the model's name or path, which says where its weights are
 
 
 def save_base(model_path: str, run_dir: Path, *, trust_remote_code: bool = False) -> None:
@@ -35,6 +37,8 @@ def save_base(model_path: str, run_dir: Path, *, trust_remote_code: bool = False
     folder = run_dir / FOLDER
     load_model_config(model_path, trust_remote_code=trust_remote_code).save_pretrained(folder)
     load_tokenizer(model_path, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    path = Path(model_path)
+    (folder / ORIGIN).write_text(json.dumps({"model": str(path.absolute()) if path.exists() else model_path}) + "\n")
     try:
         generation = GenerationConfig.from_pretrained(model_path)
     except OSError:  # a model may come without a generation config
@@ -52,6 +56,14 @@ def base_folder(run_dir: Path) -> Path:
             "Leave checkpoints in their run directory; `dvpo train` writes it when it starts or continues a run"
         )
     return folder
+
+
+def origin(base: Path) -> str:
+    """Return name or path of the model that a run started from. Raises CheckpointError when nothing tells."""
+    try:
+        return str(json.loads((base / ORIGIN).read_text())["model"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{base / ORIGIN}: cannot be read, and names the model that adapters are for") from error
 
 
 def empty_policy(base: Path, *, trust_remote_code: bool = False) -> nn.Module:

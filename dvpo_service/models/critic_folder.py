@@ -22,6 +22,7 @@ from dvpo_service.algo.choices import LevelKind
 from dvpo_service.algo.quantiles import quantile_levels
 from dvpo_service.errors import CheckpointError, one_line
 from dvpo_service.models.base import build_empty
+from dvpo_service.models.lora import merged, plain
 from dvpo_service.models.weight_files import WEIGHTS_FILE, read_weights, write_weights
 from dvpo_service.models.whole import gathered, saved
 
@@ -73,7 +74,7 @@ def write_critic(folder: Path | None, spec: CriticSpec, backbone: PretrainedConf
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        write_weights(weights, gathered(weights), folder)
+        write_weights(plain(weights), gathered(merged(critic, weights)), folder)
         if folder is not None:
             (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n")
     except (OSError, SafetensorError) as error:

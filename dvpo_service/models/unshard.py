@@ -19,13 +19,16 @@ MODEL = "model."  # the prefix that the trainer gives the names of parameters
 def unshard(folder: Path, module: nn.Module, prefix: str = "") -> None:
     """Load the weights that ``Trainer.save`` wrote to ``folder``, at any world size, into ``module``.
 
+    Weights that are frozen in ``module`` are in no checkpoint, and stay as they are.
+
     Args:
       prefix: the path of ``module`` within the trained module, e.g. ``backbone.``.
 
     Raises:
       CheckpointError: when files are missing or damaged, or hold another architecture.
     """
-    wanted = {f"{MODEL}{prefix}{name}": t for name, t in module.state_dict().items()}
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    wanted = {f"{MODEL}{prefix}{name}": t for name, t in module.state_dict().items() if name not in frozen}
     try:
         reader = HuggingFaceStorageReader(str(folder))
         metadata = reader.read_metadata()

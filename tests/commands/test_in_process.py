@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from dvpo_service.commands.train import train
 from dvpo_service.config import Config
-from dvpo_service.export.export import open_export
+from dvpo_service.errors import CheckpointError, ConfigError
+from dvpo_service.export.export import export, open_export
 from tests.builders import make_config
 
 
@@ -68,6 +70,54 @@ def test_grpo_with_a_reference_dynamic_sampling_and_checkpointing(tiny_model: Pa
     assert last["policy/ref_kl"] >= 0
     assert not any(name.startswith("critic/") for name in last)
     assert open_export(tmp_path / "run" / "policy").critic is None
+
+
+def test_adapters_of_policy_and_critic_are_trained_saved_continued_and_exported(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    lora = {"lora": {"rank": 4}, "optim": {"lr": 1e-2}}
+    sections: Any = {
+        "policy": lora | {"kl": {"coef": 0.01}, "mini_batch_size": 16},  # one optimizer step an update
+        "critic": lora,
+        # Responses of an untrained model are all wrong: noise gives the policy something to learn.
+        "reward": {"noise": {"kind": "gaussian", "sd": 1.0}},
+    }
+    train(in_process(tiny_model, **sections), tmp_path / "whole")
+    for steps in (2, 4):
+        train(in_process(tiny_model, **sections, trainer={"num_steps": steps}), tmp_path / "cut")
+    assert learned(tmp_path / "cut") == learned(tmp_path / "whole")
+    first, *_, last = rows(tmp_path / "whole")[1:]
+    assert first["policy/ref_kl"] == 0, (
+        "at first an adapter changes nothing: the policy is its reference"
+    )
+    assert last["policy/ref_kl"] > 1e-4
+    assert last["policy/rollout_kl"] < 1e-8
+
+    exported = open_export(tmp_path / "whole" / "policy").folder
+    by_hand = export(tmp_path / "cut" / "checkpoints" / "step-000004", tmp_path / "by-hand").folder
+    base = load_file(tiny_model / "model.safetensors")
+    for file in ("model.safetensors", "critic/model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = load_file(exported / file), load_file(by_hand / file)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one), file
+    weights = load_file(exported / "model.safetensors")
+    assert weights.keys() == base.keys()
+    changed = {k for k in base if not torch.equal(base[k], weights[k])}
+    assert changed == {k for k in base if "proj.weight" in k}, (
+        "what has no adapter is the base model's"
+    )
+    saved = [f for f in (tmp_path / "cut/checkpoints/step-000004/policy").iterdir() if f.suffix == ".safetensors"]
+    assert not any("embed" in name or "base_layer" in name for f in saved for name in load_file(f))
+
+
+def test_an_adapter_of_other_settings_is_another_run(tiny_model: Path, tmp_path: Path) -> None:
+    one = {"policy": {"lora": {"rank": 4}}, "trainer": {"num_steps": 1}}
+    train(in_process(tiny_model, **one), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"policy\.lora was .*rank.:4"):
+        train(in_process(tiny_model, policy={"lora": {"rank": 8}}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"critic\.lora\.target_modules=\['query'\]"):
+        train(in_process(tiny_model, critic={"lora": {"target_modules": ["query"]}}), tmp_path / "other")
+    assert not (tmp_path / "other").exists() or not any((tmp_path / "other").glob("metrics*"))
 
 
 @pytest.mark.parametrize(

@@ -97,16 +97,18 @@ def assert_same(a: tuple[list[Tensor], list[Metrics]], b: tuple[list[Tensor], li
         {"form": "calibrated"},
         {"form": "robust", "advantage": "huber"},
         {"adv_estimator": "robust_gae", "robust_rho": 0.1},
+        {"lora": {"rank": 4}},
     ],
-    ids=["paper", "calibrated", "robust", "robust_gae"],
+    ids=["paper", "calibrated", "robust", "robust_gae", "lora"],
 )
 def test_critic_gives_the_same_on_two_ranks_and_in_other_micro_batches(
     kind: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32} | kind
-    one = make_config(tiny_model, algorithm=algorithm, critic={"micro_batch_size": 8, "epochs": 2})
+    algorithm = {"n_quantiles": 20, "critic_hidden_dim": 32} | {k: v for k, v in kind.items() if k != "lora"}
+    critic = {"epochs": 2, "lora": kind.get("lora")}
+    one = make_config(tiny_model, algorithm=algorithm, critic=critic | {"micro_batch_size": 8})
     sizes = {"world_size": 2, "micro_batch_size": 3, "max_tokens_per_micro_batch": 24}
-    two = make_config(tiny_model, algorithm=algorithm, critic=sizes | {"epochs": 2}, data={"max_prompt_tokens": 8})
+    two = make_config(tiny_model, algorithm=algorithm, critic=critic | sizes, data={"max_prompt_tokens": 8})
     first = launch(critic_run, one, tiny_model, 1, tmp_path / "one")
     assert_same(first, launch(critic_run, two, tiny_model, 2, tmp_path / "two"))
     scalar = "adv_estimator" in kind
@@ -207,9 +209,10 @@ def continued_policy_run(config: Config, model: str, meet: Rendezvous) -> tuple[
     return tensors * STEPS, [metrics] * STEPS
 
 
-def test_one_rank_continues_what_two_have_saved(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["", "lora"])
+def test_one_rank_continues_what_two_have_saved(lora: dict[str, Any] | None, tiny_model: Path, tmp_path: Path) -> None:
     def config(world: int) -> Config:
-        policy = {"world_size": world, "kl": {"coef": 0.1, "where": "loss"}, "optim": {"lr": 1e-3}}
+        policy = {"world_size": world, "kl": {"coef": 0.1, "where": "loss"}, "optim": {"lr": 1e-3}, "lora": lora}
         return make_config(tiny_model, policy=policy, trainer={"run_dir": f"{tmp_path}/state"})
 
     (tmp_path / "state").mkdir()
