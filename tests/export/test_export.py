@@ -85,7 +85,7 @@ def test_a_critic_says_what_its_atoms_mean(trained: Path) -> None:
     spec = critic.spec
     assert (spec.num_heads, spec.num_quantiles, spec.width) == (3, 20, 32)
     assert (spec.quantile_levels, spec.alpha, spec.beta, spec.estimator) == ("midpoint", 0.1, 0.1, "dvpo")
-    torch.testing.assert_close(spec.levels(), torch.arange(1, 21) / 20)
+    torch.testing.assert_close(spec.levels(), (torch.arange(20) + 0.5) / 20)
     assert not critic.training
     assert {p.dtype for p in critic.parameters()} == {torch.float32}
 
