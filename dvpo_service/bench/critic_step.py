@@ -36,6 +36,7 @@ def run(sequences: int = 4, prompt: int = 32, response: int = 96, repeats: int =
         "scalar": {"adv_estimator": "gae"},
         "paper": {"form": "paper"},
         "calibrated": {"form": "calibrated"},
+        "robust": {"form": "robust"},  # with the Huber advantage
     }
     steps = {name: _Step(AlgorithmConfig.model_validate(kind), part) for name, kind in kinds.items()}
     parameters = sum(p.numel() for p in steps["scalar"].critic.backbone.parameters())
@@ -57,7 +58,7 @@ def run(sequences: int = 4, prompt: int = 32, response: int = 96, repeats: int =
         "threads": 1,
         "seconds": {name: {k: round(v, 4) for k, v in stages.items()} for name, stages in seconds.items()},
         "step_s": {name: round(v, 3) for name, v in totals.items()},
-        "overhead": {name: round(totals[name] / totals["scalar"] - 1, 4) for name in ("paper", "calibrated")},
+        "overhead": {name: round(totals[name] / totals["scalar"] - 1, 4) for name in totals if name != "scalar"},
         "own_stages_share": {
             name: round((seconds[name]["targets"] + seconds[name]["loss"]) / totals[name], 4) for name in totals
         },

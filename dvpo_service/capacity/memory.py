@@ -68,7 +68,7 @@ def _policy(config: Config, shape: ModelShape) -> Iterator[Part]:
         yield Part("reference", size, "policy.kl.coef=0, policy.world_size")
     logits = micro_tokens(pool, config) * shape.vocab * FLOAT32
     yield Part("logits", LOGIT_COPIES * min(CHUNK_BYTES, logits), "policy.micro_batch_size")
-    if logits > CHUNK_BYTES:
+    if logits > CHUNK_BYTES and not pool.lora:
         # The chunks' gradients of the output layer are added up in float32. In float32 the sum is itself the gradient,
         # which is counted above; the other copy is that of one chunk.
         width = compute_bytes(config)
