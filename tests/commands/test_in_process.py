@@ -87,9 +87,7 @@ def test_adapters_of_policy_and_critic_are_trained_saved_continued_and_exported(
         train(in_process(tiny_model, **sections, trainer={"num_steps": steps}), tmp_path / "cut")
     assert learned(tmp_path / "cut") == learned(tmp_path / "whole")
     first, *_, last = rows(tmp_path / "whole")[1:]
-    assert first["policy/ref_kl"] == 0, (
-        "at first an adapter changes nothing: the policy is its reference"
-    )
+    assert first["policy/ref_kl"] == 0, "at first an adapter changes nothing: the policy is its reference"
     assert last["policy/ref_kl"] > 1e-4
     assert last["policy/rollout_kl"] < 1e-8
 
@@ -103,9 +101,7 @@ def test_adapters_of_policy_and_critic_are_trained_saved_continued_and_exported(
     weights = load_file(exported / "model.safetensors")
     assert weights.keys() == base.keys()
     changed = {k for k in base if not torch.equal(base[k], weights[k])}
-    assert changed == {k for k in base if "proj.weight" in k}, (
-        "what has no adapter is the base model's"
-    )
+    assert changed == {k for k in base if "proj.weight" in k}, "what has no adapter is the base model's"
     saved = [f for f in (tmp_path / "cut/checkpoints/step-000004/policy").iterdir() if f.suffix == ".safetensors"]
     assert not any("embed" in name or "base_layer" in name for f in saved for name in load_file(f))
 

@@ -191,17 +191,19 @@ def test_checkpoints_export_to_what_training_exports(run_dir: Path) -> None:
 
 
 def test_an_estimator_without_a_critic_learns_without_its_pool(run_dir: Path) -> None:
-    """GRPO with dynamic sampling, packing and the overlong penalty, from the same base model."""
+    """GRPO with dynamic sampling, packing, adapters and the overlong penalty, from the same base model."""
     config = str(run_dir.parent / "tiny.yaml")
     run = run_dir.parent / "grpo"
     keys = ["algorithm.adv_estimator=grpo", "policy.loss_agg=seq_mean_token_mean", "policy.packing=true"]
+    keys += ["policy.lora={rank: 8}", "policy.optim.lr=1e-2"]
     keys += ["rollout.dynamic_sampling=true", "reward.overlong_buffer=2", "policy.dual_clip=3", "trainer.num_steps=8"]
     done = dvpo("train", "--config", config, "--run-dir", str(run), *keys)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert not any(name.startswith("critic/") for name in rows[-1])
     assert open_export(run / "policy").critic is None
-    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows[1:]), "packed log-probs are the engine's"
+    assert (run / "policy" / "adapter" / "adapter_model.safetensors").exists()
+    assert all(r["policy/rollout_kl"] < 1e-8 for r in rows[1:]), "packed, with adapters; the engine has merged weights"
     assert all(1 <= r["rollout/draws"] <= 4 for r in rows[1:])
     clean = [r["reward/clean_mean"] for r in rows[1:]]
     assert sum(clean[-2:]) > sum(clean[:2])
