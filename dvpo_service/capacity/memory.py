@@ -53,7 +53,8 @@ def devices(config: Config, shape: ModelShape) -> list[Device]:
     found = [Device("policy", config.policy.world_size, tuple(_policy(config, shape)))]
     if config.algorithm.has_critic:
         found.append(Device("critic", config.critic.world_size, tuple(_critic(config, shape))))
-    if config.rollout.engine == "vllm":  # nothing is known of another's memory
+    # Nothing is known of another engine's memory. In one process the policy's own weights are sampled from.
+    if config.rollout.engine == "vllm" and not config.cluster.in_process:
         count = config.rollout.num_engines * config.rollout.tensor_parallel_size
         found.append(Device("rollout", count, tuple(_engine(config, shape))))
     return found
@@ -162,8 +163,9 @@ def host_bytes(config: Config, shape: ModelShape) -> dict[str, float]:
     a = config.algorithm
     whole, critic = FLOAT32 * shape.parameters, FLOAT32 * shape.body if a.has_critic else 0
     ranks = config.policy.world_size + (config.critic.world_size if a.has_critic else 0)
+    processes = 1 if config.cluster.in_process else ranks + 2 * config.rollout.num_engines
     found = {
-        "processes": PROCESS * (ranks + 2 * config.rollout.num_engines),
+        "processes": PROCESS * processes,
         "export": min(MAX_FILE_BYTES, whole) + min(MAX_FILE_BYTES, critic),
     }
     if config.cluster.gpus_per_trainer > 0:
@@ -172,6 +174,6 @@ def host_bytes(config: Config, shape: ModelShape) -> dict[str, float]:
         found["loading"] = whole + critic + reference
     if a.has_critic:
         found["critic targets"] = FLOAT32 * config.batch_size * config.rollout.max_new_tokens * a.n_quantiles
-    if config.cluster.gpus_per_engine == 0:
+    if config.cluster.gpus_per_engine == 0 and not config.cluster.in_process:
         found["weights to engines"] = 3 * min(TRANSFER_BYTES, compute_bytes(config) * shape.parameters)
     return found

@@ -105,8 +105,9 @@ def _arithmetic(capacity: Capacity) -> Table:
         "model": f"{shape.parameters:,} parameters, {shape.layers} layers of width {shape.hidden}",
         "tokens at most": f"{tokens['prompts']:,} of prompts, {tokens['responses']:,} of responses",
         "longest response that fits": f"{limit:,} tokens" if limit else "none",
-        "sequences at once": f"{capacity.sequences_at_once():,.0f} of full length in an engine's KV cache",
     }
+    if not capacity.config.cluster.in_process:
+        rows["sequences at once"] = f"{capacity.sequences_at_once():,.0f} of full length in an engine's KV cache"
     if not capacity.on_cpu:
         seconds = capacity.stage_seconds()
         total = sum(seconds.values())

@@ -81,6 +81,16 @@ def test_the_longest_response_is_the_last_that_fits(qwen: ModelShape) -> None:
     assert not plan.fits(longest + 1)
 
 
+def test_one_process_has_no_engine_and_no_weights_on_their_way(tiny_model: Path, qwen: ModelShape) -> None:
+    apart, one = (
+        Capacity(make_config(tiny_model, cluster={"in_process": together}), qwen, 8.0) for together in (False, True)
+    )
+    assert [d.pool for d in apart.devices] == ["policy", "critic", "rollout"]
+    assert [d.pool for d in one.devices] == ["policy", "critic"]
+    assert one.host["processes"] * 4 == apart.host["processes"], "two trainers, an actor and its EngineCore"
+    assert "weights to engines" in apart.host.keys() - one.host.keys()
+
+
 def test_a_token_budget_bounds_a_micro_batch() -> None:
     config = make_config("model", policy={"micro_batch_size": 8, "mini_batch_size": 8}, data={"max_prompt_tokens": 24})
     assert micro_tokens(config.policy, config) == 8 * 32
