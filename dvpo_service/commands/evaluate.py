@@ -19,6 +19,7 @@ from actors.rollouts.evaluation import HeldOutEvaluator
 from actors.rollouts.reward_pool import RewardPool
 from actors.weights.transfer import weight_backend
 from dvpo_service.commands.check_rollouts import check_rows
+from dvpo_service.commands.in_process import evaluator_here
 from dvpo_service.config import Config
 from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.splits import encode, load_data, load_files
@@ -96,7 +97,7 @@ def evaluate(subject: Subject, files: Sequence[str], n: int, output: Path | None
 
 
 def measure(config: Config, model: str, data: Mapping[str, Dataset], n: int, bar: Bar) -> list[PromptScores]:
-    """Return the scores of ``model`` on ``data``. Only engines and reward workers are started for it.
+    """Return the scores of ``model`` on ``data``. Only engines and reward workers are started for it, or nothing.
 
     Args:
       data: splits by name.
@@ -106,6 +107,8 @@ def measure(config: Config, model: str, data: Mapping[str, Dataset], n: int, bar
     check_rows(config.reward, data.values())
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     splits = {name: encode(config.data, split, tokenizer) for name, split in data.items()}
+    if config.cluster.in_process:
+        return evaluator_here(config, model, tokenizer, splits).measure(n, bar.update)
     bar.stage("starting Ray")
     with connected(config), ExitStack() as stack:
         bundles = [b for b in plan_bundles(config) if b.pool.startswith(("rollout", "reward"))]

@@ -1,10 +1,13 @@
-"""A run in this process alone (``cluster.in_process``): its roles, without actors."""
+"""A run or an evaluation in this process alone (``cluster.in_process``): the roles, without actors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +22,12 @@ from actors.training.roles import engine_mismatch
 from dvpo_service import loop
 from dvpo_service.commands.assemble import observer
 from dvpo_service.config import Config
+from dvpo_service.data.dataset import Dataset
 from dvpo_service.data.ledger import Ledger
 from dvpo_service.data.splits import Data
 from dvpo_service.estimators.group import GroupEstimator
 from dvpo_service.host.network import free_port
+from dvpo_service.models.load import load_causal_lm
 from dvpo_service.roles import Tracker
 
 LOOPBACK = "127.0.0.1"
@@ -59,6 +64,16 @@ def assemble_here(
         mismatch=engine_mismatch,
         health=dict,
     )
+
+
+def evaluator_here(
+    config: Config, model: str, tokenizer: PreTrainedTokenizerBase, splits: Mapping[str, Dataset]
+) -> HeldOutEvaluator:
+    """Return what measures the model at ``model`` in this process."""
+    lm: Any = load_causal_lm(model, trust_remote_code=config.model.trust_remote_code)
+    lm.to("cuda" if torch.cuda.is_available() else "cpu")
+    engine = InProcessEngine(lm, tokenizer, config.rollout.max_num_seqs)
+    return HeldOutEvaluator(config, splits, engine, InProcessRewards(config.reward))
 
 
 def _leave_group() -> None:

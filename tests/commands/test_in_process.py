@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from dvpo_service.commands.evaluate import evaluate, from_run
 from dvpo_service.commands.train import train
 from dvpo_service.config import Config
 from dvpo_service.errors import CheckpointError, ConfigError
@@ -54,6 +55,18 @@ def test_a_run_that_is_continued_equals_one_left_alone(tiny_model: Path, tmp_pat
     for file in ("model.safetensors", "critic/model.safetensors"):
         one, two = (load_file(folder / file) for folder in exports)
         assert all(one[k].equal(two[k]) for k in one)
+
+
+def test_an_evaluation_gives_what_the_run_measured(tiny_model: Path, tmp_path: Path) -> None:
+    config = in_process(tiny_model, trainer={"num_steps": 1, "eval_samples": 2})
+    train(config, tmp_path / "run")
+    with from_run(tmp_path / "run", "it", config) as subject:
+        found = evaluate(subject, [], 2, None)
+    assert not ray.is_initialized()
+    last = rows(tmp_path / "run")[-1]
+    assert found["step"] == 1
+    assert found["splits"]["val"]["accuracy"] == last["eval/val/accuracy"]
+    assert found["splits"]["val"]["greedy"] == last["eval/val/greedy"]
 
 
 def test_grpo_with_a_reference_dynamic_sampling_and_checkpointing(tiny_model: Path, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_the_exported_policy_loads_and_scores_the_same(run_dir: Path, rows: list
         assert model(**prompt).logits.isfinite().all()
 
     output = run_dir / "eval.json"
-    done = dvpo("eval", "--run", str(run_dir), "--n", "4", "--output", str(output))
+    done = dvpo("eval", "--run", str(run_dir), "--n", "4", "--output", str(output), "cluster.in_process=false")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pass@4" in done.stdout
     results = json.loads(output.read_text())
