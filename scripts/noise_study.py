@@ -26,6 +26,7 @@ NOISES = {
     "down10": ("10 % of the rewards hit by a spike of -|N(0, 20)|", "{kind: spike, p: 0.1, sd: 20, sign: down}"),
     "spikes30": ("30 % of the rewards hit by a spike of N(0, 20)", "{kind: spike, p: 0.3, sd: 20}"),
     "none": ("no noise", "{kind: none}"),
+    "flips40": ("40 % of the rewards flipped", "{kind: flip, p: 0.4}"),
     "t2": ("Student t noise, 2 degrees of freedom", "{kind: student_t, df: 2, scale: 1.0}"),
 }
 SEEDS = 5
