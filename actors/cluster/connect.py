@@ -135,12 +135,15 @@ def on_cluster(config: Config) -> AbstractContextManager[None]:
 
     Inside it, the check of the plan and the training share one connection, so Ray counts them as one job.
     """
-    return connected(config) if _address(config) else nullcontext()
+    return connected(config) if _needs_cluster(config) else nullcontext()
+
+
+def _needs_cluster(config: Config) -> bool:
+    """Return whether the run's actors go to a cluster that runs already; a run in one process has none."""
+    return not config.cluster.in_process and _address(config) is not None
 
 
 def _address(config: Config) -> str | None:
-    if config.cluster.in_process:
-        return None
     return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
@@ -181,7 +184,7 @@ def _check_reachable(address: str) -> None:
 def plan_fit(config: Config) -> str:
     """Return the run's bundles as text. Raises ClusterError, naming an actor that the cluster has no room for."""
     bundles = plan_bundles(config)
-    if not _address(config):
+    if not _needs_cluster(config):
         here: Mapping[str, float] = {"CPU": config.cluster.num_cpus or local_cpus(bundles), "GPU": local_gpus()}
         check_plan(bundles, [here])
         return _on_this_machine(bundles)
