@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -13,6 +14,7 @@ from actors.training.policy import PolicyWorker
 from actors.training.roles import estimated, with_logprobs
 from actors.training.worker import TrainerWorker
 from dvpo_service.config import RewardConfig
+from dvpo_service.errors import CheckpointError
 from dvpo_service.rewards.calling import Work
 from dvpo_service.rewards.combine import combine
 from dvpo_service.rewards.parts import load_part
@@ -22,6 +24,7 @@ from dvpo_service.runs.storage import StoragePath
 from dvpo_service.types import Advantages, Metrics, Rollouts, Score
 
 T = TypeVar("T")
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,14 @@ class WorkerSave:
         return self.worker.saved(False) is not None
 
     def result(self, timeout_s: float | None = None) -> Files:
-        return self.worker.saved(True) or {}
+        """Wait until everything is written. Raises CheckpointError after ``timeout_s``, by default a step's limit."""
+        limit_s = timeout_s or self.worker.config.policy.step_timeout_s
+        deadline = time.monotonic() + limit_s
+        while (files := self.worker.saved(False)) is None:
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"a checkpoint was not written within {limit_s:g} s; look at the disk")
+            time.sleep(POLL_S)
+        return files
 
 
 class _InProcess:
