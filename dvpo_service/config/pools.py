@@ -44,7 +44,7 @@ class LoraConfig(Section):
 
     rank: Positive = 16
     alpha: Positive = 32
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
 
 
 class TrainerPool(Section):

@@ -40,6 +40,10 @@ def add_adapter(model: Any, lora: LoraConfig, *, seed: int) -> Any:
             inject_adapter_in_model(_peft_config(lora, _targets(model, lora)), model, NAME)
         except ValueError as error:
             raise ConfigError(f"lora.target_modules={lora.target_modules!r}: {one_line(error)}") from error
+    if model.get_output_embeddings() in _adapted(model).values():  # it may be tied to the embedding, which has none
+        raise ConfigError(
+            f"lora.target_modules={lora.target_modules!r}: the output layer gets no adapter; leave it out"
+        )
     strange = [name for name, layer in _adapted(model).items() if not isinstance(layer.get_base_layer(), nn.Linear)]
     if strange:  # peft parametrizes experts and routers in their forward pass, which FSDP does not see
         raise ConfigError(f"lora.target_modules={lora.target_modules!r}: {strange[0]} is no linear layer; leave it out")
@@ -58,11 +62,6 @@ def _peft_config(lora: LoraConfig, targets: list[str]) -> Any:
     import peft
 
     return peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
-
-
-def has_adapter(model: nn.Module) -> bool:
-    """Return whether ``add_adapter`` was called on the model, or on a part of it."""
-    return any(_ADAPTER in name for name, _ in model.named_parameters())
 
 
 @contextmanager

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from dvpo_service.config.pools import LoraConfig
 from dvpo_service.errors import ConfigError
 from dvpo_service.models.load import load_causal_lm
-from dvpo_service.models.lora import adapters_off, add_adapter, has_adapter, merged, plain, write_adapter
+from dvpo_service.models.lora import adapters_off, add_adapter, merged, plain, write_adapter
 from dvpo_service.models.policy_folder import write_policy
 from dvpo_service.models.whole import saved
 from tests.e2e.architectures import CONFIGS, write_model
@@ -52,8 +53,6 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(tiny_model: Pa
     }
     again = add_adapter(load_causal_lm(str(tiny_model)), LORA, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), "one seed"
-    assert has_adapter(model)
-    assert not has_adapter(base)
 
 
 def test_without_its_adapters_it_is_the_base_model(adapted: Any, tiny_model: Path) -> None:
@@ -98,6 +97,16 @@ def test_merging_holds_for_every_architecture(name: str, tmp_path: Path) -> None
     base.load_state_dict({n: x.detach() for n, x in merged(model, saved(model))}, strict=False)
     assert (logits(model) - logits(load_causal_lm(folder).eval())).abs().max() > 1e-3
     assert_close(logits(base), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_the_output_layer_and_experts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the output layer gets no adapter"):
+        add_adapter(load_causal_lm(str(tiny_model)), LoraConfig(target_modules=["q_proj", "lm_head"]), seed=0)
+    experts = load_causal_lm(str(write_model(tmp_path, "mixtral")))
+    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
+        add_adapter(experts, LoraConfig(target_modules=["gate_up_proj"]), seed=0)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        LoraConfig(target_modules=[])
 
 
 def test_a_target_that_the_model_lacks_is_named(tiny_model: Path) -> None:
