@@ -29,7 +29,7 @@ def test_shipped_splits_load_are_disjoint_and_right():
         assert value == int(prompt.answer[::-1])
 
 
-def test_demonstrations_forget_the_carry_about_half_the_time_and_do_nothing_else_wrong():
+def test_demonstrations_forget_four_carries_of_five_and_do_nothing_else_wrong():
     task = make_demo(DemoTask())
     slips = carries = 0
     for row, demonstration in zip(task["train"], task["warmstart"], strict=True):

@@ -123,6 +123,10 @@ def test_every_trial_ends_with_every_step_once(folder: Path) -> None:
 
 
 def test_the_arms_of_a_seed_share_their_start(folder: Path) -> None:
+    origins = {
+        (folder / "sweep" / "trials" / f"{arm}-seed0/base/origin.json").read_text() for arm in ("full", "no-gain")
+    }
+    assert len(origins) == 1, "one base model"
     first = [
         json.loads((folder / "sweep" / "trials" / f"{arm}-seed0" / "metrics.jsonl").read_text().splitlines()[0])
         for arm in ("full", "no-gain")
